@@ -1,0 +1,355 @@
+"""One layer as a differentiable operation: the only checks of shapes and dtypes, the only save_for_backward.
+
+Eager calls go through ``LayerFunction``; compilers, exporters and dispatch modes see the registered operators
+``lstm_fast::layer`` and ``lstm_fast::layer_backward``. Both reach ``_forward`` and ``_backward`` below, which
+hoist the products over all steps into one GEMM each and give the recurrence to a kernel.
+
+The 13 tensor inputs, in order: x, h0, c0, then for the forward and for the reverse direction w_ih, w_hh, b_ih, b_hh,
+w_hr (None where absent). D directions, N rows over all steps (N = T*B when dense), R features of h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lstm_fast import reference
+from lstm_fast.dispatch import KERNELS
+
+_PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
+_STATES = 3  # x, h0, c0
+_INPUTS = _STATES + 2 * _PER_DIRECTION
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work: no kernel can look inside their tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def layer(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Weights], batch_sizes: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer, all its directions.
+
+    Args:
+        x: rows of all steps, [N, I]; row (t, b) is ``start(t) + b``.
+        h0, c0: [D, B, R] and [D, B, H].
+        weights: for each direction w_ih [4H, I], w_hh [4H, R], b_ih [4H], b_hh [4H], w_hr [P, H].
+        batch_sizes: active sequences of each step, int64 [T] on the CPU, never growing; None when dense.
+        backend: a key of ``dispatch.KERNELS``, or "reference".
+    Returns:
+        y [N, D*R], h_n [D, B, R], c_n [D, B, H].
+    Raises:
+        RuntimeError: a shape, dtype, device or ``batch_sizes`` that doesn't fit the others.
+    """
+    absent = (None,) * (_PER_DIRECTION * (2 - len(weights)))
+    inputs = (x, h0, c0, *(t for direction in weights for t in direction), *absent)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    result: tuple[Tensor, ...]
+    if torch.compiler.is_compiling():
+        result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
+    elif transforms_active():
+        _check(inputs)
+        result = _differentiable_forward(inputs, _steps(batch_sizes, x, c0))
+    elif torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter):
+        result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
+    elif save:
+        result = LayerFunction.apply(*inputs, batch_sizes, backend, save)
+    else:
+        result = _forward(*inputs, batch_sizes, backend, save)
+    return result[0], result[1], result[2]
+
+
+def _check(inputs: Sequence[Tensor | None]) -> None:
+    x, h0, c0 = inputs[0], inputs[1], inputs[2]
+    assert x is not None and h0 is not None and c0 is not None
+    directions, batch, hidden = c0.shape
+    if h0.shape[:2] != c0.shape[:2]:
+        raise RuntimeError(f"h_0 and c_0 should agree in their first two sizes, got {[*h0.shape]} and {[*c0.shape]}")
+    projected = h0.size(2)
+    shapes = ((4 * hidden, x.size(1)), (4 * hidden, projected), (4 * hidden,), (4 * hidden,), (projected, hidden))
+    for name, state in (("hidden", h0), ("cell", c0)):
+        _check_kind(name, state, x)
+    for index, weight in enumerate(inputs[_STATES : _STATES + directions * _PER_DIRECTION]):
+        if weight is None:
+            continue
+        name, shape = _NAMES[index % _PER_DIRECTION], shapes[index % _PER_DIRECTION]
+        if weight.shape != shape:
+            raise RuntimeError(f"{name} should have size {[*shape]}, got {[*weight.shape]}")
+        _check_kind("parameter", weight, x)
+
+
+def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"Input and {name} tensors are not at the same device, "
+            f"found input tensor at {x.device} and {name} tensor at {tensor.device}"
+        )
+    if tensor.dtype != x.dtype:
+        raise RuntimeError(
+            f"Input and {name} tensors are not of the same dtype, "
+            f"found input tensor of {x.dtype} and {name} tensor of {tensor.dtype}"
+        )
+
+
+def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor) -> list[int]:
+    """Active sequences of each step; [] for an empty batch."""
+    rows, batch = x.size(0), c0.size(1)
+    if batch_sizes is None:
+        return [batch] * (rows // batch) if batch > 0 else []
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
+        raise RuntimeError(
+            "batch_sizes should be a 1-D int64 tensor on the CPU, "
+            f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    steps: list[int] = batch_sizes.tolist()
+    if not steps or steps[0] != batch or steps[-1] < 1 or any(a < b for a, b in zip(steps, steps[1:], strict=False)):
+        raise RuntimeError(f"batch_sizes should start at {batch}, never grow and stay above 0, got {steps}")
+    if sum(steps) != rows:
+        raise RuntimeError(f"batch_sizes should sum to the {rows} rows of data, got a sum of {sum(steps)}")
+    return steps
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n, and for backward gates [D, N, 4H] and cells [D, N, H] (empty unless ``save``)."""
+    *inputs, batch_sizes, backend, save = args
+    _check(inputs)
+    x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
+    steps = _steps(batch_sizes, x, c0)
+    directions, batch, hidden = c0.shape
+    rows = x.size(0)
+    with _without_autocast(x):
+        if rows == 0:
+            y, h_n, c_n = x.new_empty(0, directions * h0.size(2)), h0.clone(), c0.clone()
+            gates = x.new_empty(directions, 0, 4 * hidden)
+            cells = x.new_empty(directions, 0, hidden, dtype=reference.accumulate_dtype(x.dtype))
+        elif backend == "reference":
+            with torch.no_grad():
+                y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
+            gates = gates.to(x.dtype)
+        else:
+            gates = torch.empty(directions, rows, 4 * hidden, dtype=x.dtype, device=x.device)
+            for d in range(directions):
+                w_ih, _, b_ih, b_hh, _ = _direction(inputs, d)
+                if b_ih is None:
+                    torch.mm(x, w_ih.t(), out=gates[d])
+                else:
+                    torch.addmm(b_ih + b_hh, x, w_ih.t(), out=gates[d])
+            y = torch.empty(rows, directions * hidden, dtype=x.dtype, device=x.device)
+            h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+            cells = None
+            if save:
+                acc = reference.accumulate_dtype(x.dtype)
+                cells = torch.empty(directions, rows, hidden, dtype=acc, device=x.device)
+            w_hh = [_direction(inputs, d)[1].contiguous() for d in range(directions)]
+            KERNELS[backend].recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)
+    if not save:
+        gates, cells = x.new_empty(0), x.new_empty(0)
+    return y, h_n, c_n, gates, cells
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    """The gradients of the 13 inputs; an empty tensor for each that ``needs`` does not ask for."""
+    dy, dh_n, dc_n, *inputs, batch_sizes, y, gates, cells, backend, needs = args
+    x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
+    steps = _steps(batch_sizes, x, c0)
+    grads: list[Tensor | None] = [None] * _INPUTS
+    with torch.no_grad(), _without_autocast(x):
+        if backend == "reference" and steps:
+            inputs = [x, h0, c0, *inputs[_STATES:]]
+            found = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
+            grads = [g if need else None for g, need in zip(found, needs, strict=True)]
+        else:
+            dh, dc = _state_gradient(dh_n, h0), _state_gradient(dc_n, c0)
+            dgates = torch.empty_like(gates)
+            if steps:
+                w_hh = [_direction(inputs, d)[1].contiguous() for d in range(c0.size(0))]
+                dy = None if dy is None else dy.contiguous()
+                KERNELS[backend].recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
+            grads[1], grads[2] = dh.to(h0.dtype), dc.to(c0.dtype)
+            if needs[0]:
+                grads[0] = dgates[0] @ _direction(inputs, 0)[0]  # B7
+                if c0.size(0) == 2:
+                    grads[0].addmm_(dgates[1], _direction(inputs, 1)[0])
+            for d in range(c0.size(0)):
+                first = _STATES + d * _PER_DIRECTION
+                columns = slice(d * h0.size(2), (d + 1) * h0.size(2))
+                grads[first : first + _PER_DIRECTION] = _weight_gradients(
+                    dgates[d], x, y[:, columns], h0[d], steps, d == 1, needs[first : first + _PER_DIRECTION]
+                )
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+def _weight_gradients(
+    da: Tensor, x: Tensor, y: Tensor, h0: Tensor, steps: list[int], reverse: bool, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """B8 for one direction, one GEMM each; the two bias gradients are equal and apart in memory."""
+    dw_ih = da.t() @ x if needs[0] else None
+    dw_hh = None
+    if needs[1]:
+        dw_hh = da.t() @ (reference.previous(y, h0, steps, reverse) if steps else y)
+    db = da.sum(0) if needs[2] or needs[3] else None
+    return [dw_ih, dw_hh, db, None if db is None else db.clone(), None]
+
+
+def _state_gradient(grad: Tensor | None, state: Tensor) -> Tensor:
+    acc = reference.accumulate_dtype(state.dtype)
+    if grad is None:
+        return torch.zeros(state.shape, dtype=acc, device=state.device)
+    return grad.to(acc, copy=True, memory_format=torch.contiguous_format)
+
+
+def _direction(inputs: Sequence[Any], d: int) -> Sequence[Any]:
+    first = _STATES + d * _PER_DIRECTION
+    return inputs[first : first + _PER_DIRECTION]
+
+
+def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``_forward`` by the reference, differentiable to any order; gates stay in the accumulation dtype."""
+    x, h0, c0 = inputs[:_STATES]
+    if not steps:  # an empty batch: the graph still has to reach every input
+        none = sum(t.sum() for t in inputs if t is not None)
+        y = x.new_zeros(0, h0.size(0) * h0.size(2)) + none
+        return y, h0 + none, c0 + none, y, y
+    outs = [
+        reference.layer(x, h0[d], c0[d], *_direction(inputs, d), steps=steps, reverse=d == 1)
+        for d in range(c0.size(0))
+    ]
+    y, h_n, c_n, gates, cells = zip(*outs, strict=True)
+    return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
+
+
+def _reference_backward(
+    grads: Sequence[Tensor | None], inputs: Sequence[Any], y: Tensor, gates: Tensor, cells: Tensor, steps: list[int]
+) -> list[Tensor | None]:
+    """The gradients of the 13 inputs by the reference, differentiable to any order."""
+    x, h0, c0 = inputs[:_STATES]
+    dy, dh_n, dc_n = grads
+    features = h0.size(2)
+    found = []
+    for d in range(c0.size(0)):
+        w_ih, w_hh, _, _, w_hr = _direction(inputs, d)
+        columns = slice(d * features, (d + 1) * features)
+        found.append(
+            reference.layer_backward(
+                None if dy is None else dy[:, columns],
+                None if dh_n is None else dh_n[d],
+                None if dc_n is None else dc_n[d],
+                *(x, h0[d], c0[d], w_ih, w_hh, w_hr, y[:, columns], gates[d], cells[d], steps, d == 1),
+            )
+        )
+    result: list[Tensor | None] = [
+        found[0].x if len(found) == 1 else found[0].x + found[1].x,
+        torch.stack([g.h0 for g in found]),
+        torch.stack([g.c0 for g in found]),
+    ]
+    for g in found:
+        result += [g.w_ih, g.w_hh, g.b, g.b.clone(), g.w_hr]
+    return result + [None] * (_INPUTS - len(result))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, batch_sizes, backend, _ = inputs
+    y, _, _, gates, cells = output
+    ctx.save_for_backward(*tensors, batch_sizes, y, gates, cells)
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.backend = backend
+
+
+def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, batch_sizes, y, gates, cells = ctx.saved_tensors
+    grads = grad_outputs[:_STATES]
+    needs = [bool(need) for need in ctx.needs_input_grad[:_INPUTS]]
+    if torch.is_grad_enabled() or transforms_active():  # create_graph, or a batch of gradients
+        steps = _steps(batch_sizes, inputs[0], inputs[2])
+        with _without_autocast(inputs[0]):
+            y, _, _, gates, cells = _differentiable_forward(inputs, steps)
+            found: Sequence[Tensor | None]
+            if steps:
+                found = _reference_backward(grads, inputs, y, gates, cells, steps)
+            else:
+                found = [None if t is None else torch.zeros_like(t) for t in inputs]
+    else:
+        args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, needs)
+        found = torch.ops.lstm_fast.layer_backward(*args)
+    return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
+
+
+class LayerFunction(torch.autograd.Function):
+    """``_forward`` for eager autograd; its backward is differentiable through the reference."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _forward(*args)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward_from_context)
+
+
+_WEIGHTS_SCHEMA = ", ".join(
+    f"Tensor{'?' if optional or d else ''} {name}{'_reverse' if d else ''}"
+    for d in range(2)
+    for name, optional in (("w_ih", False), ("w_hh", False), ("b_ih", True), ("b_hh", True), ("w_hr", True))
+)
+_layer_op = torch.library.custom_op(
+    "lstm_fast::layer",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor h0, Tensor c0, {_WEIGHTS_SCHEMA}, Tensor? batch_sizes, str backend, bool save)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+)
+_layer_backward_op = torch.library.custom_op(
+    "lstm_fast::layer_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, {_WEIGHTS_SCHEMA},"
+    " Tensor? batch_sizes, Tensor y, Tensor gates, Tensor cells, str backend, bool[] needs) -> ("
+    + ", ".join(["Tensor"] * _INPUTS)
+    + ")",
+)
+
+
+@_layer_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, _, _, save = args
+    _check(inputs)
+    x, h0, c0 = inputs[:_STATES]
+    directions, _, hidden = c0.shape
+    rows = x.size(0)
+    gates = cells = None
+    if save:
+        gates = x.new_empty(directions, rows, 4 * hidden)
+        cells = x.new_empty(directions, rows, hidden, dtype=reference.accumulate_dtype(x.dtype))
+    return (
+        x.new_empty(rows, directions * h0.size(2)),
+        h0.new_empty(h0.shape),
+        c0.new_empty(c0.shape),
+        x.new_empty(0) if gates is None else gates,
+        x.new_empty(0) if cells is None else cells,
+    )
+
+
+@_layer_backward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    _, _, _, *inputs, _, _, _, _, _, needs = args
+    x = inputs[0]
+    return tuple(
+        t.new_empty(t.shape) if t is not None and need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+_layer_op.register_autograd(_backward_from_context, setup_context=_setup_context)

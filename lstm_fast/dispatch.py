@@ -1,0 +1,105 @@
+"""Which kernel serves a call, and why: the only place that decides."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from lstm_fast.kernels import cpu, cuda, triton_gates
+
+KERNELS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton_gates, "cpu": cpu}
+BACKENDS = ("auto", *KERNELS, "reference")
+_AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+
+class Choice(NamedTuple):
+    """``backend`` is a key of KERNELS, "reference", or "torch" for torch's own LSTM; ``reason`` says why in words."""
+
+    backend: str
+    reason: str
+
+
+class Status(NamedTuple):
+    """Whether a backend can run in this process; ``detail`` says what it is, or what it lacks."""
+
+    available: bool
+    detail: str
+
+
+_WHAT = {
+    "cuda": "one library GEMM and one fused CUDA C++ gate kernel a step",
+    "triton": "one library GEMM and one fused Triton gate kernel a step",
+    "cpu": "the whole recurrence in one C++ call",
+    "reference": "the equations in plain torch, any device",
+}
+
+
+def backends() -> dict[str, Status]:
+    """Every backend by name, and whether it can run in this process; for one that can't, why."""
+    missing = {name: kernel.unavailable() for name, kernel in KERNELS.items()}
+    return {
+        name: Status(missing.get(name) is None, missing.get(name) or what) for name, what in _WHAT.items()
+    }
+
+
+def check_backend(name: str) -> str:
+    """``name`` itself; ValueError unless it is one of BACKENDS."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend should be one of {', '.join(BACKENDS)}, got: {name!r}")
+    return name
+
+
+def requested(backend: str) -> str:
+    """The keyword if it names a backend, else what LSTM_FAST_BACKEND names, else "auto"."""
+    if backend != "auto":
+        return check_backend(backend)
+    name = os.environ.get("LSTM_FAST_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"LSTM_FAST_BACKEND should be one of {', '.join(BACKENDS)}, got: {name!r}")
+    return name
+
+
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, proj_size: int, traced: bool, transformed: bool
+) -> Choice:
+    """The kernel for one call.
+
+    ``backend`` is the module's keyword. ``traced``: the call is recorded by torch.jit or for ONNX; ``transformed``: a
+    torch.func transform or forward-mode AD is active. ``auto`` falls back; a named backend that can't serve raises
+    RuntimeError, saying what is missing.
+    """
+    name = requested(backend)
+    if traced:
+        return Choice("torch", "the call is being traced, and traced graphs hold aten::lstm")
+    if name != "auto":
+        why_not = _refuses(name, device, dtype, proj_size, transformed)
+        if why_not is not None:
+            raise RuntimeError(f'backend="{name}" cannot serve this call: {why_not}')
+        return Choice(name, "asked for")
+    if transformed:
+        return Choice("reference", "a torch.func transform or forward-mode AD is active, which kernels can't follow")
+    reasons = []
+    for candidate in _AUTO_ORDER.get(device.type, ()):
+        why_not = _refuses(candidate, device, dtype, proj_size, transformed)
+        if why_not is None:
+            return Choice(candidate, "; ".join([*reasons, f"{candidate}: {_WHAT[candidate]}"]))
+        reasons.append(f"{candidate}: {why_not}")
+    reasons = reasons or [f"no kernel serves device {device.type}"]
+    if torch.compiler.is_compiling() and dtype.is_floating_point:
+        return Choice("reference", "; ".join([*reasons, "torch's own LSTM would break the compiled graph"]))
+    return Choice("torch", "; ".join(reasons))
+
+
+def _refuses(name: str, device: torch.device, dtype: torch.dtype, proj_size: int, transformed: bool) -> str | None:
+    if name == "reference":
+        return None if dtype.is_floating_point else f"{dtype} is not a floating-point dtype"
+    if transformed:
+        return "a torch.func transform or forward-mode AD is active, which only the reference follows"
+    kernel = KERNELS[name]
+    why_not: str | None = kernel.unavailable() or kernel.refuses(device, dtype)
+    if why_not is None and proj_size > 0:
+        why_not = f"there is no kernel for projections yet (proj_size={proj_size})"
+    return why_not

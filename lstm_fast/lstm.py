@@ -1,0 +1,343 @@
+"""``LSTM`` and ``LSTMCell``: torch.nn's signatures, names, input forms and errors, over ``autograd.layer``. No maths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lstm_fast.autograd import Weights, layer, transforms_active
+from lstm_fast.dispatch import Choice, check_backend, choose
+
+State = tuple[Tensor, Tensor]
+
+
+def _traced() -> bool:
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+class _Fused(nn.Module):
+    """What LSTM and LSTMCell share: the choice of a backend, and standing aside for tracers."""
+
+    backend = "auto"  # a class attribute, so that modules pickled by torch and swapped ones have it too
+    _torch_class: type[nn.Module]
+
+    def _choose(self, x: Tensor, dtype: torch.dtype) -> Choice:
+        return choose(self.backend, x.device, dtype, getattr(self, "proj_size", 0), _traced(), transforms_active())
+
+    def _as_fx_leaf(self, x: Any, hx: Any) -> Any:
+        """torch.fx takes modules of torch.nn as leaves by their module path; this makes ours one too."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, hx), {})
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles the torch module that shares these parameters."""
+        module = copy.copy(self)
+        module.__class__ = self._torch_class
+        return module
+
+
+class LSTM(_Fused, nn.RNNBase):
+    """Drop-in replacement for :class:`torch.nn.LSTM` on fused kernels.
+
+    Arguments, parameters, initialisation, state_dict, input forms, outputs and errors are those of
+    :class:`torch.nn.LSTM`; equations F1-F6 and B1-B8 stand in ``lstm_fast/reference.py``. It subclasses nn.RNNBase and
+    not nn.LSTM, on whose instances torch.compile breaks the graph.
+
+    Args:
+        input_size: features I of an input step.
+        hidden_size: hidden units H.
+        num_layers: stacked layers L.
+        bias: whether b_ih and b_hh exist.
+        batch_first: input and output are (B, T, F) in place of (T, B, F); states keep their layout.
+        dropout: probability, on the output of each layer but the last, in training.
+        bidirectional: a second direction, from the last step to the first; D = 2, else 1.
+        proj_size: P > 0 projects h to P features (R = P, else R = H).
+        device, dtype: of the parameters.
+        backend: "auto", or one that must serve: "cuda", "triton", "cpu", "reference". "auto" takes what
+            ``LSTM_FAST_BACKEND`` names, if set.
+
+    Inputs: ``input`` (T, B, I), (B, T, I) with ``batch_first``, (T, I) or a PackedSequence; ``hx`` None for zeros, or
+    h_0 (D*L, B, R) and c_0 (D*L, B, H), without B for an unbatched input.
+
+    Outputs: ``output`` (T, B, D*R) in the input's form, and (h_n, c_n) shaped as h_0 and c_0.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.LSTM does, and where that reads out of bounds or truncates in
+            silence (a weight of the wrong shape, too many rows of hx for a packed input). RuntimeError also if
+            ``backend`` cannot serve the call.
+    """
+
+    _torch_class = nn.LSTM
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__("LSTM", *sizes, device=device, dtype=dtype)
+        if backend != "auto":
+            self.backend = check_backend(backend)
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """RNNBase's check, of the weight that is there now."""
+        dtype = self.weight_ih_l0.dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+            )
+        expected = 2 if batch_sizes is not None else 3
+        if input.dim() != expected:
+            raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
+        if self.input_size != input.size(-1):
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, State]:
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_fx_leaf(input, hx)
+        if isinstance(hx, Tensor):
+            raise TypeError("hx should be a tuple (h_0, c_0), got: Tensor")
+        packed = isinstance(input, PackedSequence)
+        dtype = self._compute_dtype(input.data if packed else input, packed)
+        choice = self._choose(input.data if packed else input, dtype)
+        if choice.backend == "torch":
+            return nn.LSTM.forward(self, input, hx)
+        return self._forward_packed(input, hx, dtype, choice) if packed else self._forward_dense(input, hx, dtype, choice)
+
+    def _forward_dense(self, input: Tensor, hx: Any, dtype: torch.dtype, choice: Choice) -> tuple[Tensor, State]:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        batch_first = batched and self.batch_first
+        if hx is not None:
+            hx = self._batched_state(hx, batched)
+        x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
+        if hx is None:
+            hx = self._zero_state(x, x.size(0) if self.batch_first else x.size(1))
+        self.check_forward_args(x, hx, None)
+        x = x.transpose(0, 1) if self.batch_first else x  # [T, B, I]
+        steps, batch = x.size(0), x.size(1)
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        y, h_n, c_n = self._layers(x.reshape(steps * batch, -1), hx, None, dtype, choice.backend)
+        if not batched:
+            return y, (h_n.squeeze(1), c_n.squeeze(1))
+        y = y.view(steps, batch, y.size(-1))
+        return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: Any, dtype: torch.dtype, choice: Choice
+    ) -> tuple[PackedSequence, State]:
+        x, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            hx = self._zero_state(x, int(batch_sizes[0]))
+        else:
+            hx = self._batched_state(hx, True)
+        self.check_forward_args(x, hx, batch_sizes)
+        hx = self.permute_hidden(hx, sorted_indices)
+        y, h_n, c_n = self._layers(x, hx, batch_sizes, dtype, choice.backend)
+        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return output, self.permute_hidden((h_n, c_n), unsorted_indices)
+
+    def _layers(
+        self, x: Tensor, hx: State, batch_sizes: Tensor | None, dtype: torch.dtype, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Every layer over rows x [N, I]: y [N, D*R], h_n [D*L, B, R], c_n [D*L, B, H]."""
+        directions = 2 if self.bidirectional else 1
+        x, h_0, c_0 = x.to(dtype), hx[0].to(dtype), hx[1].to(dtype)
+        states = []
+        for k in range(self.num_layers):
+            rows = slice(k * directions, (k + 1) * directions)
+            weights = [self._weights(names, dtype) for names in self._all_weights[rows]]
+            x, h_n, c_n = layer(x, h_0[rows], c_0[rows], weights, batch_sizes, backend)
+            states.append((h_n, c_n))
+            if self.dropout > 0 and self.training and k < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout, True)
+        if len(states) == 1:
+            return x, *states[0]
+        return x, torch.cat([h for h, _ in states]), torch.cat([c for _, c in states])
+
+    def _weights(self, names: list[str], dtype: torch.dtype) -> Weights:
+        """One direction's parameters as they are at this call: parametrised, pruned, replaced or not."""
+        found = {name[: name.index("_l")]: getattr(self, name).to(dtype) for name in names}
+        return (
+            found["weight_ih"],
+            found["weight_hh"],
+            found.get("bias_ih"),
+            found.get("bias_hh"),
+            found.get("weight_hr"),
+        )
+
+    def _compute_dtype(self, x: Tensor, packed: bool) -> torch.dtype:
+        """Autocast's dtype where it is on (a packed input on a CPU stays in the weights', as in torch), else those'."""
+        dtype: torch.dtype = self.weight_ih_l0.dtype
+        device = x.device.type
+        if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(device):
+            return dtype if packed and device == "cpu" else torch.get_autocast_dtype(device)
+        return dtype
+
+    def _zero_state(self, x: Tensor, batch: int) -> State:
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        return (
+            x.new_zeros(count, batch, self.proj_size or self.hidden_size),
+            x.new_zeros(count, batch, self.hidden_size),
+        )
+
+    def _batched_state(self, hx: Sequence[Tensor], batched: bool) -> State:
+        """h_0 and c_0 with their batch dimension; the errors are torch.nn.LSTM's."""
+        dims = (hx[0].dim(), hx[1].dim())
+        if len(hx) != 2:
+            raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
+        if batched and dims != (3, 3):
+            raise RuntimeError(
+                "For batched 3-D input, hx and cx should also be 3-D but got "
+                f"({dims[0]}-D, {dims[1]}-D) tensors"
+            )
+        if not batched and dims != (2, 2):
+            raise RuntimeError(
+                "For unbatched 2-D input, hx and cx should also be 2-D but got "
+                f"({dims[0]}-D, {dims[1]}-D) tensors"
+            )
+        return (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+
+
+class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
+    """Drop-in replacement for :class:`torch.nn.LSTMCell`: one step of one layer.
+
+    Args:
+        input_size, hidden_size: features I and hidden units H.
+        bias: whether b_ih and b_hh exist.
+        device, dtype: of the parameters.
+        backend: as for :class:`LSTM`.
+
+    Inputs: ``input`` (B, I) or (I,); ``hx`` None for zeros, or h (B, H) or (H,) and c alike.
+
+    Outputs: (h', c'), shaped as the states.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn.LSTMCell does; RuntimeError also if ``backend`` cannot serve the call.
+    """
+
+    _torch_class = nn.LSTMCell
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        if backend != "auto":
+            self.backend = check_backend(backend)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+
+    def forward(self, input: Any, hx: Any = None) -> State:
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_fx_leaf(input, hx)
+        dtype = self._compute_dtype(input)
+        choice = self._choose(input, dtype)
+        h, c = self._checked_state(input, hx)
+        if choice.backend == "torch":
+            return nn.LSTMCell.forward(self, input, hx)
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        weights = tuple(
+            None if w is None else w.to(dtype)
+            for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        )
+        _, h_n, c_n = layer(
+            x.to(dtype), h.to(dtype).unsqueeze(0), c.to(dtype).unsqueeze(0), [(*weights, None)], None, choice.backend
+        )
+        return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The weights' dtype; under autocast, autocast's on a GPU and the weights' on a CPU, as in torch."""
+        dtype = self.weight_ih.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            return dtype if x.device.type == "cpu" or dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+        if x.dtype != dtype:
+            raise RuntimeError(f"input and weight_ih must have the same dtype, but got {x.dtype} and {dtype}")
+        return dtype
+
+    def _checked_state(self, input: Tensor, hx: Any) -> State:
+        """h and c as [B, H]."""
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        x = input if input.dim() == 2 else input.unsqueeze(0)
+        if x.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}")
+        if hx is None:
+            zeros = x.new_zeros(x.size(0), self.hidden_size)
+            return zeros, zeros
+        for index, value in enumerate(hx):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
+        if len(hx) != 2:
+            raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+        states = []
+        for index, value in enumerate(hx):
+            state = value if input.dim() == 2 else value.unsqueeze(0)
+            if state.dim() != 2 or state.size(-1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {self.hidden_size}"
+                    if state.dim() == 2
+                    else f"hx[{index}] should be {input.dim()}-D as input is, got {value.dim()}-D"
+                )
+            if state.size(0) != x.size(0):
+                raise RuntimeError(
+                    f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
+                )
+            states.append(state)
+        return states[0], states[1]
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None = None) -> str:
+    """Which backend would serve ``module(input, hx)``, and why, in one line.
+
+    Args:
+        module: an :class:`LSTM` or :class:`LSTMCell`.
+        input: what the module would be called with.
+        hx: likewise; it does not change the choice.
+    Raises:
+        TypeError: ``module`` is of another class.
+        RuntimeError: the module names a backend that cannot serve the call.
+    """
+    data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(module, LSTM):
+        dtype = module._compute_dtype(data, isinstance(input, PackedSequence))
+    elif isinstance(module, LSTMCell):
+        dtype = module._compute_dtype(data)
+    else:
+        raise TypeError(f"module should be an lstm_fast.LSTM or LSTMCell, got: {type(module).__name__}")
+    choice = module._choose(data, dtype)
+    return f"{choice.backend}: {choice.reason}"
