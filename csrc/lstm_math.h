@@ -1,0 +1,235 @@
+// One LSTM cell, forward and backward, for the CPU and for CUDA. The equations F1..F6 and B1..B6 are those of
+// lstm_fast/reference.py. All arithmetic is in the accumulation type (float, or double for double storage).
+//
+// Saturated gates are exact: sigmoid reaches 0 and 1, tanh reaches -1 and 1; NaN in gives NaN out. Nothing here relies
+// on -ffast-math. On the host the float functions are branch-free, so that a loop over cells vectorises.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define LSTM_HD __host__ __device__ __forceinline__
+#else
+#define LSTM_HD inline __attribute__((always_inline))
+#endif
+
+namespace lstm {
+
+// ---- Storage types -------------------------------------------------------------------------------------------------
+
+// The dtype codes that the bindings pass; bindings.cpp shows them to Python as DTYPES.
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// Host storage of the two 16-bit types. CUDA code uses __nv_bfloat16 and __half instead.
+struct BFloat16 {
+    std::uint16_t bits;
+};
+struct Float16 {
+    std::uint16_t bits;
+};
+
+template <typename T>
+struct AccOf {
+    using type = float;
+};
+template <>
+struct AccOf<double> {
+    using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+template <typename To, typename From>
+LSTM_HD To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+    To to;
+    std::memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+// load: storage to accumulation type, exact. store<T>: back, rounding to nearest even; NaN stays NaN.
+LSTM_HD float load(float x) { return x; }
+LSTM_HD double load(double x) { return x; }
+
+LSTM_HD float load(BFloat16 x) { return bit_cast<float>(std::uint32_t{x.bits} << 16); }
+
+LSTM_HD float load(Float16 x) {
+    const std::uint32_t sign = (x.bits & 0x8000u) << 16;
+    const std::uint32_t magnitude = x.bits & 0x7fffu;
+    // Exponent field moved from bias 15 to bias 127; infinity and NaN have the field all ones.
+    const std::uint32_t rebias = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;
+    const std::uint32_t normal = (magnitude << 13) + rebias;
+    // A subnormal is magnitude * 2^-24, an integer that float holds exactly.
+    const std::uint32_t subnormal = bit_cast<std::uint32_t>(static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f);
+    return bit_cast<float>(sign | (magnitude < 0x0400u ? subnormal : normal));
+}
+
+template <typename T>
+struct Store;
+template <>
+struct Store<float> {
+    LSTM_HD static float from(float x) { return x; }
+};
+template <>
+struct Store<double> {
+    LSTM_HD static double from(double x) { return x; }
+};
+template <>
+struct Store<BFloat16> {
+    LSTM_HD static BFloat16 from(float x) {
+        const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+        const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const std::uint32_t quiet = (bits >> 16) | 0x0040u;
+        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        return {static_cast<std::uint16_t>(is_nan ? quiet : rounded)};
+    }
+};
+template <>
+struct Store<Float16> {
+    LSTM_HD static Float16 from(float x) {
+        const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+        const std::uint32_t sign = (bits >> 16) & 0x8000u;
+        const std::uint32_t magnitude = bits & 0x7fffffffu;
+        // Below 2^-14 the spacing is 2^-24: adding 0.5, whose spacing in float is 2^-24, rounds there to nearest even.
+        const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+        const std::uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+        const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+        const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+        const bool overflows = magnitude >= 0x477ff000u;  // 65520 and above round to infinity
+        return {static_cast<std::uint16_t>(sign | (overflows ? special : finite))};
+    }
+};
+
+#ifdef __CUDACC__
+LSTM_HD float load(__nv_bfloat16 x) { return __bfloat162float(x); }
+LSTM_HD float load(__half x) { return __half2float(x); }
+template <>
+struct Store<__nv_bfloat16> {
+    LSTM_HD static __nv_bfloat16 from(float x) { return __float2bfloat16_rn(x); }
+};
+template <>
+struct Store<__half> {
+    LSTM_HD static __half from(float x) { return __float2half_rn(x); }
+};
+#endif
+
+template <typename T>
+LSTM_HD T store(Acc<T> x) {
+    return Store<T>::from(x);
+}
+
+// ---- Elementary functions ------------------------------------------------------------------------------------------
+
+namespace detail {
+
+// x = n ln2 + r with |r| <= ln2 / 2, n an integer. |x| < 2^15.
+struct Reduced {
+    std::int32_t n;
+    float r;
+};
+
+LSTM_HD Reduced reduce(float x) {
+    const float shifter = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
+    const float shifted = x * 0x1.715476p0f + shifter;
+    const float n = shifted - shifter;
+    // ln2 in two parts; the first has 9 bits, so that n * part is exact.
+    const float r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
+    return {static_cast<std::int32_t>(bit_cast<std::uint32_t>(shifted) - 0x4b400000u), r};
+}
+
+// e^r - 1 for |r| <= ln2 / 2: r + r^2 q(r), q a Chebyshev fit, relative error below 2e-8.
+LSTM_HD float expm1_polynomial(float r) {
+    float q = 0x1.6d1606p-10f;
+    q = q * r + 0x1.12106cp-7f;
+    q = q * r + 0x1.555516p-5f;
+    q = q * r + 0x1.5554d8p-3f;
+    q = q * r + 0.5f;
+    return r + (r * r) * q;
+}
+
+LSTM_HD float power_of_two(std::int32_t n) {  // -126 <= n <= 127
+    return bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
+}
+
+}  // namespace detail
+
+// NaN passes each clamp below, since every comparison with it is false.
+LSTM_HD float exp(float x) {
+#ifdef __CUDA_ARCH__
+    return expf(x);
+#else
+    const float low = x < -105.0f ? -105.0f : x;      // e^-105 rounds to 0
+    const float clamped = low > 89.0f ? 89.0f : low;  // e^89 overflows to infinity
+    const detail::Reduced y = detail::reduce(clamped);
+    const std::int32_t half = y.n >> 1;  // two factors: n leaves the range of one exponent
+    return (1.0f + detail::expm1_polynomial(y.r)) * detail::power_of_two(half) * detail::power_of_two(y.n - half);
+#endif
+}
+
+LSTM_HD float tanh(float x) {
+#ifdef __CUDA_ARCH__
+    return tanhf(x);
+#else
+    const std::uint32_t sign = bit_cast<std::uint32_t>(x) & 0x80000000u;
+    const float magnitude = bit_cast<float>(bit_cast<std::uint32_t>(x) ^ sign);
+    const float clamped = magnitude > 10.0f ? 10.0f : magnitude;  // tanh is 1 from 9.02 on
+    const detail::Reduced y = detail::reduce(clamped + clamped);
+    const float scale = detail::power_of_two(y.n);
+    const float expm1 = scale * detail::expm1_polynomial(y.r) + (scale - 1.0f);
+    return bit_cast<float>(bit_cast<std::uint32_t>(expm1 / (expm1 + 2.0f)) | sign);
+#endif
+}
+
+LSTM_HD double exp(double x) { return ::exp(x); }
+LSTM_HD double tanh(double x) { return ::tanh(x); }
+
+// 1 / (1 + e^-x), through e^-|x| so that nothing overflows and small values keep their relative accuracy.
+template <typename A>
+LSTM_HD A sigmoid(A x) {
+    const A t = exp(x < A(0) ? x : -x);
+    return (x < A(0) ? t : A(1)) / (A(1) + t);
+}
+
+// ---- The cell ------------------------------------------------------------------------------------------------------
+
+template <typename A>
+struct CellForward {
+    A i, f, g, o;  // activated gates
+    A c, h;        // new state
+};
+
+// a_*: pre-activations x W_ih^T + b_ih + h' W_hh^T + b_hh of one unit; c_prev: its previous cell state.
+template <typename A>
+LSTM_HD CellForward<A> cell_forward(A a_i, A a_f, A a_g, A a_o, A c_prev) {
+    const A i = sigmoid(a_i);             // F1
+    const A f = sigmoid(a_f);             // F2
+    const A g = tanh(a_g);                // F3
+    const A o = sigmoid(a_o);             // F4
+    const A c = f * c_prev + i * g;       // F5
+    return {i, f, g, o, c, o * tanh(c)};  // F6
+}
+
+template <typename A>
+struct CellBackward {
+    A da_i, da_f, da_g, da_o;  // gradients of the pre-activations
+    A dc_prev;                 // gradient of c_prev
+};
+
+// i, f, g, o, c: what cell_forward returned. dh, dc: gradients of its h and c, dc without the part that comes through
+// h.
+template <typename A>
+LSTM_HD CellBackward<A> cell_backward(A i, A f, A g, A o, A c, A c_prev, A dh, A dc) {
+    const A tanh_c = tanh(c);
+    const A da_o = dh * tanh_c * o * (A(1) - o);                // B1
+    const A dc_total = dc + dh * o * (A(1) - tanh_c * tanh_c);  // B2
+    const A da_i = dc_total * g * i * (A(1) - i);               // B3
+    const A da_f = dc_total * c_prev * f * (A(1) - f);          // B4
+    const A da_g = dc_total * i * (A(1) - g * g);               // B5
+    return {da_i, da_f, da_g, da_o, dc_total * f};              // B6
+}
+
+}  // namespace lstm
