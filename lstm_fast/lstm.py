@@ -143,7 +143,7 @@ class LSTM(_Fused, nn.RNNBase):
         steps, batch = x.size(0), x.size(1)
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        y, h_n, c_n = self._layers(x.reshape(steps * batch, -1), hx, None, dtype, choice.backend)
+        y, h_n, c_n = self._layers(x.reshape(steps * batch, x.size(-1)), hx, None, dtype, choice.backend)
         if not batched:
             return y, (h_n.squeeze(1), c_n.squeeze(1))
         y = y.view(steps, batch, y.size(-1))
