@@ -124,7 +124,7 @@ LSTM_HD T store(Acc<T> x) {
 
 // ---- Elementary functions ------------------------------------------------------------------------------------------
 
-namespace detail {
+namespace math {
 
 // x = n ln2 + r with |r| <= ln2 / 2, n an integer. |x| < 2^15.
 struct Reduced {
@@ -155,8 +155,6 @@ LSTM_HD float power_of_two(std::int32_t n) {  // -126 <= n <= 127
     return bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
 }
 
-}  // namespace detail
-
 // NaN passes each clamp below, since every comparison with it is false.
 LSTM_HD float exp(float x) {
 #ifdef __CUDA_ARCH__
@@ -164,9 +162,9 @@ LSTM_HD float exp(float x) {
 #else
     const float low = x < -105.0f ? -105.0f : x;      // e^-105 rounds to 0
     const float clamped = low > 89.0f ? 89.0f : low;  // e^89 overflows to infinity
-    const detail::Reduced y = detail::reduce(clamped);
+    const Reduced y = reduce(clamped);
     const std::int32_t half = y.n >> 1;  // two factors: n leaves the range of one exponent
-    return (1.0f + detail::expm1_polynomial(y.r)) * detail::power_of_two(half) * detail::power_of_two(y.n - half);
+    return (1.0f + expm1_polynomial(y.r)) * power_of_two(half) * power_of_two(y.n - half);
 #endif
 }
 
@@ -177,9 +175,9 @@ LSTM_HD float tanh(float x) {
     const std::uint32_t sign = bit_cast<std::uint32_t>(x) & 0x80000000u;
     const float magnitude = bit_cast<float>(bit_cast<std::uint32_t>(x) ^ sign);
     const float clamped = magnitude > 10.0f ? 10.0f : magnitude;  // tanh is 1 from 9.02 on
-    const detail::Reduced y = detail::reduce(clamped + clamped);
-    const float scale = detail::power_of_two(y.n);
-    const float expm1 = scale * detail::expm1_polynomial(y.r) + (scale - 1.0f);
+    const Reduced y = reduce(clamped + clamped);
+    const float scale = power_of_two(y.n);
+    const float expm1 = scale * expm1_polynomial(y.r) + (scale - 1.0f);
     return bit_cast<float>(bit_cast<std::uint32_t>(expm1 / (expm1 + 2.0f)) | sign);
 #endif
 }
@@ -194,6 +192,8 @@ LSTM_HD A sigmoid(A x) {
     return (x < A(0) ? t : A(1)) / (A(1) + t);
 }
 
+}  // namespace math
+
 // ---- The cell ------------------------------------------------------------------------------------------------------
 
 template <typename A>
@@ -205,12 +205,12 @@ struct CellForward {
 // a_*: pre-activations x W_ih^T + b_ih + h' W_hh^T + b_hh of one unit; c_prev: its previous cell state.
 template <typename A>
 LSTM_HD CellForward<A> cell_forward(A a_i, A a_f, A a_g, A a_o, A c_prev) {
-    const A i = sigmoid(a_i);             // F1
-    const A f = sigmoid(a_f);             // F2
-    const A g = tanh(a_g);                // F3
-    const A o = sigmoid(a_o);             // F4
-    const A c = f * c_prev + i * g;       // F5
-    return {i, f, g, o, c, o * tanh(c)};  // F6
+    const A i = math::sigmoid(a_i);             // F1
+    const A f = math::sigmoid(a_f);             // F2
+    const A g = math::tanh(a_g);                // F3
+    const A o = math::sigmoid(a_o);             // F4
+    const A c = f * c_prev + i * g;             // F5
+    return {i, f, g, o, c, o * math::tanh(c)};  // F6
 }
 
 template <typename A>
@@ -223,7 +223,7 @@ struct CellBackward {
 // h.
 template <typename A>
 LSTM_HD CellBackward<A> cell_backward(A i, A f, A g, A o, A c, A c_prev, A dh, A dc) {
-    const A tanh_c = tanh(c);
+    const A tanh_c = math::tanh(c);
     const A da_o = dh * tanh_c * o * (A(1) - o);                // B1
     const A dc_total = dc + dh * o * (A(1) - tanh_c * tanh_c);  // B2
     const A da_i = dc_total * g * i * (A(1) - i);               // B3
