@@ -1,0 +1,40 @@
+# make test      environment, build, linters, every test
+# make demo      environment, build, a trained translator with its score, some translations and a picture
+# make gpu-check builds for the card at hand with $(PYTHON) as it is, runs the GPU tests and a benchmark
+PYTHON ?= python3
+BIN := .venv/bin
+BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: test demo lint wheel gpu-check clean
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests
+
+demo: .venv/.built
+	$(BIN)/lstm-fast demo
+
+lint: .venv/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+wheel: .venv/.built
+	$(BIN)/python -m build
+
+gpu-check:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.built: .venv/.installed $(BUILD_INPUTS)
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build dist demo lstm_fast/*.so *.egg-info

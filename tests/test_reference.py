@@ -1,0 +1,124 @@
+"""The reference against torch.nn.LSTM in fp64, against numerical gradients, and against arithmetic done by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lstm_fast
+from lstm_fast import reference
+
+I, H, B = 4, 5, 3
+STEPS = {"dense": [B] * 6, "one step": [B], "packed": [3, 3, 2, 1, 1], "packed to one": [3, 1]}
+
+
+def _reversed_in_time(x: Tensor, steps: list[int]) -> Tensor:
+    """Rows of each sequence in the opposite order of time, so that a forward walk over them is a reverse one."""
+    out = x.clone()
+    starts = [sum(steps[:t]) for t in range(len(steps))]
+    for b in range(steps[0]):
+        rows = [start + b for start, n in zip(starts, steps, strict=True) if b < n]
+        out[rows] = x[rows[::-1]]
+    return out
+
+
+def _oracle(module: nn.LSTM, x: Tensor, h0: Tensor, c0: Tensor, steps: list[int], reverse: bool) -> tuple[Tensor, ...]:
+    """torch.nn.LSTM over the same rows; the reverse direction by turning time round."""
+    data = _reversed_in_time(x, steps) if reverse else x
+    packed = nn.utils.rnn.PackedSequence(data, torch.tensor(steps))
+    y, (h_n, c_n) = module(packed, (h0[None], c0[None]))
+    return _reversed_in_time(y.data, steps) if reverse else y.data, h_n[0], c_n[0]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("proj", [0, 2])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+def test_forward_and_hand_written_backward_agree_with_torch(steps, bias, proj, reverse):
+    torch.manual_seed(0)
+    module = nn.LSTM(I, H, bias=bias, proj_size=proj, dtype=torch.float64)
+    x = torch.randn(sum(steps), I, dtype=torch.float64, requires_grad=True)
+    h0 = torch.randn(B, proj or H, dtype=torch.float64, requires_grad=True)
+    c0 = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
+    expected = _oracle(module, x, h0, c0, steps, reverse)
+    upstream = [torch.randn_like(t) for t in expected]
+    inputs = {"x": x, "h0": h0, "c0": c0, "w_ih": module.weight_ih_l0, "w_hh": module.weight_hh_l0}
+    if bias:
+        inputs["b"] = module.bias_ih_l0
+    if proj:
+        inputs["w_hr"] = module.weight_hr_l0
+    wanted = torch.autograd.grad(expected, list(inputs.values()), upstream)
+
+    biases = (module.bias_ih_l0, module.bias_hh_l0) if bias else (None, None)
+    w_hr = module.weight_hr_l0 if proj else None
+    with torch.no_grad():
+        y, h_n, c_n, gates, cells = reference.layer(
+            x, h0, c0, module.weight_ih_l0, module.weight_hh_l0, *biases, w_hr, steps, reverse
+        )
+        found = reference.layer_backward(
+            *upstream, x, h0, c0, module.weight_ih_l0, module.weight_hh_l0, w_hr, y, gates, cells, steps, reverse
+        )
+    for name, got, want in zip(("y", "h_n", "c_n"), (y, h_n, c_n), expected, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    for name, want in zip(inputs, wanted, strict=True):
+        got = getattr(found, name)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2], ids=["dy", "dh_n", "dc_n"])
+def test_a_gradient_of_none_is_zero(missing):
+    torch.manual_seed(0)
+    weights = (torch.randn(4 * H, I), torch.randn(4 * H, H))
+    x, h0, c0 = torch.randn(2 * B, I), torch.randn(B, H), torch.randn(B, H)
+    y, h_n, c_n, gates, cells = reference.layer(x, h0, c0, *weights, None, None, None, [B, B], False)
+    upstream = [torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n)]
+    upstream[missing] = torch.zeros_like(upstream[missing])
+    saved = (x, h0, c0, *weights, None, y, gates, cells, [B, B], False)
+    with_zeros = reference.layer_backward(*upstream, *saved)
+    upstream[missing] = None
+    with_none = reference.layer_backward(*upstream, *saved)
+    for a, b in zip(with_zeros, with_none, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("proj", [0, 2])
+def test_hand_written_backward_agrees_with_numerical_gradients(proj):
+    torch.manual_seed(0)
+    module = lstm_fast.LSTM(2, 3, bidirectional=True, proj_size=proj, dtype=torch.float64, backend="reference")
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(x, h0, c0, *weights):
+        y, states = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, (h0, c0)))
+        return y, *states
+
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    h0 = torch.randn(2, 2, proj or 3, dtype=torch.float64, requires_grad=True)
+    c0 = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    weights = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    assert torch.autograd.gradcheck(run, (x, h0, c0, *weights))
+    assert torch.autograd.gradgradcheck(run, (x, h0, c0, *weights), fast_mode=True)
+
+
+def test_gate_order_is_i_f_g_o_by_hand():
+    """One cell, no input, four different biases: F1-F6 with Python's own arithmetic."""
+    biases = {"i": 0.3, "f": -0.7, "g": 1.1, "o": 0.5}
+    c0 = 0.9
+    sigmoid = {k: 1 / (1 + math.exp(-v)) for k, v in biases.items()}
+    c = sigmoid["f"] * c0 + sigmoid["i"] * math.tanh(biases["g"])
+    h = sigmoid["o"] * math.tanh(c)
+    bias = torch.tensor([biases[k] for k in "ifgo"], dtype=torch.float64)
+    zero = torch.zeros(4, 1, dtype=torch.float64)
+    state = torch.zeros(1, 1, dtype=torch.float64)
+    y, _, c_n, _, _ = reference.layer(state, state, state + c0, zero, zero, bias, None, None, [1], False)
+    assert y.item() == pytest.approx(h, abs=1e-15)
+    assert c_n.item() == pytest.approx(c, abs=1e-15)
+
+
+def test_previous_takes_each_sequences_own_step():
+    steps = [3, 2, 1]
+    value, initial = torch.arange(6.0)[:, None], -torch.arange(1.0, 4.0)[:, None]
+    forward = reference.previous(value, initial, steps, reverse=False).flatten().tolist()
+    backward = reference.previous(value, initial, steps, reverse=True).flatten().tolist()
+    assert forward == [-1, -2, -3, 0, 1, 3]
+    assert backward == [3, 4, -3, 5, -2, -1]
