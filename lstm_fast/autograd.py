@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 def transforms_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is at work: no kernel can look inside their tensors."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether a dispatch mode or a tensor subclass must see the registered operators."""
+    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def layer(
@@ -59,7 +65,7 @@ def layer(
     elif transforms_active():
         _check(inputs)
         result = _differentiable_forward(inputs, _steps(batch_sizes, x, c0))
-    elif torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter):
+    elif _watched(x):
         result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
     elif save:
         result = LayerFunction.apply(*inputs, batch_sizes, backend, save)
@@ -71,7 +77,7 @@ def layer(
 def _check(inputs: Sequence[Tensor | None]) -> None:
     x, h0, c0 = inputs[0], inputs[1], inputs[2]
     assert x is not None and h0 is not None and c0 is not None
-    directions, batch, hidden = c0.shape
+    directions, _, hidden = c0.shape
     if h0.shape[:2] != c0.shape[:2]:
         raise RuntimeError(f"h_0 and c_0 should agree in their first two sizes, got {[*h0.shape]} and {[*c0.shape]}")
     projected = h0.size(2)
@@ -111,7 +117,7 @@ def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor) -> list[int]:
             f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
         )
     steps: list[int] = batch_sizes.tolist()
-    if not steps or steps[0] != batch or steps[-1] < 1 or any(a < b for a, b in zip(steps, steps[1:], strict=False)):
+    if not steps or steps[0] != batch or steps[-1] < 1 or any(a < b for a, b in pairwise(steps)):
         raise RuntimeError(f"batch_sizes should start at {batch}, never grow and stay above 0, got {steps}")
     if sum(steps) != rows:
         raise RuntimeError(f"batch_sizes should sum to the {rows} rows of data, got a sum of {sum(steps)}")
@@ -129,7 +135,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(inputs)
     x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
     steps = _steps(batch_sizes, x, c0)
-    directions, batch, hidden = c0.shape
+    directions, _, hidden = c0.shape
     rows = x.size(0)
     with _without_autocast(x):
         if rows == 0:
@@ -225,8 +231,7 @@ def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Te
         y = x.new_zeros(0, h0.size(0) * h0.size(2)) + none
         return y, h0 + none, c0 + none, y, y
     outs = [
-        reference.layer(x, h0[d], c0[d], *_direction(inputs, d), steps=steps, reverse=d == 1)
-        for d in range(c0.size(0))
+        reference.layer(x, h0[d], c0[d], *_direction(inputs, d), steps=steps, reverse=d == 1) for d in range(c0.size(0))
     ]
     y, h_n, c_n, gates, cells = zip(*outs, strict=True)
     return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
@@ -285,7 +290,7 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
                 found = [None if t is None else torch.zeros_like(t) for t in inputs]
     else:
         args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, needs)
-        found = torch.ops.lstm_fast.layer_backward(*args)
+        found = torch.ops.lstm_fast.layer_backward(*args) if _watched(inputs[0]) else _backward(*args)
     return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
@@ -348,7 +353,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     _, _, _, *inputs, _, _, _, _, _, needs = args
     x = inputs[0]
     return tuple(
-        t.new_empty(t.shape) if t is not None and need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True)
+        t.new_empty(t.shape) if t is not None and need else x.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
     )
 
 

@@ -40,9 +40,7 @@ _WHAT = {
 def backends() -> dict[str, Status]:
     """Every backend by name, and whether it can run in this process; for one that can't, why."""
     missing = {name: kernel.unavailable() for name, kernel in KERNELS.items()}
-    return {
-        name: Status(missing.get(name) is None, missing.get(name) or what) for name, what in _WHAT.items()
-    }
+    return {name: Status(missing.get(name) is None, missing.get(name) or what) for name, what in _WHAT.items()}
 
 
 def check_backend(name: str) -> str:

@@ -1,7 +1,7 @@
 """Every backend that can run here against torch.nn.LSTM in fp64: every output and every gradient.
 
-A backend's error, ||a - fp64|| / ||fp64||, is at most twice that of torch.nn.LSTM in the same dtype plus one rounding of
-the result. Small cases pool several draws, so that a lucky single number of either side decides nothing.
+A backend's error, ||a - fp64|| / ||fp64||, is at most twice that of torch.nn.LSTM in the same dtype plus one rounding
+of the result. Small cases pool several draws, so that a lucky single number of either side decides nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import lstm_fast
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 FP64_ERROR = 1e-13  # the oracle's own dtype
-# T, B, I, H: the awkward sizes of each kind, all of them by twos
+# T, B, features, H: the awkward sizes of each kind, all of them by twos
 SHAPES = [
     (T, B, 5, H)
     for H in (1, 7, 33, 100, 257)
@@ -43,7 +43,8 @@ def cases():
             if (backend, dtype) == ("triton", "fp64"):
                 continue
             for shape in SLOW_SHAPES if interpreted else SHAPES:
-                yield pytest.param(backend, dtype, shape, marks=marks, id=f"{backend}-{dtype}-T{shape[0]}B{shape[1]}H{shape[3]}")
+                T, B, _, H = shape
+                yield pytest.param(backend, dtype, shape, marks=marks, id=f"{backend}-{dtype}-T{T}B{B}H{H}")
 
 
 @pytest.fixture(autouse=True)
@@ -88,15 +89,17 @@ def compare(backend: str, dtype: str, shape, bidirectional: bool, lengths: list[
 
 
 def _errors(backend, device, dtype, shape, bidirectional, lengths, scale) -> dict[str, tuple[float, float, float]]:
-    T, B, I, H = shape
+    T, B, features, H = shape
     D = 1 + bidirectional
-    rounded = nn.LSTM(I, H, bidirectional=bidirectional).to(dtype)
+    rounded = nn.LSTM(features, H, bidirectional=bidirectional).to(dtype)
     rows = (T, B) if lengths is None else (sum(lengths),)
-    x, *hx = (t.to(dtype).double() for t in (scale * torch.randn(T, B, I), torch.randn(D, B, H), torch.randn(D, B, H)))
+    x, *hx = (
+        t.to(dtype).double() for t in (scale * torch.randn(T, B, features), torch.randn(D, B, H), torch.randn(D, B, H))
+    )
     upstream = [t.to(dtype).double() for t in (torch.randn(*rows, D * H), torch.randn(D, B, H), torch.randn(D, B, H))]
     exact = run(copy.deepcopy(rounded).double(), x, hx, lengths, upstream)
     theirs = run(copy.deepcopy(rounded).to(device), x, hx, lengths, upstream)
-    module = lstm_fast.LSTM(I, H, bidirectional=bidirectional, dtype=dtype, device=device, backend=backend)
+    module = lstm_fast.LSTM(features, H, bidirectional=bidirectional, dtype=dtype, device=device, backend=backend)
     module.load_state_dict(rounded.state_dict())
     ours = run(module, x, hx, lengths, upstream)
     return {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import lstm_fast
 from lstm_fast import reference
 
-I, H, B = 4, 5, 3
+FEATURES, H, B = 4, 5, 3
 STEPS = {"dense": [B] * 6, "one step": [B], "packed": [3, 3, 2, 1, 1], "packed to one": [3, 1]}
 
 
@@ -37,8 +37,8 @@ def _oracle(module: nn.LSTM, x: Tensor, h0: Tensor, c0: Tensor, steps: list[int]
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 def test_forward_and_hand_written_backward_agree_with_torch(steps, bias, proj, reverse):
     torch.manual_seed(0)
-    module = nn.LSTM(I, H, bias=bias, proj_size=proj, dtype=torch.float64)
-    x = torch.randn(sum(steps), I, dtype=torch.float64, requires_grad=True)
+    module = nn.LSTM(FEATURES, H, bias=bias, proj_size=proj, dtype=torch.float64)
+    x = torch.randn(sum(steps), FEATURES, dtype=torch.float64, requires_grad=True)
     h0 = torch.randn(B, proj or H, dtype=torch.float64, requires_grad=True)
     c0 = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
     expected = _oracle(module, x, h0, c0, steps, reverse)
@@ -69,8 +69,8 @@ def test_forward_and_hand_written_backward_agree_with_torch(steps, bias, proj, r
 @pytest.mark.parametrize("missing", [0, 1, 2], ids=["dy", "dh_n", "dc_n"])
 def test_a_gradient_of_none_is_zero(missing):
     torch.manual_seed(0)
-    weights = (torch.randn(4 * H, I), torch.randn(4 * H, H))
-    x, h0, c0 = torch.randn(2 * B, I), torch.randn(B, H), torch.randn(B, H)
+    weights = (torch.randn(4 * H, FEATURES), torch.randn(4 * H, H))
+    x, h0, c0 = torch.randn(2 * B, FEATURES), torch.randn(B, H), torch.randn(B, H)
     y, h_n, c_n, gates, cells = reference.layer(x, h0, c0, *weights, None, None, None, [B, B], False)
     upstream = [torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n)]
     upstream[missing] = torch.zeros_like(upstream[missing])
