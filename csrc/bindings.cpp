@@ -1,0 +1,105 @@
+// The one file that knows Python. Functions take addresses, sizes and a dtype code; lstm_fast/autograd.py has checked
+// them, and the headers of the kernels say what each pointer means.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/recurrence.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Released = py::call_guard<py::gil_scoped_release>;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+py::dict build_info() {
+#ifdef LSTM_FAST_WITH_CUDA
+    const py::object cuda_archs = py::str(LSTM_FAST_CUDA_ARCHS).attr("split")(";");
+    const py::object nvcc = py::str(LSTM_FAST_NVCC_VERSION);
+    const bool cuda = true;
+#else
+    const py::object cuda_archs = py::list();
+    const py::object nvcc = py::none();
+    const bool cuda = false;
+#endif
+#ifdef __clang__
+    const char* compiler = __VERSION__;
+#else
+    const char* compiler = "GCC " __VERSION__;
+#endif
+#ifdef _OPENMP
+    const bool openmp = true;
+#else
+    const bool openmp = false;
+#endif
+    return py::dict("cuda"_a = cuda, "cuda_archs"_a = cuda_archs, "nvcc"_a = nvcc, "compiler"_a = compiler,
+                    "openmp"_a = openmp);
+}
+
+// ---- CPU -----------------------------------------------------------------------------------------------------------
+
+lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::int64_t hidden, std::size_t directions,
+                           int dtype, int threads) {
+    return {steps.data(),
+            static_cast<std::int64_t>(steps.size()),
+            steps.front(),
+            hidden,
+            static_cast<int>(directions),
+            static_cast<lstm::Dtype>(dtype),
+            threads};
+}
+
+void cpu_recurrence_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh,
+                            const std::vector<std::int64_t>& steps, Address y, Address h_n, Address c_n, Address cells,
+                            std::int64_t hidden, int dtype, int threads) {
+    lstm::cpu::recurrence_forward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads),
+                                  {pointer(gates),
+                                   pointer(h0),
+                                   pointer(c0),
+                                   {pointer(w_hh.front()), pointer(w_hh.back())},
+                                   pointer(y),
+                                   pointer(h_n),
+                                   pointer(c_n),
+                                   pointer(cells)});
+}
+
+void cpu_recurrence_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh,
+                             const std::vector<std::int64_t>& steps, Address dy, Address dh, Address dc, Address dgates,
+                             std::int64_t hidden, int dtype, int threads) {
+    lstm::cpu::recurrence_backward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads),
+                                   {pointer(gates),
+                                    pointer(cells),
+                                    pointer(c0),
+                                    {pointer(w_hh.front()), pointer(w_hh.back())},
+                                    pointer(dy),
+                                    pointer(dh),
+                                    pointer(dc),
+                                    pointer(dgates)});
+}
+
+void bind_cpu(py::module_& m) {
+    m.def("cpu_recurrence_forward", cpu_recurrence_forward, Released(), py::kw_only(), "gates"_a, "h0"_a, "c0"_a,
+          "w_hh"_a, "steps"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "hidden"_a, "dtype"_a, "threads"_a);
+    m.def("cpu_recurrence_backward", cpu_recurrence_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a,
+          "w_hh"_a, "steps"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "hidden"_a, "dtype"_a, "threads"_a);
+}
+
+// ---- The gate kernel: on the host for tests, and with CUDA ---------------------------------------------------------
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "lstm_fast's compiled kernels.";
+    m.attr("DTYPES") = py::dict(
+        "float32"_a = static_cast<int>(lstm::Dtype::float32), "float64"_a = static_cast<int>(lstm::Dtype::float64),
+        "bfloat16"_a = static_cast<int>(lstm::Dtype::bfloat16), "float16"_a = static_cast<int>(lstm::Dtype::float16));
+    m.def("build_info", build_info, "How this extension was built.");
+    bind_cpu(m);
+}
