@@ -68,7 +68,7 @@ def layer(
     elif _watched(x):
         result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
     elif save:
-        result = LayerFunction.apply(*inputs, batch_sizes, backend, save)
+        result = LayerFunction.apply(*inputs, batch_sizes, backend, save)  # type: ignore[no-untyped-call]
     else:
         result = _forward(*inputs, batch_sizes, backend, save)
     return result[0], result[1], result[2]
@@ -187,9 +187,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
                 KERNELS[backend].recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
             grads[1], grads[2] = dh.to(h0.dtype), dc.to(c0.dtype)
             if needs[0]:
-                grads[0] = dgates[0] @ _direction(inputs, 0)[0]  # B7
-                if c0.size(0) == 2:
-                    grads[0].addmm_(dgates[1], _direction(inputs, 1)[0])
+                dx = dgates[0] @ _direction(inputs, 0)[0]  # B7
+                grads[0] = dx if c0.size(0) == 1 else dx.addmm_(dgates[1], _direction(inputs, 1)[0])
             for d in range(c0.size(0)):
                 first = _STATES + d * _PER_DIRECTION
                 columns = slice(d * h0.size(2), (d + 1) * h0.size(2))
@@ -230,9 +229,7 @@ def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Te
         none = sum(t.sum() for t in inputs if t is not None)
         y = x.new_zeros(0, h0.size(0) * h0.size(2)) + none
         return y, h0 + none, c0 + none, y, y
-    outs = [
-        reference.layer(x, h0[d], c0[d], *_direction(inputs, d), steps=steps, reverse=d == 1) for d in range(c0.size(0))
-    ]
+    outs = [reference.layer(x, h0[d], c0[d], *_direction(inputs, d), steps, d == 1) for d in range(c0.size(0))]
     y, h_n, c_n, gates, cells = zip(*outs, strict=True)
     return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
 

@@ -79,11 +79,11 @@ def choose(
         return Choice(name, "asked for")
     if transformed:
         return Choice("reference", "a torch.func transform or forward-mode AD is active, which kernels can't follow")
-    reasons = []
+    reasons: list[str] = []
     for candidate in _AUTO_ORDER.get(device.type, ()):
         why_not = _refuses(candidate, device, dtype, proj_size, transformed)
         if why_not is None:
-            return Choice(candidate, "; ".join([*reasons, f"{candidate}: {_WHAT[candidate]}"]))
+            return Choice(candidate, _WHAT[candidate] + (f" ({'; '.join(reasons)})" if reasons else ""))
         reasons.append(f"{candidate}: {why_not}")
     reasons = reasons or [f"no kernel serves device {device.type}"]
     if torch.compiler.is_compiling() and dtype.is_floating_point:
