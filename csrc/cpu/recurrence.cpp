@@ -218,7 +218,7 @@ struct Backward {
           dgates(static_cast<T*>(args.dgates)),
           packed(scratch<A>(s.directions * tiles * 4 * s.hidden * kTile)),
           dh(scratch<A>(s.directions * s.batch * padded)),
-          da(std::is_same_v<T, A> ? nullptr : scratch<A>(2 * s.batch * 4 * s.hidden)) {}
+          da(std::is_same_v<T, A> ? nullptr : scratch<A>(s.directions * 2 * s.batch * 4 * s.hidden)) {}
 
     const Shape s;
     const Index* start;  // [time + 1] first row of each step, and N
@@ -231,7 +231,7 @@ struct Backward {
     T* dgates;
     Scratch<A> packed;  // [D, tiles, 4H, 64]
     Scratch<A> dh;      // [D, B, padded]
-    Scratch<A> da;      // [2, B, 4H] by turns, where dgates are rounded
+    Scratch<A> da;      // [D, 2, B, 4H] by turns, where dgates are rounded
 };
 
 // Row b of step t, units unit .. unit + 16: B1 to B6. da: null where dgates itself serves.
@@ -298,7 +298,7 @@ LSTM_HD void backward_thread(const Backward<T>& f, int thread, int threads) {
             if constexpr (std::is_same_v<T, A>) {
                 da = f.dgates + (d * f.start[s.time] + f.start[t]) * 4 * hidden;
             } else {
-                da = da_turn = f.da.get() + ((d * s.time + step) % 2) * s.batch * 4 * hidden;
+                da = da_turn = f.da.get() + (2 * d + step % 2) * s.batch * 4 * hidden;
             }
             for (Index block = part.block; block < team.blocks; block += part.block_stride) {
                 const Index end = std::min(block_row(team, s.batch, block + 1), s.steps[t]);

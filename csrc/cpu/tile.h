@@ -1,6 +1,7 @@
 // The product that the recurrence is made of: a few rows times a tile of 64 columns packed for it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -27,16 +28,13 @@ struct Isa {
 };
 
 // c[rows, 64] = a[rows, k] b[k, 64], or += if accumulate. lda and ldc: elements from one row of a and c to the next.
-// Each element is one sum in the order of k, so that it does not depend on how rows are put into blocks.
+// Each element is one sum in the order of k from 0, so that it does not depend on how rows are put into blocks.
 template <typename Isa, int Rows, typename A>
 LSTM_HD void multiply_rows(const A* a, Index lda, const A* b, Index k, A* c, Index ldc, bool accumulate) {
     using Vector = typename Isa::template VectorOf<A>::type;
     constexpr Index lanes = sizeof(Vector) / sizeof(A);
     for (Index column = 0; column < kTile; column += Isa::template columns<A>) {
         Vector sum[Rows][Isa::vectors] = {};
-        if (accumulate) {
-            for (int r = 0; r < Rows; ++r) std::memcpy(sum[r], c + r * ldc + column, sizeof(sum[r]));
-        }
         for (Index p = 0; p < k; ++p) {
             Vector row[Isa::vectors];
 #pragma GCC unroll 4
@@ -49,7 +47,12 @@ LSTM_HD void multiply_rows(const A* a, Index lda, const A* b, Index k, A* c, Ind
                 for (int v = 0; v < Isa::vectors; ++v) sum[r][v] += x * row[v];
             }
         }
-        for (int r = 0; r < Rows; ++r) std::memcpy(c + r * ldc + column, sum[r], sizeof(sum[r]));
+        for (int r = 0; r < Rows; ++r) {
+            Vector before[Isa::vectors] = {};
+            if (accumulate) std::memcpy(before, c + r * ldc + column, sizeof(before));
+            for (int v = 0; v < Isa::vectors; ++v) sum[r][v] += before[v];
+            std::memcpy(c + r * ldc + column, sum[r], sizeof(sum[r]));
+        }
     }
 }
 
@@ -73,33 +76,6 @@ LSTM_HD void multiply(Index rows, const A* a, Index lda, const A* b, Index k, A*
     }
 }
 
-// w [4H, H] to one tile of W_hh^T for the forward product, to [H, 64]: column 16 * gate + j is unit 16 * tile + j of
-// that gate.
-template <typename T>
-LSTM_HD void pack_units(const T* w, Index hidden, Index tile, Acc<T>* to) {
-    const Index first = tile * kUnits;
-    for (Index k = 0; k < hidden; ++k) {
-        for (Index gate = 0; gate < 4; ++gate) {
-            for (Index j = 0; j < kUnits; ++j) {
-                const bool inside = first + j < hidden;
-                to[k * kTile + gate * kUnits + j] =
-                    inside ? load(w[(gate * hidden + first + j) * hidden + k]) : Acc<T>(0);
-            }
-        }
-    }
-}
-
-// w [4H, H] to columns 64 * tile .. of W_hh for the backward product, to [4H, 64].
-template <typename T>
-LSTM_HD void pack_columns(const T* w, Index hidden, Index tile, Acc<T>* to) {
-    const Index first = tile * kTile;
-    for (Index k = 0; k < 4 * hidden; ++k) {
-        for (Index j = 0; j < kTile; ++j) {
-            to[k * kTile + j] = first + j < hidden ? load(w[k * hidden + first + j]) : Acc<T>(0);
-        }
-    }
-}
-
 // 16 units between an array and registers; of the last tile only count < 16 exist, and the others are 0.
 template <typename T>
 LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
@@ -116,6 +92,34 @@ LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
         for (Index j = 0; j < kUnits; ++j) to[j] = store<T>(from[j]);
     } else {
         for (Index j = 0; j < count; ++j) to[j] = store<T>(from[j]);
+    }
+}
+
+// w [4H, H] to one tile of W_hh^T for the forward product, to [H, 64]: column 16 * gate + j is unit 16 * tile + j of
+// that gate. By blocks of 16 x 16, which stay in cache whatever the stride.
+template <typename T>
+LSTM_HD void pack_units(const T* w, Index hidden, Index tile, Acc<T>* to) {
+    const Index first = tile * kUnits, units = std::min(kUnits, hidden - first);
+    for (Index k = 0; k < hidden; k += kUnits) {
+        const Index count = std::min(kUnits, hidden - k);
+        for (Index gate = 0; gate < 4; ++gate) {
+            alignas(64) Acc<T> block[kUnits][kUnits] = {};
+            for (Index j = 0; j < units; ++j) load_units(w + (gate * hidden + first + j) * hidden + k, count, block[j]);
+            for (Index i = 0; i < count; ++i) {
+                for (Index j = 0; j < kUnits; ++j) to[(k + i) * kTile + gate * kUnits + j] = block[j][i];
+            }
+        }
+    }
+}
+
+// w [4H, H] to columns 64 * tile .. of W_hh for the backward product, to [4H, 64].
+template <typename T>
+LSTM_HD void pack_columns(const T* w, Index hidden, Index tile, Acc<T>* to) {
+    for (Index k = 0; k < 4 * hidden; ++k) {
+        for (Index j = 0; j < kTile; j += kUnits) {
+            const Index column = tile * kTile + j;
+            load_units(w + k * hidden + column, std::clamp<Index>(hidden - column, 0, kUnits), to + k * kTile + j);
+        }
     }
 }
 
