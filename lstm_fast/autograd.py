@@ -229,7 +229,10 @@ def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Te
         none = sum(t.sum() for t in inputs if t is not None)
         y = x.new_zeros(0, h0.size(0) * h0.size(2)) + none
         return y, h0 + none, c0 + none, y, y
-    outs = [reference.layer(x, h0[d], c0[d], *_direction(inputs, d), steps, d == 1) for d in range(c0.size(0))]
+    outs = []
+    for d in range(c0.size(0)):
+        w_ih, w_hh, b_ih, b_hh, w_hr = _direction(inputs, d)
+        outs.append(reference.layer(x, h0[d], c0[d], w_ih, w_hh, b_ih, b_hh, w_hr, steps, d == 1))
     y, h_n, c_n, gates, cells = zip(*outs, strict=True)
     return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
 
@@ -276,7 +279,8 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
     *inputs, batch_sizes, y, gates, cells = ctx.saved_tensors
     grads = grad_outputs[:_STATES]
     needs = [bool(need) for need in ctx.needs_input_grad[:_INPUTS]]
-    if torch.is_grad_enabled() or transforms_active():  # create_graph, or a batch of gradients
+    batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched
+    if torch.is_grad_enabled() or batched or transforms_active():
         steps = _steps(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):
             y, _, _, gates, cells = _differentiable_forward(inputs, steps)
