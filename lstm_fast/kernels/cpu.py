@@ -7,7 +7,7 @@ from torch import Tensor
 
 _problem: str | None = None
 try:
-    from lstm_fast import _C
+    import lstm_fast._C as _C
 except ImportError as error:
     _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
 
