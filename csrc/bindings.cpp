@@ -3,11 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/recurrence.h"
+#include "gates.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -93,6 +97,79 @@ void bind_cpu(py::module_& m) {
 
 // ---- The gate kernel: on the host for tests, and with CUDA ---------------------------------------------------------
 
+// The gate kernel with all but the step bound: called at each step of a walk, on `device`, or on the host without one.
+template <typename Step>
+struct Gates {
+    Step step;
+    lstm::Dtype dtype;
+    std::optional<int> device;
+    Address stream;
+
+    void run() const {
+        if (!device) return lstm::host::run_step(step, dtype);
+#ifdef LSTM_FAST_WITH_CUDA
+        const char* error = lstm::cuda::run_step(step, dtype, *device, pointer(stream));
+        if (error != nullptr)
+            throw std::runtime_error(std::string("the CUDA gate kernel could not be queued: ") + error);
+#else
+        throw std::runtime_error("lstm_fast._C was built without CUDA");
+#endif
+    }
+};
+
+using ForwardGates = Gates<lstm::ForwardStep>;
+using BackwardGates = Gates<lstm::BackwardStep>;
+
+lstm::GateSizes gate_sizes(const std::array<std::int64_t, 4>& sizes) {
+    return {sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+ForwardGates gates_forward(Address gates, Address product, Address c, Address h, Address y, Address cells,
+                           const std::array<std::int64_t, 4>& sizes, int dtype, std::optional<int> device,
+                           Address stream) {
+    return {{pointer(gates), pointer(product), pointer(c), pointer(h), pointer(y), pointer(cells), gate_sizes(sizes), 0,
+             0, 0},
+            static_cast<lstm::Dtype>(dtype),
+            device,
+            stream};
+}
+
+BackwardGates gates_backward(Address gates, Address cells, Address c0, Address dy, Address dh, Address dc,
+                             Address dgates, const std::array<std::int64_t, 4>& sizes, int dtype,
+                             std::optional<int> device, Address stream) {
+    return {{pointer(gates), pointer(cells), pointer(c0), pointer(dy), pointer(dh), pointer(dc), pointer(dgates),
+             gate_sizes(sizes), 0, 0, 0, 0, 0},
+            static_cast<lstm::Dtype>(dtype),
+            device,
+            stream};
+}
+
+void step_forward(ForwardGates& gates, std::int64_t direction, std::int64_t first, std::int64_t rows) {
+    gates.step.direction = direction;
+    gates.step.first = first;
+    gates.step.rows = rows;
+    gates.run();
+}
+
+void step_backward(BackwardGates& gates, std::int64_t direction, std::int64_t first, std::int64_t rows,
+                   std::int64_t previous_first, std::int64_t previous_rows) {
+    gates.step.direction = direction;
+    gates.step.first = first;
+    gates.step.rows = rows;
+    gates.step.previous_first = previous_first;
+    gates.step.previous_rows = previous_rows;
+    gates.run();
+}
+
+void bind_gates(py::module_& m) {
+    py::class_<ForwardGates>(m, "ForwardGates").def("__call__", step_forward, Released());
+    py::class_<BackwardGates>(m, "BackwardGates").def("__call__", step_backward, Released());
+    m.def("gates_forward", gates_forward, py::kw_only(), "gates"_a, "product"_a, "c"_a, "h"_a, "y"_a, "cells"_a,
+          "sizes"_a, "dtype"_a, "device"_a, "stream"_a);
+    m.def("gates_backward", gates_backward, py::kw_only(), "gates"_a, "cells"_a, "c0"_a, "dy"_a, "dh"_a, "dc"_a,
+          "dgates"_a, "sizes"_a, "dtype"_a, "device"_a, "stream"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -102,4 +179,5 @@ PYBIND11_MODULE(_C, m) {
         "bfloat16"_a = static_cast<int>(lstm::Dtype::bfloat16), "float16"_a = static_cast<int>(lstm::Dtype::float16));
     m.def("build_info", build_info, "How this extension was built.");
     bind_cpu(m);
+    bind_gates(m);
 }
