@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.dispatch import KERNELS
+from lstm_fast.products import linear, sum_of_outer
 
 _PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 _STATES = 3  # x, h0, c0
@@ -147,13 +148,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
             gates = gates.to(x.dtype)
         else:
-            gates = torch.empty(directions, rows, 4 * hidden, dtype=x.dtype, device=x.device)
+            products = []
             for d in range(directions):
                 w_ih, _, b_ih, b_hh, _ = _direction(inputs, d)
-                if b_ih is None:
-                    torch.mm(x, w_ih.t(), out=gates[d])
-                else:
-                    torch.addmm(b_ih + b_hh, x, w_ih.t(), out=gates[d])
+                products.append(linear(x, w_ih, None if b_ih is None else b_ih + b_hh))
+            gates = products[0].unsqueeze(0) if directions == 1 else torch.stack(products)  # [D, N, 4H]
             y = torch.empty(rows, directions * hidden, dtype=x.dtype, device=x.device)
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             cells = None
@@ -187,8 +186,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
                 KERNELS[backend].recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
             grads[1], grads[2] = dh.to(h0.dtype), dc.to(c0.dtype)
             if needs[0]:
-                dx = dgates[0] @ _direction(inputs, 0)[0]  # B7
-                grads[0] = dx if c0.size(0) == 1 else dx.addmm_(dgates[1], _direction(inputs, 1)[0])
+                dx = [linear(dgates[d], _direction(inputs, d)[0].t()) for d in range(c0.size(0))]  # B7
+                grads[0] = dx[0] if len(dx) == 1 else dx[0].add_(dx[1])
             for d in range(c0.size(0)):
                 first = _STATES + d * _PER_DIRECTION
                 columns = slice(d * h0.size(2), (d + 1) * h0.size(2))
@@ -202,10 +201,11 @@ def _weight_gradients(
     da: Tensor, x: Tensor, y: Tensor, h0: Tensor, steps: list[int], reverse: bool, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """B8 for one direction, one GEMM each; the two bias gradients are equal and apart in memory."""
-    dw_ih = da.t() @ x if needs[0] else None
+    dw_ih = sum_of_outer(da, x) if needs[0] else None
     dw_hh = None
     if needs[1]:
-        dw_hh = da.t() @ (reference.previous(y, h0, steps, reverse) if steps else y)
+        h_previous = reference.previous(y, h0, steps, reverse) if steps else y
+        dw_hh = sum_of_outer(da, h_previous)
     db = da.sum(0) if needs[2] or needs[3] else None
     return [dw_ih, dw_hh, db, None if db is None else db.clone(), None]
 
