@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError, SetupError
 
@@ -104,9 +104,10 @@ class NinjaBuild(build_ext):
             flags += ["-DLSTM_FAST_WITH_CUDA", f'-DLSTM_FAST_CUDA_ARCHS="{";".join(archs)}"']
             flags.append(f'-DLSTM_FAST_NVCC_VERSION="{version[1] if version else "unknown"}"')
             nvcc_flags = [*NVCC_FLAGS, "-ccbin", cxx[-1], *gencode(archs)]
-            linker = [nvcc, "-shared", "-cudart", "static", "-ccbin", cxx[-1]]
+            linker = [nvcc, "-shared", "-cudart", "static", "--no-device-link", "-ccbin", cxx[-1]]
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-        linker += shlex.split(os.environ.get("LDFLAGS", ""))
+        link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        linker += link_flags if nvcc is None else ["-Xcompiler=" + flag.replace(",", r"\,") for flag in link_flags]
 
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -119,8 +120,8 @@ class NinjaBuild(build_ext):
                 commands["cuda"] = [nvcc, *nvcc_flags]
             for rule, command in commands.items():
                 line = f"{escape(shlex.join(command))} -MMD -MF $out.d -c $in -o $out"
-                writer.rule(rule, line, depfile="$out.d", deps="gcc")
-            writer.rule("link", f"{escape(shlex.join(linker))} $in -o $out")
+                writer.rule(rule, line, "compiling $in", depfile="$out.d", deps="gcc")
+            writer.rule("link", f"{escape(shlex.join(linker))} $in -o $out", "linking $out")
             objects = []
             for source in map(Path, ext.sources):
                 if source.suffix == ".cu" and nvcc is None:
@@ -143,6 +144,8 @@ def escape_path(path: Path) -> str:
 
 if sys.platform != "linux":
     raise SystemExit(f"lstm_fast's kernels build on Linux, and this is {sys.platform}")
+if int(__version__.split(".")[0]) < 77:
+    raise SystemExit(f"building lstm_fast needs setuptools 77 or newer, not {__version__}: pip install -U setuptools")
 found = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), *sorted(ROOT.glob("csrc/cuda/*.cu"))]
 sources = ["csrc/bindings.cpp", *(str(path.relative_to(ROOT)) for path in found)]
 setup(ext_modules=[Extension("lstm_fast._C", sources)], cmdclass={"build_ext": NinjaBuild})
