@@ -1,0 +1,126 @@
+"""What the build puts out, what it needs, and what it says when something is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from lstm_fast import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+SYSTEM_LIBRARIES = ("libstdc++.", "libm.", "libgcc_s.", "libc.", "libdl.", "librt.", "libpthread.", "ld-linux")
+
+in_a_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("source") / "copy"
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "demo", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    return copy
+
+
+@in_a_checkout
+def test_sdist_holds_all_that_a_build_needs(source_copy: Path, tmp_path: Path) -> None:
+    done = run([sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], source_copy)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert "csrc/lstm_math.h" in sources
+    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "lstm_fast/py.typed"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@in_a_checkout
+def test_package_data_is_installed(source_copy: Path, tmp_path: Path) -> None:
+    done = run([sys.executable, "setup.py", "-q", "build_py", "-d", str(tmp_path)], source_copy)
+    assert done.returncode == 0, done.stderr
+    installed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    data = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_fast/translate/data").glob("*")}
+    assert {"lstm_fast/py.typed", "lstm_fast/_C.pyi", "lstm_fast/kernels/cpu.py"} | data <= installed
+
+
+WITHOUT_NVCC = """
+import runpy, shutil, sys
+which = shutil.which
+shutil.which = lambda name, *args, **kwargs: None if name == "nvcc" else which(name, *args, **kwargs)
+sys.argv = ["setup.py", "-q", "build_ext", "-b", "out", "-t", "temp"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@in_a_checkout
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"LSTM_FAST_CUDA": "1"}, "error: LSTM_FAST_CUDA=1 needs nvcc, which is neither in CUDA_HOME/bin nor on PATH"),
+        ({"LSTM_FAST_CUDA": "yes"}, "error: LSTM_FAST_CUDA should be 0 or 1, got: 'yes'"),
+        ({"CXX": "no-such-c++"}, "error: lstm_fast needs a C++17 compiler, and no-such-c++ was not found"),
+    ],
+)
+def test_a_failed_build_says_what_is_missing(source_copy: Path, environment: dict[str, str], sentence: str) -> None:
+    done = run([sys.executable, "-c", WITHOUT_NVCC], source_copy, **environment)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == sentence
+    assert "Traceback" not in done.stderr
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert set(info) == {"cuda", "cuda_archs", "nvcc", "compiler", "openmp"}
+    assert info["cuda"] == bool(info["cuda_archs"]) == (info["nvcc"] is not None)
+    assert info["compiler"]
+    assert sorted(_C.DTYPES) == ["bfloat16", "float16", "float32", "float64"]
+    assert sorted(_C.DTYPES.values()) == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_nothing_but_system_libraries_is_linked() -> None:
+    """No CUDA driver or runtime: it loads where there is none. No OpenMP runtime: torch brings one."""
+    dynamic = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = [line.rpartition("[")[2].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line]
+    assert any(name.startswith("libc.") for name in needed)
+    assert [name for name in needed if not name.startswith(SYSTEM_LIBRARIES)] == []
+
+
+ONE_OPENMP = """
+import os, torch
+import lstm_fast
+
+threads = lambda: len(os.listdir("/proc/self/task"))
+layer, x = lstm_fast.LSTM(64, 128, backend="cpu"), torch.randn(20, 32, 64)
+torch.set_num_threads(1)
+with torch.no_grad():
+    layer(x)
+    alone = threads()
+    layer(x)
+    assert threads() == alone, "a thread was started under torch.set_num_threads(1)"
+    torch.set_num_threads(3)
+    torch.randn(4_000_000).exp_()
+    pool = threads()
+    assert pool > alone
+    layer(x)
+    assert threads() == pool, "the kernel started threads of its own"
+maps = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+names = ("libgomp", "libomp", "libiomp")
+runtimes = {os.path.realpath(path) for path in maps if os.path.basename(path).startswith(names)}
+assert len(runtimes) == 1, runtimes
+"""
+
+
+@pytest.mark.skipif(not _C.build_info()["openmp"], reason="built without OpenMP")
+def test_one_openmp_runtime_and_one_pool_of_threads(tmp_path: Path) -> None:
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    done = run([sys.executable, "-c", ONE_OPENMP], tmp_path, **environment)
+    assert done.returncode == 0, done.stderr

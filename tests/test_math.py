@@ -1,0 +1,131 @@
+"""csrc/lstm_math.h over the whole range of float, against torch in float64; compiled here, without and with FMA."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+CXX = shlex.split(os.environ.get("CXX", "g++"))
+SOURCE = """
+#include "lstm_math.h"
+using namespace lstm;
+#define MAP(name, From, To, expression) \\
+    extern "C" void name(const From* from, To* to, long n) { \\
+        for (long k = 0; k < n; ++k) { const From x = from[k]; to[k] = expression; } \\
+    }
+MAP(exp_float, float, float, math::exp(x))
+MAP(tanh_float, float, float, math::tanh(x))
+MAP(sigmoid_float, float, float, math::sigmoid(x))
+MAP(exp_double, double, double, math::exp(x))
+MAP(tanh_double, double, double, math::tanh(x))
+MAP(sigmoid_double, double, double, math::sigmoid(x))
+MAP(load_bfloat16, BFloat16, float, load(x))
+MAP(load_float16, Float16, float, load(x))
+MAP(store_bfloat16, float, BFloat16, store<BFloat16>(x))
+MAP(store_float16, float, Float16, store<Float16>(x))
+"""
+ULPS = {"exp": 1.1, "tanh": 2.5, "sigmoid": 2.5}
+
+Map = Callable[[str, Tensor, torch.dtype], Tensor]
+
+
+@pytest.fixture(scope="module", params=["-O3", "-O3 -march=native"])
+def apply(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Map:
+    """apply(name, x, dtype): the C++ function of that name on every element of x, as dtype."""
+    if shutil.which(CXX[0]) is None:
+        pytest.skip(f"no C++ compiler: {CXX[0]}")
+    folder = tmp_path_factory.mktemp("math")
+    (folder / "math.cpp").write_text(SOURCE)
+    flags = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *shlex.split(request.param)]
+    command = [*CXX, *flags, f"-I{ROOT / 'csrc'}", str(folder / "math.cpp"), "-o", str(folder / "math.so")]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(folder / "math.so"))
+
+    def call(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        result = torch.empty(x.shape, dtype=dtype)
+        pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(result.data_ptr()))
+        getattr(library, name)(*pointers, ctypes.c_long(x.numel()))
+        return result
+
+    return call
+
+
+def every_kind_of_float() -> Tensor:
+    """Bit patterns at a prime stride: both zeros' neighbours, subnormals, all exponents, infinities and NaNs."""
+    patterns = torch.arange(-(2**31), 2**31, 2053, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    edges = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.2e-38, 3.4e38, -3.4e38, torch.inf, -torch.inf, torch.nan])
+    return torch.cat([patterns, edges, torch.linspace(-110, 95, 1_000_003), torch.linspace(-12, 12, 1_000_003)])
+
+
+@pytest.mark.parametrize("name", ULPS)
+def test_float_functions_are_accurate_over_the_whole_range(apply: Map, name: str) -> None:
+    x = every_kind_of_float()
+    exact = getattr(torch, name)(x.double())
+    rounded = exact.float()
+    got = apply(f"{name}_float", x, torch.float32)
+
+    finite = rounded.isfinite()
+    assert torch.equal(got[~finite].nan_to_num(2.0), rounded[~finite].nan_to_num(2.0))
+    size = rounded[finite].abs()
+    ulp = (torch.nextafter(size, torch.tensor(torch.inf)).double() - size).clamp(max=2.0**104)
+    errors = (got[finite].double() - exact[finite]).abs() / ulp
+    worst = errors.argmax()
+    assert errors[worst] <= ULPS[name], f"{errors[worst]:.2f} ulp at {x[finite][worst]}"
+
+
+@pytest.mark.parametrize("name", ULPS)
+def test_double_functions(apply: Map, name: str) -> None:
+    x = torch.cat(
+        [torch.linspace(-30, 30, 100_001, dtype=torch.float64), torch.tensor([1e-300, -1e-9, 1e9, -1e9]).double()]
+    )
+    got = apply(f"{name}_double", x, torch.float64)
+    torch.testing.assert_close(got, getattr(torch, name)(x), rtol=1e-15, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", ["float", "double"])
+def test_saturation_is_exact_and_nan_stays(apply: Map, kind: str) -> None:
+    dtype = getattr(torch, kind)
+    x = torch.tensor([200.0, 1e30, torch.inf, -1000.0, -1e30, -torch.inf], dtype=dtype)
+    assert apply(f"sigmoid_{kind}", x, dtype).tolist() == [1, 1, 1, 0, 0, 0]
+    assert apply(f"tanh_{kind}", x, dtype).tolist() == [1, 1, 1, -1, -1, -1]
+    nan = torch.tensor([torch.nan, -torch.nan], dtype=dtype)
+    for name in ULPS:
+        assert apply(f"{name}_{kind}", nan, dtype).isnan().all(), name
+
+
+def test_tanh_keeps_the_sign_of_zero_and_is_odd(apply: Map) -> None:
+    x = every_kind_of_float()
+    x = x[~x.isnan()]
+    plus, minus = apply("tanh_float", x, torch.float32), apply("tanh_float", -x, torch.float32)
+    assert torch.equal(plus.view(torch.int32), (-minus).view(torch.int32))
+    assert apply("tanh_float", torch.tensor([-0.0]), torch.float32).view(torch.int32).item() == -(2**31)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_16_bits_is_exact(apply: Map, dtype: torch.dtype) -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    got = apply(f"load_{dtype}".replace("torch.", ""), x, torch.float32)
+    assert torch.equal(got.isnan(), x.isnan())
+    known = ~x.isnan()
+    assert torch.equal(got[known].view(torch.int32), x[known].float().view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_storing_16_bits_rounds_to_nearest_even(apply: Map, dtype: torch.dtype) -> None:
+    stored = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    stored = stored[stored.isfinite()]
+    ties = (stored[1:] + stored[:-1]) / 2
+    around = [torch.nextafter(ties, torch.tensor(limit)) for limit in (torch.inf, -torch.inf)]
+    x = torch.cat([every_kind_of_float(), ties, -ties, *around])
+    got, want = apply(f"store_{dtype}".replace("torch.", ""), x, dtype), x.to(dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    known = ~want.isnan()
+    assert torch.equal(got[known].view(torch.int16), want[known].view(torch.int16))
