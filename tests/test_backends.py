@@ -74,9 +74,9 @@ def run(module: nn.Module, x: Tensor, hx: list[Tensor], lengths: list[int] | Non
 
 
 def compare(backend: str, dtype: str, shape, bidirectional: bool, lengths: list[int] | None = None, scale: float = 1.0):
-    _, B, _, H = shape
+    T, B, _, H = shape
     device = device_of(backend)
-    draws = 8 if B * H < 64 and backend != "triton" else 1
+    draws = 8 if B * H < 64 and (T < 3 or backend != "triton") else 1
     square: dict[str, list[float]] = {}  # by result: |ours - exact|^2, |theirs - exact|^2, |exact|^2
     for seed in range(draws):
         torch.manual_seed(seed)
