@@ -1,5 +1,6 @@
 from typing import Any
 
+CPU_INSTRUCTION_SETS: list[str]
 DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
@@ -17,6 +18,7 @@ def cpu_recurrence_forward(
     hidden: int,
     dtype: int,
     threads: int,
+    instruction_set: int,
 ) -> None: ...
 def cpu_recurrence_backward(
     *,
@@ -32,4 +34,39 @@ def cpu_recurrence_backward(
     hidden: int,
     dtype: int,
     threads: int,
+    instruction_set: int,
 ) -> None: ...
+
+class ForwardGates:
+    def __call__(self, direction: int, first: int, rows: int, /) -> None: ...
+
+class BackwardGates:
+    def __call__(self, direction: int, first: int, rows: int, previous_first: int, previous_rows: int, /) -> None: ...
+
+def gates_forward(
+    *,
+    gates: int,
+    product: int,
+    c: int,
+    h: int,
+    y: int,
+    cells: int,
+    sizes: tuple[int, int, int, int],
+    dtype: int,
+    device: int | None,
+    stream: int,
+) -> ForwardGates: ...
+def gates_backward(
+    *,
+    gates: int,
+    cells: int,
+    c0: int,
+    dy: int,
+    dh: int,
+    dc: int,
+    dgates: int,
+    sizes: tuple[int, int, int, int],
+    dtype: int,
+    device: int | None,
+    stream: int,
+) -> BackwardGates: ...
