@@ -50,20 +50,21 @@ py::dict build_info() {
 // ---- CPU -----------------------------------------------------------------------------------------------------------
 
 lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::int64_t hidden, std::size_t directions,
-                           int dtype, int threads) {
+                           int dtype, int threads, int instruction_set) {
     return {steps.data(),
             static_cast<std::int64_t>(steps.size()),
             steps.front(),
             hidden,
             static_cast<int>(directions),
             static_cast<lstm::Dtype>(dtype),
-            threads};
+            threads,
+            static_cast<lstm::cpu::InstructionSet>(instruction_set)};
 }
 
 void cpu_recurrence_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh,
                             const std::vector<std::int64_t>& steps, Address y, Address h_n, Address c_n, Address cells,
-                            std::int64_t hidden, int dtype, int threads) {
-    lstm::cpu::recurrence_forward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads),
+                            std::int64_t hidden, int dtype, int threads, int instruction_set) {
+    lstm::cpu::recurrence_forward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads, instruction_set),
                                   {pointer(gates),
                                    pointer(h0),
                                    pointer(c0),
@@ -76,8 +77,8 @@ void cpu_recurrence_forward(Address gates, Address h0, Address c0, const std::ve
 
 void cpu_recurrence_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh,
                              const std::vector<std::int64_t>& steps, Address dy, Address dh, Address dc, Address dgates,
-                             std::int64_t hidden, int dtype, int threads) {
-    lstm::cpu::recurrence_backward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads),
+                             std::int64_t hidden, int dtype, int threads, int instruction_set) {
+    lstm::cpu::recurrence_backward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads, instruction_set),
                                    {pointer(gates),
                                     pointer(cells),
                                     pointer(c0),
@@ -89,10 +90,18 @@ void cpu_recurrence_backward(Address gates, Address cells, Address c0, const std
 }
 
 void bind_cpu(py::module_& m) {
+    // Those that this CPU runs, the best last; a call names one by its place here.
+    py::list sets = py::list();
+    for (int set = 0; set <= static_cast<int>(lstm::cpu::best_instruction_set()); ++set) {
+        sets.append(std::array{"baseline", "avx2", "avx512"}[set]);
+    }
+    m.attr("CPU_INSTRUCTION_SETS") = sets;
     m.def("cpu_recurrence_forward", cpu_recurrence_forward, Released(), py::kw_only(), "gates"_a, "h0"_a, "c0"_a,
-          "w_hh"_a, "steps"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "hidden"_a, "dtype"_a, "threads"_a);
+          "w_hh"_a, "steps"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "hidden"_a, "dtype"_a, "threads"_a,
+          "instruction_set"_a);
     m.def("cpu_recurrence_backward", cpu_recurrence_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a,
-          "w_hh"_a, "steps"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "hidden"_a, "dtype"_a, "threads"_a);
+          "w_hh"_a, "steps"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "hidden"_a, "dtype"_a, "threads"_a,
+          "instruction_set"_a);
 }
 
 // ---- The gate kernel: on the host for tests, and with CUDA ---------------------------------------------------------

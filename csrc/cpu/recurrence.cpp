@@ -343,12 +343,12 @@ LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
 #ifdef __x86_64__
 using Baseline = Isa<16, 2>;
 template <typename Job>
-__attribute__((target("avx2,fma,f16c"))) void run_avx2(const Job& job, int thread, int threads) {
+__attribute__((target("avx2,fma"))) void run_avx2(const Job& job, int thread, int threads) {
     run_thread<Isa<32, 2>>(job, thread, threads);
 }
 template <typename Job>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))) void run_avx512(const Job& job, int thread,
-                                                                                            int threads) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Job& job, int thread,
+                                                                                       int threads) {
     run_thread<Isa<64, 4>>(job, thread, threads);
 }
 #else
@@ -361,13 +361,10 @@ void run_baseline(const Job& job, int thread, int threads) {
 }
 
 template <typename Job>
-auto best_kernel() {
+auto kernel_of([[maybe_unused]] InstructionSet set) {
 #ifdef __x86_64__
-    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (fma && wide) return run_avx512<Job>;
-    if (fma) return run_avx2<Job>;
+    if (set == InstructionSet::avx512) return run_avx512<Job>;
+    if (set == InstructionSet::avx2) return run_avx2<Job>;
 #endif
     return run_baseline<Job>;
 }
@@ -377,7 +374,7 @@ void run(const Shape& shape, const Args& args) {
     std::vector<Index> start(shape.time + 1, 0);
     for (Index t = 0; t < shape.time; ++t) start[t + 1] = start[t] + shape.steps[t];
     const Job job(shape, args, start);
-    const auto kernel = best_kernel<Job>();
+    const auto kernel = kernel_of<Job>(shape.instruction_set);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(useful_threads(shape, start.back(), job.tiles))
     kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
@@ -401,6 +398,17 @@ void run_dtype(const Shape& shape, const Args& args) {
 }
 
 }  // namespace
+
+InstructionSet best_instruction_set() {
+#ifdef __x86_64__
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512) return InstructionSet::avx512;
+    if (avx2) return InstructionSet::avx2;
+#endif
+    return InstructionSet::baseline;
+}
 
 void recurrence_forward(const Shape& shape, const ForwardArgs& args) { run_dtype<Forward>(shape, args); }
 

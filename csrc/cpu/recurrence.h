@@ -6,8 +6,8 @@
 //
 // All arrays are C-contiguous and need only the alignment of their elements. Nothing written may overlap anything else
 // in the call, and nothing is kept after it. What is "written" is written fully and read only where "in place" is said.
-// The same input gives the same bits, whatever the number of threads. Both functions throw std::bad_alloc for lack of
-// scratch memory (a copy of w_hh in A, and a few states), and nothing else.
+// The same input gives the same bits, whatever the number of threads, in any one instruction set. Both functions throw
+// std::bad_alloc for lack of scratch memory (a copy of w_hh in A, and a few states), and nothing else.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,20 @@
 
 namespace lstm::cpu {
 
+enum class InstructionSet : int { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The best one that this CPU runs; it runs all those before it too.
+InstructionSet best_instruction_set();
+
 struct Shape {
-    const std::int64_t* steps;  // [time] active sequences of each step: >= 1, never growing, the first is batch
-    std::int64_t time;          // >= 1
-    std::int64_t batch;         // B >= 1
-    std::int64_t hidden;        // H >= 1
-    int directions;             // D: 1 or 2
-    Dtype dtype;                // T
-    int threads;                // at most so many; small problems take fewer
+    const std::int64_t* steps;       // [time] active sequences of each step: >= 1, never growing, the first is batch
+    std::int64_t time;               // >= 1
+    std::int64_t batch;              // B >= 1
+    std::int64_t hidden;             // H >= 1
+    int directions;                  // D: 1 or 2
+    Dtype dtype;                     // T
+    int threads;                     // at most so many; small problems take fewer
+    InstructionSet instruction_set;  // one that this CPU runs
 };
 
 struct ForwardArgs {

@@ -51,6 +51,7 @@ def recurrence_forward(
         hidden=c0.size(2),
         dtype=_C.DTYPES[_name(gates.dtype)],
         threads=torch.get_num_threads(),
+        instruction_set=len(_C.CPU_INSTRUCTION_SETS) - 1,
     )
 
 
@@ -79,6 +80,7 @@ def recurrence_backward(
         hidden=c0.size(2),
         dtype=_C.DTYPES[_name(gates.dtype)],
         threads=torch.get_num_threads(),
+        instruction_set=len(_C.CPU_INSTRUCTION_SETS) - 1,
     )
 
 
