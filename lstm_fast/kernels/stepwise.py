@@ -21,7 +21,7 @@ class BindForward(Protocol):
 
     ``product`` [B, 4H] Acc: the step's h' W_hh^T. ``c`` [D, B, H] Acc and ``h`` [D, B, H] T: the state, in place.
     ``gates``, ``y``, ``cells``: those of ``recurrence_forward``. The kernel is then called with (direction, first row,
-    rows), and writes only those rows.
+    rows), and writes only those rows. It may hold addresses alone: its caller keeps the tensors alive.
     """
 
     def __call__(
@@ -34,7 +34,8 @@ class BindBackward(Protocol):
 
     The tensors are those of ``recurrence_backward``; ``dh`` [D, B, H] Acc: the gradient of h without dy. The kernel is
     then called with (direction, first row, rows, previous first row, previous rows): sequences below ``previous rows``
-    have their c' in ``cells`` at the walk's previous step, the others start here, from ``c0``.
+    have their c' in ``cells`` at the walk's previous step, the others start here, from ``c0``. It may hold addresses
+    alone: its caller keeps the tensors alive.
     """
 
     def __call__(
