@@ -1,0 +1,37 @@
+"""The ``lstm-fast`` command. ``info`` needs torch alone; the rest is in ``lstm_fast.translate.commands``."""
+
+from __future__ import annotations
+
+import sys
+
+import lstm_fast
+from lstm_fast.environment import environment
+
+_EXTRA = ("matplotlib", "rich", "sacrebleu", "safetensors", "sentencepiece", "typer")
+
+
+def main() -> None:
+    """Runs the command line and exits: 0 if all went well, 2 with one sentence on bad input, 130 on Ctrl-C."""
+    if sys.argv[1:] == ["info"]:
+        print(info())
+        return
+    try:
+        from lstm_fast.translate.commands import run
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        print(f"The translator needs {error.name}: pip install 'lstm_fast[translate]'", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run())
+
+
+def info() -> str:
+    """Versions, processor and every LSTM backend, with the reason for each that can't run here."""
+    lines = [f"{name:<10} {value}" for name, value in environment().items()]
+    for name, status in lstm_fast.backends().items():
+        lines.append(f"{name:<10} {'runs here' if status.available else 'cannot run here'}: {status.detail}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

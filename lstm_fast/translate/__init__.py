@@ -1,0 +1,1 @@
+"""An English-to-French translator on ``lstm_fast.LSTM``: text, subwords, model, training, search, scores, pictures."""

@@ -1,0 +1,356 @@
+"""Training: from pairs of sentences to a checkpoint, within a budget of minutes, steps or epochs.
+
+A run can be interrupted at any time. What it needs to go on (weights, averages, optimiser, random state, place in the
+data) is one file, and the run that goes on is the run that was never interrupted: bit for bit, on the same machine with
+a budget of steps or epochs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from lstm_fast import explain
+from lstm_fast.environment import environment
+from lstm_fast.translate.batches import Batch, Example, collate, plan_epoch
+from lstm_fast.translate.checkpoint import (
+    MODEL_FILE,
+    TRAINING_FILE,
+    CheckpointError,
+    bytes_tensor,
+    load_tensors,
+    save_model,
+    save_tensors,
+    tensor_bytes,
+)
+from lstm_fast.translate.corpus import Pair, Splits, builtin, group_references, load_splits
+from lstm_fast.translate.loss import linear_cross_entropy
+from lstm_fast.translate.model import ModelConfig, Translator
+from lstm_fast.translate.scoring import evaluate
+from lstm_fast.translate.tokenizer import PAD, Tokenizer
+
+WARM_UP = 0.05  # of the budget; the rate then falls linearly to zero
+SMOOTHING = 0.1  # Szegedy et al. 2016
+CLIP = 1.0  # norm of all gradients
+AVERAGING = 0.995  # decay of the averaged weights at each step, less in the first ones
+EVALUATIONS = 10  # on dev, evenly over the budget
+DEV_SENTENCES = 400
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All that decides a run.
+
+    Attributes:
+        train, dev: ``English<TAB>French`` files; train None for the built-in text, dev None to split one off.
+        minutes, steps, epochs: the budget; one of them.
+        vocab_size: subwords, at most.
+        batch_tokens: padded subwords of a batch, in either language, at most.
+        learning_rate: of AdamW, at its peak.
+        Others: see ModelConfig.
+    """
+
+    train: str | None = None
+    dev: str | None = None
+    minutes: float | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    vocab_size: int = 6000
+    width: int = 256
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    dropout: float = 0.1
+    batch_tokens: int = 2000
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        budget = [name for name in ("minutes", "steps", "epochs") if getattr(self, name) is not None]
+        if len(budget) != 1:
+            raise ValueError(f"one of minutes, steps and epochs should be given, got: {' and '.join(budget) or 'none'}")
+        for name in (*budget, "batch_tokens", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} should be above 0, got: {getattr(self, name)}")
+        self.model_config(self.vocab_size)  # its checks
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        return ModelConfig(vocab_size, self.width, self.encoder_layers, self.decoder_layers, self.dropout)
+
+    def load_splits(self) -> Splits:
+        return builtin() if self.train is None else load_splits(self.train, self.dev)
+
+
+class Reporter(Protocol):
+    """Where a run tells how it gets on."""
+
+    def note(self, text: str) -> None: ...
+
+    def step(self, progress: float, loss: float, sentences_per_second: float) -> None: ...
+
+
+def train(config: TrainingConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Trains into the folder ``out``: the best model by BLEU on dev, and the state to resume from.
+
+    Returns the run's summary, which the model's checkpoint holds too.
+
+    Raises:
+        CorpusError: a file of pairs can't be used.
+        CheckpointError: ``out`` holds a run already.
+        FloatingPointError: training diverged.
+        KeyboardInterrupt: on Ctrl-C, after the current step; the run has been saved.
+    """
+    started = time.monotonic()
+    for name in (MODEL_FILE, TRAINING_FILE):
+        if (out / name).exists():
+            raise CheckpointError(f"{out} holds a trained model already: choose another --out, or --resume it")
+    splits = config.load_splits()
+    tokenizer = Tokenizer.train((text for p in splits.train for text in (p.english, p.french)), config.vocab_size)
+    torch.manual_seed(config.seed)
+    return _Run(config, splits, tokenizer, started).go(out, reporter)
+
+
+def resume(out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Goes on with the run in ``out`` from where it was last saved; otherwise as ``train``.
+
+    Raises:
+        CheckpointError: there is no run in ``out``, it can't be read, or its text has changed since.
+    """
+    started = time.monotonic()
+    path = out / TRAINING_FILE
+    tensors, about = load_tensors(path, "training")
+    try:
+        config, text = TrainingConfig(**about["config"]), about["text"]
+        tokenizer = Tokenizer(tensor_bytes(tensors["tokenizer"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold a run of this version: {error}") from error
+    splits = config.load_splits()
+    if text != _digest(splits):
+        raise CheckpointError(f"{config.train or 'the built-in text'} has changed since {path} was written")
+    run = _Run(config, splits, tokenizer, started)
+    try:
+        run.restore(tensors, about)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not hold the state of its own run: {error}") from error
+    return run.go(out, reporter)
+
+
+class _Run:
+    """Everything that changes while training."""
+
+    def __init__(self, config: TrainingConfig, splits: Splits, tokenizer: Tokenizer, started: float) -> None:
+        self.config, self.tokenizer, self.text = config, tokenizer, _digest(splits)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.examples = _examples(tokenizer, splits.train)
+        self.dev = _spread(splits.dev, DEV_SENTENCES)
+        self.model = Translator(config.model_config(len(tokenizer))).to(self.device)
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
+        self.step = self.epoch = self.batch = self.sentences = self.evaluations = 0
+        self.best_bleu = -1.0
+        self.started = started
+        self.last_step = config.steps or sum(len(self._plan(epoch)) for epoch in range(config.epochs or 0))
+
+    def go(self, out: Path, reporter: Reporter) -> dict[str, Any]:
+        """Trains to the end of the budget."""
+        out.mkdir(parents=True, exist_ok=True)
+        sizes = (
+            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M parameters, {len(self.tokenizer)} subwords"
+        )
+        reporter.note(f"{len(self.examples)} sentence pairs, {sizes}, on {self.device}")
+        reporter.note(f"LSTM on {self._backend()}")
+        batches = self._batches()
+        with _Interrupts() as interrupts:
+            while (progress := self.progress()) < 1:
+                loss = self._train_step(next(batches), progress)
+                reporter.step(self.progress(), loss, self.sentences / self.seconds())
+                if self.progress() * EVALUATIONS >= self.evaluations + 1:
+                    self._evaluate(out, reporter)
+                if interrupts.seen:
+                    self._save(out)
+                    raise KeyboardInterrupt
+        return self.summary()
+
+    def seconds(self) -> float:
+        """Since the run began, evaluations included, interruptions not."""
+        return time.monotonic() - self.started
+
+    def progress(self) -> float:
+        """Share of the budget that is spent."""
+        if self.config.minutes is not None:
+            return self.seconds() / (60 * self.config.minutes)
+        return self.step / self.last_step
+
+    def summary(self) -> dict[str, Any]:
+        """What the run did so far and with what."""
+        return {
+            "config": asdict(self.config),
+            "pairs": len(self.examples),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.step,
+            "seconds": round(self.seconds(), 1),
+            "sentences_per_second": round(self.sentences / self.seconds(), 1),
+            "dev_bleu": round(self.best_bleu, 2),
+            "lstm": self._backend(),
+            "device": str(self.device),
+            **environment(),
+        }
+
+    def _train_step(self, batch: Batch, progress: float) -> float:
+        """One step of the optimiser; the mean loss of a subword."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
+        loss = _loss(self.model.train(), batch.to(self.device), SMOOTHING)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = clip_grad_norm_(self.model.parameters(), CLIP)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradients are not finite at step {self.step}: try a lower --learning-rate")
+        self.optimizer.step()
+        self.step += 1
+        decay = min(AVERAGING, self.step / (self.step + 10))
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+        self.sentences += len(batch.source)
+        return loss.item()
+
+    def _evaluate(self, out: Path, reporter: Reporter) -> None:
+        """Scores the averaged weights on dev, keeps them if they are the best so far, and saves the run."""
+        self.evaluations = int(self.progress() * EVALUATIONS)
+        examples = _examples(self.tokenizer, self.dev)
+        with torch.no_grad():
+            batches = [collate(examples[i : i + 50]).to(self.device) for i in range(0, len(examples), 50)]
+            loss = sum(_loss(self.averaged, b, 0.0).item() * len(b.source) for b in batches) / len(examples)
+        bleu = evaluate(self.averaged, self.tokenizer, self.dev, beam=1).bleu
+        best = bleu > self.best_bleu
+        if best:
+            self.best_bleu = bleu
+        reporter.note(
+            f"{self.seconds():5.0f} s  step {self.step:6d}  dev loss {loss:.3f}  dev BLEU {bleu:5.2f}" + "  best" * best
+        )
+        if best:
+            self._save_model(out)
+        self._save(out)
+
+    def _save_model(self, out: Path) -> None:
+        weights = self.averaged.state_dict()
+        save_model(out / MODEL_FILE, weights, self.model.config, self.tokenizer, self.summary())
+
+    def _save(self, out: Path) -> None:
+        """The run as it stands, and, should no evaluation have kept a model yet, the model as it stands."""
+        if not (out / MODEL_FILE).exists():
+            self._save_model(out)
+        tensors = {"tokenizer": bytes_tensor(self.tokenizer.model), "random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        about = {"config": asdict(self.config), "text": self.text, "seconds": self.seconds()}
+        about |= {name: getattr(self, name) for name in _PLACE}
+        save_tensors(out / TRAINING_FILE, "training", tensors, about)
+
+    def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """The state that ``_save`` stored."""
+        for name in _PLACE:
+            setattr(self, name, about[name])
+        self.started -= about["seconds"]
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}, "random": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.averaged.load_state_dict(parts["averaged"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        torch.set_rng_state(parts["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in parts["random"]:
+            torch.cuda.set_rng_state(parts["random"]["cuda"])
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        return plan_epoch(self.examples, self.config.batch_tokens, self.config.seed, epoch)
+
+    def _batches(self) -> Iterator[Batch]:
+        """From this run's place in the data on, without end."""
+        while True:
+            plan = self._plan(self.epoch)
+            while self.batch < len(plan):
+                self.batch += 1
+                yield collate([self.examples[i] for i in plan[self.batch - 1]])
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def _backend(self) -> str:
+        layer = self.model.decoder[0]
+        return explain(layer, torch.empty(1, 1, self.config.width, device=self.device))
+
+
+_PLACE = ("step", "epoch", "batch", "sentences", "evaluations", "best_bleu")
+
+
+def _loss(model: Translator, batch: Batch, smoothing: float) -> Tensor:
+    """Mean label-smoothed cross-entropy of a target subword, in nats."""
+    memory = model.encode(batch.source, batch.lengths)
+    features, _, _ = model.decode(batch.target[:, :-1], memory, memory.state)  # [B, T, W]
+    targets = batch.target[:, 1:]
+    kept = targets != PAD
+    weight, bias = model.embedding.weight, model.output_bias
+    return linear_cross_entropy(features[kept], weight, bias, targets[kept], smoothing) / kept.sum()
+
+
+def _examples(tokenizer: Tokenizer, pairs: list[Pair]) -> list[Example]:
+    sources = tokenizer.encode([pair.english for pair in pairs])
+    targets = tokenizer.encode([pair.french for pair in pairs])
+    return list(zip(sources, targets, strict=True))
+
+
+def _spread(pairs: list[Pair], count: int) -> list[Pair]:
+    """All pairs of about ``count`` distinct English sentences, evenly from the whole list."""
+    grouped = group_references(pairs)
+    chosen = grouped[:: math.ceil(len(grouped) / count)]
+    return [Pair(english, french) for english, references in chosen for french in references]
+
+
+def _digest(splits: Splits) -> str:
+    """A fingerprint of the text that training sees."""
+    lines = (f"{pair.english}\t{pair.french}\n" for pair in (*splits.train, *splits.dev))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class _Interrupts:
+    """Ctrl-C lets the current step finish; a second one does not wait."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
