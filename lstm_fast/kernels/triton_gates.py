@@ -17,7 +17,7 @@ from torch import Tensor
 from lstm_fast.kernels import stepwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_UNITS = 256  # of one program
+_UNITS = (32, 256)  # fewest and most of one program
 
 
 @cache
@@ -80,7 +80,7 @@ recurrence_backward = partial(stepwise.recurrence_backward, bind_backward)
 
 def _tiling(hidden: int, element_size: int) -> tuple[int, int, int]:
     """Units of a program, programs of a sequence, and warps: as many as give each thread 16 bytes of T."""
-    units = min(_MOST_UNITS, 1 << (hidden - 1).bit_length())
+    units = min(max(_UNITS[0], 1 << (hidden - 1).bit_length()), _UNITS[1])
     return units, -(-hidden // units), max(1, units * element_size // (16 * 32))
 
 

@@ -35,7 +35,7 @@ def tanh(x):
     return tl.where(small, u + u * (z * q), tl.where(x < 0, -far, far))
 
 
-@triton.jit(do_not_specialize=["all_rows", "batch", "direction", "first"])
+@triton.jit(do_not_specialize=["all_rows", "batch", "directions", "direction", "first"])
 def forward(
     gates,  # T [D, N, 4H], on entry x W_ih^T + b_ih + b_hh; with cells in place activated, else only read
     product,  # fp32 [B, 4H], h' W_hh^T of this step
@@ -81,7 +81,9 @@ def forward(
         tl.store(gates + 3 * hidden, o, inside)
 
 
-@triton.jit(do_not_specialize=["all_rows", "batch", "direction", "first", "previous_first", "previous_rows"])
+@triton.jit(
+    do_not_specialize=["all_rows", "batch", "directions", "direction", "first", "previous_first", "previous_rows"]
+)
 def backward(
     gates,  # T [D, N, 4H], activated
     cells,  # fp32 [D, N, H]

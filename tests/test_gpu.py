@@ -1,0 +1,125 @@
+"""What only a GPU can show: streams, graphs, synchronisation, long walks, large grids, a second device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lstm_fast
+from lstm_fast.kernels import cuda
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ["cuda", "triton"]
+
+
+def build(backend: str, dtype: torch.dtype = torch.float32, device: str = "cuda", hidden: int = 33):
+    status = lstm_fast.backends()[backend]
+    if not status.available:
+        pytest.skip(f"{backend}: {status.detail}")
+    torch.manual_seed(0)
+    module = lstm_fast.LSTM(5, hidden, bidirectional=True, device=device, dtype=dtype, backend=backend)
+    return module, torch.randn(7, 4, 5, device=device, dtype=dtype, requires_grad=True)
+
+
+def train(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of its sum of squares."""
+    y, (_, c_n) = module(x)
+    loss = y.square().sum() + c_n.square().sum()
+    return [y.detach(), *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+
+def same_bits(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_on_the_callers_stream(backend, dtype):
+    """Behind a long wait on its own stream, a kernel on any other would read what isn't there yet."""
+    module, x = build(backend, dtype)
+    wanted = train(module, x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        found = train(module, x)
+    stream.synchronize()
+    assert same_bits(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_never_synchronises(backend, dtype):
+    module, x = build(backend, dtype)
+    wanted = train(module, x)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = train(module, x)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert same_bits(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cuda_graph_captures_training(backend, dtype):
+    module, x = build(backend, dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            train(module, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = train(module, x)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(captured, train(module, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_walk(backend, dtype):
+    module, _ = build(backend, dtype)
+    x = torch.randn(4096, 3, 5, device="cuda", dtype=dtype)
+    theirs = nn.LSTM(5, 33, bidirectional=True, device="cuda", dtype=dtype)
+    theirs.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        ours, rival = module(x)[0].double(), theirs(x)[0].double()
+        exact = theirs.double()(x.double())[0]
+    error, allowed = ((y - exact).norm() / exact.norm() for y in (ours, rival))
+    assert error <= 2 * allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_device_that_is_not_the_current_one(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    module, x = build(backend, device="cuda:1")
+    with torch.cuda.device(0):
+        found = train(module, x)
+        assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        assert same_bits(found, train(module, x))
+
+
+def test_more_rows_than_the_grid_has_blocks():
+    """One unit a sequence makes blocks of 128 rows; gridDim.y ends at 65535, and the kernel loops over the rest."""
+    if cuda.unavailable() is not None:
+        pytest.skip(f"cuda: {cuda.unavailable()}")
+    rows = 65535 * 128 + 77
+    gates, product = torch.randn(1, rows, 4, device="cuda"), torch.randn(rows, 4, device="cuda")
+    i, f, g, o = (gates[0] + product).double().unbind(1)
+    c0 = torch.randn(1, rows, 1, device="cuda")
+    c = f.sigmoid() * c0.flatten() + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    state, h_n, y = c0.clone(), torch.full_like(c0, float("nan")), torch.full((rows, 1), float("nan"), device="cuda")
+    cuda.bind_forward(gates, product, state, h_n, y, None)(0, 0, rows)
+    torch.testing.assert_close(state.flatten().double(), c, rtol=0, atol=1e-5)
+    torch.testing.assert_close(y.flatten().double(), h, rtol=0, atol=1e-5)
+    assert torch.equal(y.flatten(), h_n.flatten())
