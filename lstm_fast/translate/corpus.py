@@ -15,7 +15,7 @@ from itertools import islice
 from os import PathLike
 from pathlib import Path
 
-from .grammar import Sentence, sentences
+from .grammar import sentences
 
 HANDWRITTEN = Path(__file__).parent / "data" / "handwritten.tsv"
 HELD_OUT_SENTENCES = 500  # in dev and in test of the built-in text
@@ -109,7 +109,9 @@ def builtin(seed: int = 0, size: int = 24_000) -> Splits:
             held[name].append(pair)
         if len(train) == size and min(map(len, held.values())) >= 2 * HELD_OUT_SENTENCES:
             break
-    return Splits(train, *(_unseen(held[name], train)[:HELD_OUT_SENTENCES] for name in ("dev", "test")))
+    dev = _unseen(held["dev"], train)[:HELD_OUT_SENTENCES]
+    test = [pair for pair in _unseen(held["test"], train) if pair not in dev][:HELD_OUT_SENTENCES]
+    return Splits(train, dev, test)
 
 
 def load_splits(
@@ -167,7 +169,7 @@ def _pair(line: str, path: Path, number: int) -> Pair:
     if len(columns) < 2:
         shown = line.strip() if len(line.strip()) <= 40 else line.strip()[:40] + "..."
         raise CorpusError(f"{path}, line {number}: no tab in {shown!r}; expected English<TAB>French.")
-    for side, column in zip(("English", "French"), columns):
+    for side, column in zip(("English", "French"), columns, strict=False):
         if not column:
             raise CorpusError(f"{path}, line {number}: the {side} side is empty; expected English<TAB>French.")
     return Pair(columns[0], columns[1])
@@ -195,7 +197,7 @@ def _unseen(candidates: Sequence[Pair], train: Sequence[Pair]) -> list[Pair]:
 
 
 def _split_off(pairs: Sequence[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
-    """At most ``count`` pairs in whole groups that share sentences, and the rest before them."""
+    """The rest, and about ``count`` pairs in whole groups that share sentences; none where all are one group."""
     parent: dict[str, str] = {}
 
     def root(node: str) -> str:
@@ -208,6 +210,7 @@ def _split_off(pairs: Sequence[Pair], count: int) -> tuple[list[Pair], list[Pair
     groups: dict[str, list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault(root("en " + normalise(pair.english)), []).append(index)
+    count = max(count, min(map(len, groups.values())))
     chosen: set[int] = set()
     for group in sorted(groups.values(), key=lambda g: min(_hash(normalise(pairs[i].english)) for i in g)):
         if len(chosen) + len(group) <= count and len(group) < len(pairs):

@@ -61,8 +61,8 @@ def be(person: int, plural_subject: bool, past: bool) -> str:
 
 
 def indefinite(following: str) -> str:
-    """"a" or "an" before the word that follows it."""
-    return "an" if following[0].lower() in "aeiou" or following.startswith("hon") and following != "honey" else "a"
+    """ "a" or "an" before the word that follows it."""
+    return "an" if following[0].lower() in "aeiou" or (following.startswith("hon") and following != "honey") else "a"
 
 
 def contract(sentence: str) -> str:

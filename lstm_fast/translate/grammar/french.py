@@ -16,6 +16,7 @@ _RE_ENDINGS = ("s", "", "ons", "ez", "ent")
 _FUTURE = ("ai", "a", "ons", "ez", "ont")
 _IMPERFECT = ("ais", "ait", "ions", "iez", "aient")
 
+_CONSONANT = "[bcdfghj-np-tv-z]"
 _NOT_VOWEL = rf"(?!{'|'.join(_ASPIRATED)})"
 _BEFORE_VOWEL = rf" (?={_NOT_VOWEL}[{_VOWELS}h])"
 _ELIDE = re.compile(rf"\b(j|m|t|s|l|d|n|qu|c)(?:e|(?<=l)a){_BEFORE_VOWEL}", re.IGNORECASE)
@@ -93,7 +94,7 @@ class Conjugator:
         if slot == 2:
             stem = stem + "e" if stem.endswith("g") else stem[:-1] + "ç" if stem.endswith("c") else stem
         elif slot != 3:
-            stem = _silent_stem(re.sub(r"é(?=[^aeiouyé]+$)", "è", stem))
+            stem = _silent_stem(re.sub(f"é(?={_CONSONANT}+$)", "è", stem))
         return stem + _ENDINGS[slot]
 
     def _future_stem(self, verb: str) -> str:
@@ -108,4 +109,4 @@ def _silent_stem(stem: str) -> str:
     """An -er stem before a silent e: achet- to achèt-, nettoy- to nettoi-."""
     if stem.endswith(("oy", "uy")):
         return stem[:-1] + "i"
-    return re.sub(r"e(?=[^aeiouy]$)", "è", stem)
+    return re.sub(f"e(?={_CONSONANT}$)", "è", stem)

@@ -18,7 +18,7 @@ def table(name: str) -> Iterator[dict[str, str]]:
     header, *rows = (DATA / name).read_text(encoding="utf-8").splitlines()
     columns = header.split("\t")
     for row in rows:
-        yield dict(zip(columns, row.split("\t") + [""] * len(columns)))
+        yield dict(zip(columns, row.split("\t") + [""] * len(columns), strict=False))
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class Noun:
 
 @dataclass(frozen=True)
 class Adjective:
-    """An adjective pair. ``position``: "before" or "after" its French noun, or "predicate" only."""
+    """An adjective pair. ``position``: "before" or "after" its French noun.
+
+    ``use``: "" anywhere, "predicate" or "attributive" only, "template" where a template names it.
+    """
 
     english: str
     comparative: str
@@ -48,6 +51,7 @@ class Adjective:
     feminine: str
     liaison: str  # masculine singular before a vowel: bel, nouvel, vieil
     position: str
+    use: str
     kinds: frozenset[str]
 
     @property
@@ -103,9 +107,7 @@ class Verb:
         return "être" if self.reflexive or self.infinitive in _WITH_ETRE else "avoir"
 
 
-_WITH_ETRE = frozenset(
-    "aller arriver entrer mourir naître partir rester retourner revenir sortir tomber venir".split()
-)
+_WITH_ETRE = frozenset("aller arriver entrer mourir naître partir rester retourner revenir sortir tomber venir".split())
 
 
 def _kinds(text: str, *more: str) -> frozenset[str]:
@@ -140,10 +142,8 @@ def _verb(row: dict[str, str]) -> Verb:
 
 
 def _adjective(row: dict[str, str]) -> Adjective:
-    kinds = _kinds(row["kinds"])
-    return Adjective(
-        row["english"], row["comparative"], row["french"], row["feminine"], row["liaison"], row["position"], kinds
-    )
+    english, comparative, french, feminine, liaison, position, use, kinds = row.values()
+    return Adjective(english, comparative, french, feminine, liaison, position, use, _kinds(kinds))
 
 
 CONJUGATOR = fr.Conjugator({row["infinitive"]: tuple(row.values())[1:] for row in table("conjugation.tsv")})
@@ -157,8 +157,8 @@ def noun(english: str, french: str = "") -> Noun:
     return next(n for n in NOUNS if n.english == english and french in ("", n.french))
 
 
-def adjective(english: str) -> Adjective:
-    return next(a for a in ADJECTIVES if a.english == english)
+def adjective(english: str, french: str = "") -> Adjective:
+    return next(a for a in ADJECTIVES if a.english == english and french in ("", a.french))
 
 
 def verb(english: str, french: str = "") -> Verb:

@@ -21,9 +21,7 @@ class Text:
     links: tuple[Link, ...] = ()
 
     def __add__(self, other: Text) -> Text:
-        return Text(
-            _words(self.english, other.english), _words(self.french, other.french), self.links + other.links
-        )
+        return Text(_words(self.english, other.english), _words(self.french, other.french), self.links + other.links)
 
 
 NOTHING = Text("", "")
@@ -376,6 +374,4 @@ def sentence(text: Text, mark: str = ".") -> Text:
     french = fr.spell(text.french)
     english = text.english
     gap = "" if mark == "." else " "
-    return Text(
-        english[0].upper() + english[1:] + mark, french[0].upper() + french[1:] + gap + mark, text.links
-    )
+    return Text(english[0].upper() + english[1:] + mark, french[0].upper() + french[1:] + gap + mark, text.links)

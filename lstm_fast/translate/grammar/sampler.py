@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
 from . import lexicon
 from .lexicon import Adjective, Noun, Verb
-from .phrases import NOTHING, PERSONS, Clause, Modal, Nominal, NounPhrase, Pronoun, Tense, Text
+from .phrases import NOTHING, PERSONS, SHE, Clause, Modal, Nominal, NounPhrase, Pronoun, Tense, Text
 
 T = TypeVar("T")
 Weighted = Sequence[tuple[T, float]]
@@ -36,7 +37,7 @@ _TIMES: dict[Tense, tuple[tuple[str, str], ...]] = {
         ("tomorrow", "demain"),
         ("next week", "la semaine prochaine"),
         ("tonight", "ce soir"),
-        ("soon", "bientôt"),
+        ("next month", "le mois prochain"),
         ("on Saturday", "samedi"),
     ),
     Tense.PROGRESSIVE: (("now", "maintenant"), ("right now", "en ce moment")),
@@ -74,7 +75,14 @@ _PLURAL: Weighted[str] = (
     ("all the", 0.3),
 )
 _OWNED = frozenset("thing clothes pet vehicle house garden instrument read".split())
+_COUNTED = _OWNED | frozenset("food flower animal person".split())
+_COUNTING = ("bare", "two", "three", "four", "many", "several")
 _POSSESSIVES = ("my", "my", "your", "his", "her", "our", "their")
+_SPOUSES = {"husband": ("my", "your", "her"), "wife": ("my", "your", "his")}
+_EXCESSIVE = frozenset(
+    "big small old young long short heavy light hot cold expensive dangerous tired sick slow fast shy proud dark "
+    "difficult easy hard dirty tall high".split()
+)
 
 
 @cache
@@ -87,7 +95,7 @@ def adjectives_for(noun: Noun, predicate: bool = False) -> tuple[Adjective, ...]
     return tuple(
         a
         for a in lexicon.ADJECTIVES
-        if not noun.kinds.isdisjoint(a.kinds) and (predicate or a.position != "predicate")
+        if not noun.kinds.isdisjoint(a.kinds) and a.use in ("", "predicate" if predicate else "attributive")
     )
 
 
@@ -125,11 +133,14 @@ class Sampler:
         """The noun with a fitting number, determiner and perhaps an adjective. ``owner``: a possessive to use."""
         if noun.number == "name":
             return NounPhrase(noun, "")
+        counted = not _COUNTED.isdisjoint(noun.kinds)
         if plural is None:
-            plural = noun.number == "many" or (noun.number == "" and self.chance(0.3))
+            plural = noun.number == "many" or (noun.number == "" and self.chance(0.3 if counted else 0.06))
         possessive = owner if owner and self.chance(0.8) else self.pick(_POSSESSIVES)
+        if possessive not in _SPOUSES.get(noun.english, _POSSESSIVES):
+            possessive = self.pick(_SPOUSES[noun.english])
         if "kin" in noun.kinds:
-            return NounPhrase(noun, possessive, plural and self.chance(0.5) or noun.number == "many")
+            return NounPhrase(noun, possessive, (plural and self.chance(0.5)) or noun.number == "many")
         if noun.number == "mass":
             determiner = self.weighted((("the", 3.0), ("some", 1.0), ("bare", 2.0), ("own", 0.3)))
         elif noun.number == "one":
@@ -138,6 +149,10 @@ class Sampler:
             determiner = self.weighted(_PLURAL if plural else _SINGULAR)
         if determiner == "these":
             determiner = "this"
+        if determiner in ("bare", "many", "several", "all the") and not counted and noun.number != "mass":
+            determiner = "the"
+        if determiner in ("bare", "many", "several") and "person" in noun.kinds:
+            determiner = "the"
         if determiner == "own":
             determiner = possessive if not _OWNED.isdisjoint(noun.kinds) or noun.number == "mass" else "the"
         return NounPhrase(noun, determiner, plural, self.adjectives(noun, describe))
@@ -165,20 +180,36 @@ class Sampler:
         if "person" in kinds and self.chance(pronouns):
             return self.pick(PERSONS)
         noun = self.pick(nouns_for(kinds))
-        if noun.number in ("", "many") and "kin" not in noun.kinds and self.chance(0.75):
+        if noun.number in ("", "many") and "kin" not in noun.kinds and self.chance(0.85):
             return self.definite(noun, describe=0.22)
         return self.phrase(noun, describe=0.2)
 
-    def object(self, verb: Verb, subject: Nominal) -> NounPhrase:
+    def object(self, verb: Verb, subject: Nominal, polarity: str = "") -> NounPhrase:
+        """What the verb's flags ask for: "the" after "go to", "a" after "have", "tea" or "the tea" after "like"."""
         noun = self.noun(verb.objects, unlike=subject)
-        if "generic" in verb.flags and "kin" not in noun.kinds and noun.number in ("", "mass") and self.chance(0.5):
-            if "person" not in noun.kinds:
-                return NounPhrase(noun, "generic", plural=noun.number == "")
+        if "definite" in verb.flags:
+            return self.definite(noun, plural=False)
+        loose = noun.number in ("", "mass") and noun.kinds.isdisjoint(("kin", "person"))
+        if "generic" in verb.flags and loose and self.chance(0.5):
+            return NounPhrase(noun, "generic", plural=noun.number == "")
         owner = subject.possessive if isinstance(subject, Pronoun) or "person" in subject.noun.kinds else ""
-        phrase = self.phrase(noun, owner)
-        if "generic" in verb.flags and phrase.determiner in ("a", "bare", "some", "many", "several"):
-            return NounPhrase(noun, "the", phrase.plural, phrase.adjectives)
-        return phrase
+        phrase = self.phrase(noun, owner, describe=0 if "undescribed" in verb.flags else 0.25)
+        if (
+            "indefinite" in verb.flags
+            and noun.number == ""
+            and "kin" not in noun.kinds
+            and phrase.determiner not in _COUNTING
+        ):
+            return replace(phrase, determiner="a", plural=False)
+        if "generic" in verb.flags and phrase.determiner in ("a", "some", *_COUNTING):
+            return replace(phrase, determiner="the")
+        return self.negatable(phrase) if polarity else phrase
+
+    def negatable(self, phrase: NounPhrase) -> NounPhrase:
+        """The phrase as it sounds natural under a negation: "not the chairs", "no chair"."""
+        if phrase.determiner == "a" and self.chance(0.4):
+            return replace(phrase, adjectives=())
+        return replace(phrase, determiner="the") if phrase.determiner in ("a", *_COUNTING) else phrase
 
     # -- clauses -------------------------------------------------------------------------------------------------
 
@@ -205,12 +236,12 @@ class Sampler:
             return tense
 
     def polarity(self, verb: Verb, tense: Tense, probability: float = 0.22) -> str:
-        if tense is Tense.HABIT or not self.chance(probability):
+        if tense in (Tense.HABIT, Tense.BACKGROUND) or not self.chance(probability):
             return ""
-        durable = not verb.flags.isdisjoint(("habit", "stative"))
-        if tense in (Tense.PRESENT, Tense.FUTURE) and durable and self.chance(0.2):
+        usual, stative = "habit" in verb.flags, "stative" in verb.flags
+        if tense in (Tense.PRESENT, Tense.FUTURE) and (usual or stative) and self.chance(0.2):
             return "no longer"
-        if tense in (Tense.PRESENT, Tense.FUTURE, Tense.PERFECT) and durable and self.chance(0.25):
+        if tense in (Tense.PRESENT, Tense.FUTURE, Tense.PERFECT) and usual and not stative and self.chance(0.25):
             return "never"
         return "not"
 
@@ -226,17 +257,23 @@ class Sampler:
         polarity = self.polarity(verb, tense)
         if modal is not None and polarity:
             polarity = "not"
+        usual = tense is Tense.PRESENT and "habit" in verb.flags and "stative" not in verb.flags
         adverb = NOTHING
-        if tense is Tense.PERFECT and not polarity:
-            adverb = Text("already", "déjà") if self.chance(0.6) else NOTHING
-        elif tense is Tense.PRESENT and "habit" in verb.flags and not polarity and modal is None and self.chance(0.2):
-            adverb = Text(*self.pick(_FREQUENCY))
+        if not polarity and modal is None:
+            if tense is Tense.PERFECT and self.chance(0.6):
+                adverb = Text("already", "déjà")
+            elif usual and self.chance(0.2):
+                adverb = Text(*self.pick(_FREQUENCY))
+        thing = self.object(verb, subject, polarity) if verb.objects else None
+        recipient = self.recipient(subject) if "giver" in verb.flags else None
+        if recipient is SHE and thing is not None and thing.determiner == "bare":  # "gave her books" has two readings
+            thing = replace(thing, determiner="the")
         return Clause(
             subject,
             verb,
             tense,
-            self.object(verb, subject) if verb.objects else None,
-            self.recipient(subject) if "giver" in verb.flags else None,
+            thing,
+            recipient,
             polarity,
             adverb,
             modal,
@@ -260,20 +297,22 @@ class Sampler:
         return self.phrase(noun, owner) if "kin" in noun.kinds else self.definite(noun)
 
     def described(self, subject: Nominal, tense: Tense | None = None, polarity: bool = True) -> Clause | None:
-        """"The rose is red": a predicate adjective, or None where no adjective fits the subject."""
+        """ "The rose is red": a predicate adjective, or None where no adjective fits the subject."""
         if isinstance(subject, Pronoun):
             options = tuple(a for a in lexicon.ADJECTIVES if "person" in a.kinds)
         else:
             options = adjectives_for(subject.noun, predicate=True)
-            options = tuple(a for a in options if a not in subject.adjectives)
+            colored = any("color" in a.kinds for a in subject.adjectives)
+            options = tuple(a for a in options if a not in subject.adjectives and not (colored and "color" in a.kinds))
         if not options:
             return None
         quality = self.pick(options)
         tense = tense or self.weighted(((Tense.PRESENT, 6.0), (Tense.PAST, 3.0)))
-        negation = self.polarity(BE, tense) if polarity else ""
+        negation = "not" if polarity and self.chance(0.2) else ""
         degree = NOTHING
         if quality.comparative and self.chance(0.3):
-            degree = Text(*self.pick((("very", "très"), ("too", "trop"))))
+            excessive = quality.english in _EXCESSIVE and self.chance(0.4)
+            degree = Text("too", "trop") if excessive else Text("very", "très")
         return self.be(subject, quality, tense, negation, degree)
 
     @staticmethod
