@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _WORTH_ONEDNN = 4e6  # flops; below, the call costs more than it saves
-_SUM_ROWS = 256  # oneDNN adds up in one go: longer sums would lose digits that torch.mm keeps
+_SUM_ROWS = 128  # oneDNN adds up in one go: longer sums would lose digits that torch.mm keeps
 
 
 @functools.cache

@@ -121,6 +121,11 @@ def test_packed_in_both_directions(backend, dtype, H):
     compare(backend, dtype, (6, 5, 5, H), bidirectional=True, lengths=lengths)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_large_products_in_both_directions(backend):
+    compare(backend, "fp32", (63, 3, 257, 257), bidirectional=True, lengths=[63, 40, 17])
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_saturated_gates(backend):
     """Pre-activations in the hundreds: the gates are exactly 0, 1 or -1 and nothing overflows."""

@@ -19,7 +19,7 @@ def test_linear(rows, k, columns, strided, bias):
     assert error < 1e-6
 
 
-@pytest.mark.parametrize("rows", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 5000])
 def test_long_sums_are_as_exact_as_torch(rows):
     torch.manual_seed(0)
     a, b = torch.rand(rows, 96), torch.rand(rows, 160)  # positive: a long sum's roundings add up
