@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .english import contract
+from .phrases import Link
 from .phrases import Text as Sentence
 from .sampler import Sampler
 from .templates import TEMPLATES
 
-__all__ = ["Sentence", "sentences"]
+__all__ = ["Link", "Sentence", "sentences"]
 
 _LONGEST = 14  # words of English
 

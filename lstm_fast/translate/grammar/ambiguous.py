@@ -250,8 +250,12 @@ def _bear_noise(s: Sampler) -> Text | None:
 
 
 def _ring_bell(s: Sampler) -> Text | None:
-    noun = s.noun("phone bell")
+    noun = s.noun("phone bell clock")
     subject = s.definite(noun, describe=0.2, plural=s.chance(0.6))
+    if noun.english == "bell":
+        owner = s.noun("church school castle station city village farm factory")
+        whose = Text("of", "de", ((noun.key, owner.key),)) + NounPhrase(owner).text()
+        subject = replace(subject, after=whose)
     tense = s.pick((Tense.PRESENT, Tense.FUTURE, Tense.PAST, Tense.GOING))
     polarity = "not" if s.chance(0.4) else ""
     time = s.time(tense, 0.4) if not polarity else NOTHING

@@ -23,7 +23,10 @@ def table(name: str) -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Noun:
-    """A noun pair. ``number``: "" both, "one" singular only, "many" plural only, "mass" uncountable, "name"."""
+    """A noun pair.
+
+    ``number``: "" both, "single" no plural, "one" unique ("the sun"), "many" plural only, "mass" uncountable, "name".
+    """
 
     english: str
     english_plural: str

@@ -41,11 +41,9 @@ _DETERMINERS = {
     "its": ("son", "sa", "ses"),
     "our": ("notre", "notre", "nos"),
     "their": ("leur", "leur", "leurs"),
-    "every": ("chaque", "chaque", ""),
     "two": ("", "", "deux"),
     "three": ("", "", "trois"),
     "four": ("", "", "quatre"),
-    "ten": ("", "", "dix"),
     "many": ("", "", "beaucoup de"),
     "several": ("", "", "plusieurs"),
     "all the": ("", "", "tous les"),
@@ -57,7 +55,7 @@ _BEFORE_VOWEL = {"ce": "cet", "ma": "mon", "sa": "son"}
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """A noun with its determiner (an English key of the table above), adjectives and what follows the noun."""
+    """A noun with its determiner (an English word of the table above), adjectives and what follows the noun."""
 
     noun: Noun
     determiner: str = "the"
@@ -67,7 +65,14 @@ class NounPhrase:
     owner: NounPhrase | None = None  # "the boy's dog"
 
     person = 3
-    possessive = property(lambda self: "their" if self.plural else _possessive(self))
+
+    @property
+    def possessive(self) -> str:
+        if self.plural:
+            return "their"
+        if "person" not in self.noun.kinds:
+            return "its"
+        return "her" if self.feminine else "his"
 
     @property
     def slot(self) -> int:
@@ -120,12 +125,6 @@ class NounPhrase:
 
     def text(self) -> Text:
         return Text(self.english(), self.french(), self.links)
-
-
-def _possessive(phrase: NounPhrase) -> str:
-    if "person" not in phrase.noun.kinds:
-        return "its"
-    return "her" if phrase.feminine else "his"
 
 
 @dataclass(frozen=True)

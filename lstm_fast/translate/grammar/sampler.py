@@ -74,7 +74,7 @@ _PLURAL: Weighted[str] = (
     ("several", 0.3),
     ("all the", 0.3),
 )
-_OWNED = frozenset("thing clothes pet vehicle house garden instrument read".split())
+_OWNED = frozenset("thing clothes pet car bike boat truck house garden instrument read".split())
 _COUNTED = _OWNED | frozenset("food flower animal person".split())
 _COUNTING = ("bare", "two", "three", "four", "many", "several")
 _POSSESSIVES = ("my", "my", "your", "his", "her", "our", "their")
@@ -135,12 +135,13 @@ class Sampler:
             return NounPhrase(noun, "")
         counted = not _COUNTED.isdisjoint(noun.kinds)
         if plural is None:
-            plural = noun.number == "many" or (noun.number == "" and self.chance(0.3 if counted else 0.06))
-        possessive = owner if owner and self.chance(0.8) else self.pick(_POSSESSIVES)
-        if possessive not in _SPOUSES.get(noun.english, _POSSESSIVES):
+            plural = self.chance(0.3 if counted else 0.06)
+        plural = noun.number == "many" or (plural and noun.number == "")
+        possessive = owner if owner in _POSSESSIVES and self.chance(0.8) else self.pick(_POSSESSIVES)
+        if noun.english in _SPOUSES and possessive not in _SPOUSES[noun.english]:
             possessive = self.pick(_SPOUSES[noun.english])
         if "kin" in noun.kinds:
-            return NounPhrase(noun, possessive, (plural and self.chance(0.5)) or noun.number == "many")
+            return NounPhrase(noun, possessive, noun.number == "many" or (plural and self.chance(0.5)))
         if noun.number == "mass":
             determiner = self.weighted((("the", 3.0), ("some", 1.0), ("bare", 2.0), ("own", 0.3)))
         elif noun.number == "one":
@@ -177,7 +178,7 @@ class Sampler:
     def subject(self, kinds: frozenset[str] | str, pronouns: float = 0.4) -> Nominal:
         """Who or what a clause is about; a personal pronoun only where persons are meant."""
         kinds = frozenset(kinds.split()) if isinstance(kinds, str) else kinds
-        if "person" in kinds and self.chance(pronouns):
+        if not kinds.isdisjoint(("person", "adult")) and self.chance(pronouns):
             return self.pick(PERSONS)
         noun = self.pick(nouns_for(kinds))
         if noun.number in ("", "many") and "kin" not in noun.kinds and self.chance(0.85):

@@ -10,6 +10,7 @@ from .ambiguous import ambiguous
 from .lexicon import VERBS, Verb
 from .phrases import (
     HE,
+    IT,
     PERSONS,
     SHE,
     THEY,
@@ -151,7 +152,7 @@ def position(s: Sampler) -> Text | None:
         return None
     spot = Text(english, french) + NounPhrase(place).text() + Text("", "", ((place.key, noun.key),))
     tense = Tense.PRESENT if s.chance(0.7) else Tense.PAST
-    plural = noun.number == "many" or s.chance(0.3)
+    plural = noun.number == "many" or (noun.number == "" and s.chance(0.3))
     phrase = NounPhrase(noun, "the", plural, s.adjectives(noun, 0.3))
     kind = s.weighted((("the", 5.0), ("there", 4.0), ("where", 2.0)))
     if kind == "there":
@@ -227,13 +228,13 @@ def object_pronoun(s: Sampler) -> Text | None:
 def sequence(s: Sampler) -> Text | None:
     """The girl bought an apple and she ate it."""
     first, second = (lexicon.verb(v) for v in s.pick(_SEQUENCES))
-    subject = s.subject(first.subjects & second.subjects & {"person", "animal"} or frozenset(("cat",)), pronouns=0.5)
+    subject = s.subject("person", pronouns=0.5)
     common = tuple(n for n in nouns_for(first.objects) if not n.kinds.isdisjoint(second.objects))
     noun = s.pick(common)
     if (isinstance(subject, NounPhrase) and subject.noun is noun) or noun.number == "name":
         return None
     phrase = s.phrase(noun, subject.possessive, describe=0.15)
-    if phrase.determiner in ("every", "generic", "bare"):
+    if phrase.determiner in ("generic", "bare"):
         phrase = replace(phrase, determiner="the")
     again = subject if isinstance(subject, Pronoun) else pronoun_for(subject)
     if isinstance(again, Pronoun) and again.subject[0] == "it":
@@ -318,7 +319,7 @@ def wh_question(s: Sampler) -> Text | None:
 def what_question(s: Sampler) -> Text | None:
     """What did she buy? How many apples did she buy? Which dress did she choose?"""
     verb = s.pick(_DIRECT)
-    subject = s.subject(verb.subjects & {"person"}, pronouns=0.5)
+    subject = s.subject(verb.subjects & {"person", "adult"}, pronouns=0.5)
     if "person" in verb.objects:
         return None
     noun = s.noun(verb.objects)
@@ -349,13 +350,9 @@ def who_question(s: Sampler) -> Text | None:
 
 def command(s: Sampler) -> Text | None:
     verb = s.pick(_COMMANDS)
-    thing = s.definite(s.noun(verb.objects))
-    if s.chance(0.25) and verb.direct:
-        pronoun = pronoun_for(thing)
-        thing_or_it: Nominal = pronoun
-        if "person" in thing.noun.kinds:
-            return None
-        return sentence(Clause(YOU, verb, Tense.IMPERATIVE, thing_or_it, polarity=_maybe_not(s)).text())
+    thing: Nominal = s.definite(s.noun(verb.objects))
+    if verb.direct and not verb.english.startswith("turn") and s.chance(0.2):  # "turn it off" splits the verb
+        thing = s.pick((IT, THEY))
     return sentence(Clause(YOU, verb, Tense.IMPERATIVE, thing, polarity=_maybe_not(s)).text())
 
 
