@@ -7,6 +7,7 @@ Words stand in tables (:mod:`.lexicon`), the grammar of each language in :mod:`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from .english import contract
 from .phrases import Link
@@ -29,4 +30,4 @@ def sentences(seed: int) -> Iterator[Sentence]:
         english = contract(drawn.english) if sampler.chance(0.4) else drawn.english
         if english not in seen and len(english.split()) <= _LONGEST:
             seen.add(english)
-            yield Sentence(english, drawn.french, drawn.links)
+            yield replace(drawn, english=english)

@@ -447,4 +447,6 @@ _SHOWN_MORE = ("rose", "left", "saw", "can", "book", "light")
 def ambiguous(s: Sampler) -> Text | None:
     """A sentence with one of these words in one of its readings."""
     word = s.pick(_SHOWN_MORE if s.chance(0.35) else _WORDS)
-    return s.pick(READINGS[word])(s)
+    number, template = s.pick(tuple(enumerate(READINGS[word])))
+    drawn = template(s)
+    return None if drawn is None else replace(drawn, reading=f"{word} {number}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _DOUBLED = {"run", "swim", "stop", "sit", "get", "cut", "forget"}
-_SIBILANT = ("s", "x", "z", "ch", "sh", "o")
+_SIBILANT = ("s", "x", "z", "ch", "sh")
 _BE = {"I": ("am", "was"), "he": ("is", "was"), "we": ("are", "were")}
 _CONTRACTIONS = {
     "do not": "don't",
@@ -35,7 +35,7 @@ def plural(noun: str) -> str:
 
 def third_person(phrase: str) -> str:
     head = phrase.split(" ", 1)[0]
-    return first_word({"have": "has", "be": "is"}.get(head) or plural(head), phrase)
+    return first_word({"have": "has", "be": "is", "go": "goes"}.get(head) or plural(head), phrase)
 
 
 def regular_past(phrase: str) -> str:

@@ -19,6 +19,7 @@ class Text:
     english: str
     french: str
     links: tuple[Link, ...] = ()
+    reading: str = ""  # which reading of which ambiguous word the sentence was made to show
 
     def __add__(self, other: Text) -> Text:
         return Text(_words(self.english, other.english), _words(self.french, other.french), self.links + other.links)

@@ -188,13 +188,14 @@ class Sampler:
     def object(self, verb: Verb, subject: Nominal, polarity: str = "") -> NounPhrase:
         """What the verb's flags ask for: "the" after "go to", "a" after "have", "tea" or "the tea" after "like"."""
         noun = self.noun(verb.objects, unlike=subject)
+        describe = 0.0 if "undescribed" in verb.flags else 0.25
         if "definite" in verb.flags:
-            return self.definite(noun, plural=False)
+            return self.definite(noun, describe, plural=False)
         loose = noun.number in ("", "mass") and noun.kinds.isdisjoint(("kin", "person"))
         if "generic" in verb.flags and loose and self.chance(0.5):
             return NounPhrase(noun, "generic", plural=noun.number == "")
         owner = subject.possessive if isinstance(subject, Pronoun) or "person" in subject.noun.kinds else ""
-        phrase = self.phrase(noun, owner, describe=0 if "undescribed" in verb.flags else 0.25)
+        phrase = self.phrase(noun, owner, describe)
         if (
             "indefinite" in verb.flags
             and noun.number == ""

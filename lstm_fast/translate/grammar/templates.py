@@ -113,9 +113,8 @@ def quality(s: Sampler) -> Text | None:
         subject = s.definite(noun, describe=0.1)
         owned = not noun.kinds.isdisjoint(("thing", "clothes", "pet", "vehicle", "house", "garden"))
         if noun.number == "" and "kin" not in noun.kinds and s.chance(0.3):
-            subject = replace(
-                subject, determiner=s.pick(("my", "your", "his", "her", "our", "this")) if owned else "this"
-            )
+            owners = ("my", "your", "his", "her", "our", "this") if owned else ("this",)
+            subject = replace(subject, determiner=s.pick(owners))
         clause = s.described(subject)
     return None if clause is None else sentence(clause.text())
 
@@ -217,11 +216,12 @@ def profession(s: Sampler) -> Text | None:
 def object_pronoun(s: Sampler) -> Text | None:
     """She saw them yesterday."""
     verb = s.pick((*_ON_PERSONS, lexicon.verb("talk to"), lexicon.verb("answer"), lexicon.verb("obey")))
-    subject = s.subject(verb.subjects & {"person"}, pronouns=0.5)
-    options = tuple(p for p in PERSONS if isinstance(subject, NounPhrase) or p.person != subject.person)
+    subject = s.subject("person", pronouns=0.5)
     clause = s.clause(verb, subject=subject)
-    if isinstance(subject, Pronoun) and subject.person == 3:
-        options = tuple(p for p in PERSONS if p.slot != subject.slot)
+    options: tuple[Pronoun, ...] = PERSONS
+    if isinstance(subject, Pronoun):  # "they saw him" is fine, "I saw us" is not
+        third = subject.person == 3
+        options = tuple(p for p in PERSONS if (p.slot != subject.slot if third else p.person != subject.person))
     return sentence(replace(clause, object=s.pick(options)).text())
 
 
@@ -234,12 +234,10 @@ def sequence(s: Sampler) -> Text | None:
     if (isinstance(subject, NounPhrase) and subject.noun is noun) or noun.number == "name":
         return None
     phrase = s.phrase(noun, subject.possessive, describe=0.15)
-    if phrase.determiner in ("generic", "bare"):
+    if phrase.determiner == "bare":
         phrase = replace(phrase, determiner="the")
     again = subject if isinstance(subject, Pronoun) else pronoun_for(subject)
-    if isinstance(again, Pronoun) and again.subject[0] == "it":
-        return None
-    joined = Text("but", "mais") if second.english in ("lose", "forget") else Text("and", "et")
+    joined = Text("but", "mais") if second.english == "lose" else Text("and", "et")
     start = Clause(subject, first, Tense.PAST, phrase).text()
     return sentence(start + joined + Clause(again, second, Tense.PAST, pronoun_for(phrase)).text())
 
@@ -274,10 +272,8 @@ def subject_relative(s: Sampler) -> Text | None:
     plural = s.chance(0.35)
     verbs = tuple(v for v in _SIMPLE if ("person" if person else "animal") in v.subjects and "nomodal" not in v.flags)
     bare = NounPhrase(noun, "the", plural)
-    who = replace(
-        WHO, subject=("who" if person else "that", "qui"), slot=bare.slot, plural=plural, possessive=bare.possessive
-    )
-    who = replace(who, feminine=noun.feminine)
+    who = replace(WHO, slot=bare.slot, plural=plural, feminine=noun.feminine, possessive=bare.possessive)
+    who = who if person else replace(who, subject=("that", "qui"))
     verb = s.pick(verbs)
     tense = s.pick((Tense.PRESENT, Tense.PAST)) if "stative" in verb.flags else s.pick((Tense.PAST, Tense.PROGRESSIVE))
     if tense is Tense.PROGRESSIVE and "noprogressive" in verb.flags:
