@@ -69,7 +69,7 @@ def layer(
     elif _watched(x):
         result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
     elif save:
-        result = LayerFunction.apply(*inputs, batch_sizes, backend, save)  # type: ignore[no-untyped-call]
+        result = LayerFunction.apply(*inputs, batch_sizes, backend, save)
     else:
         result = _forward(*inputs, batch_sizes, backend, save)
     return result[0], result[1], result[2]

@@ -1,4 +1,4 @@
-"""``LSTM`` and ``LSTMCell``: torch.nn's signatures, names, input forms and errors, over ``autograd.layer``. No maths."""
+"""``LSTM`` and ``LSTMCell``: torch.nn's signatures, names, input forms and errors, no maths of their own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Fused(nn.Module):
     """What LSTM and LSTMCell share: the choice of a backend, and standing aside for tracers."""
 
     backend = "auto"  # a class attribute, so that modules pickled by torch and swapped ones have it too
-    _torch_class: type[nn.Module]
+    _torch_class: Any  # of torch.nn, with the same parameters
 
     def _choose(self, x: Tensor, dtype: torch.dtype) -> Choice:
         return choose(self.backend, x.device, dtype, getattr(self, "proj_size", 0), _traced(), transforms_active())
@@ -71,7 +71,8 @@ class LSTM(_Fused, nn.RNNBase):
             ``backend`` cannot serve the call.
     """
 
-    _torch_class = nn.LSTM
+    _torch_class: Any = nn.LSTM
+    weight_ih_l0: Tensor
 
     def __init__(
         self,
@@ -93,9 +94,10 @@ class LSTM(_Fused, nn.RNNBase):
         if backend != "auto":
             self.backend = check_backend(backend)
 
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    # nn.LSTM's own methods, which need no more of self than what RNNBase has
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """RNNBase's check, of the weight that is there now."""
@@ -116,7 +118,7 @@ class LSTM(_Fused, nn.RNNBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, State]:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         if isinstance(input, torch.fx.Proxy):
             return self._as_fx_leaf(input, hx)
         if isinstance(hx, Tensor):
@@ -125,8 +127,9 @@ class LSTM(_Fused, nn.RNNBase):
         dtype = self._compute_dtype(input.data if packed else input, packed)
         choice = self._choose(input.data if packed else input, dtype)
         if choice.backend == "torch":
-            return nn.LSTM.forward(self, input, hx)
-        return self._forward_packed(input, hx, dtype, choice) if packed else self._forward_dense(input, hx, dtype, choice)
+            return self._torch_class.forward(self, input, hx)
+        forward = self._forward_packed if packed else self._forward_dense
+        return forward(input, hx, dtype, choice)
 
     def _forward_dense(self, input: Tensor, hx: Any, dtype: torch.dtype, choice: Choice) -> tuple[Tensor, State]:
         if input.dim() not in (2, 3):
@@ -153,10 +156,7 @@ class LSTM(_Fused, nn.RNNBase):
         self, input: PackedSequence, hx: Any, dtype: torch.dtype, choice: Choice
     ) -> tuple[PackedSequence, State]:
         x, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
-            hx = self._zero_state(x, int(batch_sizes[0]))
-        else:
-            hx = self._batched_state(hx, True)
+        hx = self._zero_state(x, int(batch_sizes[0])) if hx is None else self._batched_state(hx, True)
         self.check_forward_args(x, hx, batch_sizes)
         hx = self.permute_hidden(hx, sorted_indices)
         y, h_n, c_n = self._layers(x, hx, batch_sizes, dtype, choice.backend)
@@ -194,8 +194,7 @@ class LSTM(_Fused, nn.RNNBase):
 
     def _compute_dtype(self, x: Tensor, packed: bool) -> torch.dtype:
         """Autocast's dtype where it is on (a packed input on a CPU stays in the weights', as in torch), else those'."""
-        dtype: torch.dtype = self.weight_ih_l0.dtype
-        device = x.device.type
+        dtype, device = self.weight_ih_l0.dtype, x.device.type
         if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(device):
             return dtype if packed and device == "cpu" else torch.get_autocast_dtype(device)
         return dtype
@@ -214,13 +213,11 @@ class LSTM(_Fused, nn.RNNBase):
             raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
         if batched and dims != (3, 3):
             raise RuntimeError(
-                "For batched 3-D input, hx and cx should also be 3-D but got "
-                f"({dims[0]}-D, {dims[1]}-D) tensors"
+                f"For batched 3-D input, hx and cx should also be 3-D but got ({dims[0]}-D, {dims[1]}-D) tensors"
             )
         if not batched and dims != (2, 2):
             raise RuntimeError(
-                "For unbatched 2-D input, hx and cx should also be 2-D but got "
-                f"({dims[0]}-D, {dims[1]}-D) tensors"
+                f"For unbatched 2-D input, hx and cx should also be 2-D but got ({dims[0]}-D, {dims[1]}-D) tensors"
             )
         return (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
 
@@ -242,7 +239,7 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         ValueError, RuntimeError: as torch.nn.LSTMCell does; RuntimeError also if ``backend`` cannot serve the call.
     """
 
-    _torch_class = nn.LSTMCell
+    _torch_class: Any = nn.LSTMCell
 
     def __init__(
         self,
@@ -261,30 +258,27 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
-    def forward(self, input: Any, hx: Any = None) -> State:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         if isinstance(input, torch.fx.Proxy):
             return self._as_fx_leaf(input, hx)
         dtype = self._compute_dtype(input)
         choice = self._choose(input, dtype)
         h, c = self._checked_state(input, hx)
         if choice.backend == "torch":
-            return nn.LSTMCell.forward(self, input, hx)
+            return self._torch_class.forward(self, input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
-        weights = tuple(
-            None if w is None else w.to(dtype)
-            for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        )
-        _, h_n, c_n = layer(
-            x.to(dtype), h.to(dtype).unsqueeze(0), c.to(dtype).unsqueeze(0), [(*weights, None)], None, choice.backend
-        )
+        b_ih, b_hh = (None if b is None else b.to(dtype) for b in (self.bias_ih, self.bias_hh))
+        weights = (self.weight_ih.to(dtype), self.weight_hh.to(dtype), b_ih, b_hh, None)
+        h, c = h.to(dtype).unsqueeze(0), c.to(dtype).unsqueeze(0)
+        _, h_n, c_n = layer(x.to(dtype), h, c, [weights], None, choice.backend)
         return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """The weights' dtype; under autocast, autocast's on a GPU and the weights' on a CPU, as in torch."""
-        dtype = self.weight_ih.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            return dtype if x.device.type == "cpu" or dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+        dtype, device = self.weight_ih.dtype, x.device.type
+        if torch.is_autocast_enabled(device):
+            return dtype if device == "cpu" or dtype == torch.float64 else torch.get_autocast_dtype(device)
         if x.dtype != dtype:
             raise RuntimeError(f"input and weight_ih must have the same dtype, but got {x.dtype} and {dtype}")
         return dtype
