@@ -103,7 +103,7 @@ def render(results: list[dict[str, Any]]) -> str:
             f"{result['cpu']}, {threads}, fp32, torch {result['torch']}, commit {result['commit'][:9]}; "
             "time of torch.nn.LSTM over that of lstm_fast.LSTM, medians of interleaved pairs:",
             "",
-            "| T × B × H | inference, ms | faster by | forward+backward, ms | faster by |",
+            "| T × B × H | inference, ms | speed-up | forward+backward, ms | speed-up |",
             "| --- | --- | --- | --- | --- |",
         ]
         shapes: dict[str, dict[str, Any]] = {}
