@@ -18,9 +18,10 @@ def main() -> None:
     try:
         from lstm_fast.translate.commands import run
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        missing = str(error.name).partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        print(f"The translator needs {error.name}: pip install 'lstm_fast[translate]'", file=sys.stderr)
+        print(f"The translator needs {missing}: pip install 'lstm_fast[translate]'", file=sys.stderr)
         sys.exit(2)
     sys.exit(run())
 

@@ -17,6 +17,7 @@ from lstm_fast.translate.plots import plot_attention
 from lstm_fast.translate.progress import ProgressBar
 from lstm_fast.translate.scoring import Scores, evaluate
 from lstm_fast.translate.search import BEAM, translate
+from lstm_fast.translate.tokenizer import VocabularyError
 from lstm_fast.translate.training import TrainingConfig, resume, train
 
 RUN = Path("runs/translator")
@@ -40,7 +41,7 @@ def run() -> int:
         status = app(standalone_mode=False)
     except usage_error as error:
         return _fail(error.format_message())
-    except (CheckpointError, CorpusError, FloatingPointError) as error:
+    except (CheckpointError, CorpusError, VocabularyError, FloatingPointError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -26,7 +26,8 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, targets
         targets: class indices [N].
         smoothing: probability spread evenly over all V classes.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(features, weight, bias, targets, smoothing, torch.is_grad_enabled())
+    function: Any = _LinearCrossEntropy
+    loss: Tensor = function.apply(features, weight, bias, targets, smoothing, torch.is_grad_enabled())
     return loss
 
 

@@ -19,7 +19,9 @@ def plot_attention(translation: Translation, path: Path) -> None:
     rows, targets = _words(translation.target_pieces)
     # a word takes what its subwords take: the mean over the target's, the sum over the source's
     weights = rows.t() @ translation.attention @ columns / rows.sum(0).unsqueeze(1)
-    figure = Figure(figsize=(2 + 0.55 * len(sources), 1.5 + 0.4 * len(targets)), layout="constrained")
+    width = 2 + 0.1 * max(map(len, targets)) + 0.6 * len(sources)
+    height = 1 + 0.07 * max(map(len, sources)) + 0.4 * len(targets)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(sources)), sources, rotation=45, ha="left", rotation_mode="anchor")

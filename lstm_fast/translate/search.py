@@ -87,7 +87,8 @@ def beam_search(model: Translator, source: Tensor, lengths: Tensor, beam: int) -
     """The best of ``beam`` hypotheses, by log-probability over length (Wu et al. 2016, with exponent 1).
 
     source [B, S] and lengths [B] as for ``Translator.encode``. K hypotheses of each sentence are rows b * K to
-    b * K + K - 1; finished ones stay in the beam as they are.
+    b * K + K - 1; finished ones stay in the beam as they are. Where there are fewer than K to keep, the rest of the
+    beam is impossible ones.
     """
     batch, device = len(source), source.device
     memory = model.encode(source, lengths).repeat(beam)
@@ -109,7 +110,7 @@ def beam_search(model: Translator, source: Tensor, lengths: Tensor, beam: int) -
         _, best = (sums / length.unsqueeze(2)).flatten(1).topk(beam)  # [B, K]
         total = sums.flatten(1).gather(1, best)
         origin, word = best // log_p.size(-1), best % log_p.size(-1)
-        length, done = length.gather(1, origin), done.gather(1, origin) | (word == EOS)
+        length, done = length.gather(1, origin), done.gather(1, origin) | (word == EOS) | total.isneginf()
         rows = (first_row + origin).flatten()
         tokens = torch.cat([tokens[rows], word.view(-1, 1)], 1)
         attentions = torch.cat([attentions, attention.unsqueeze(1)], 1)[rows]

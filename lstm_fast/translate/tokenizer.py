@@ -10,6 +10,10 @@ import sentencepiece
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
 
+class VocabularyError(ValueError):
+    """Subwords can't be made as asked; the message is one sentence."""
+
+
 class Tokenizer:
     """Text to subword ids and back. Every text has an encoding: characters never seen fall back to bytes.
 
@@ -35,23 +39,29 @@ class Tokenizer:
         """Subwords of both languages together; at most ``vocab_size``, fewer where the text has no more to offer.
 
         The same sentences in the same order give the same bytes.
+
+        Raises:
+            VocabularyError: ``vocab_size`` is below the number of bytes and characters that the text needs.
         """
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            pad_id=PAD,
-            unk_id=UNK,
-            bos_id=BOS,
-            eos_id=EOS,
-            num_threads=1,
-            minloglevel=2,
-        )
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                character_coverage=0.9999,
+                pad_id=PAD,
+                unk_id=UNK,
+                bos_id=BOS,
+                eos_id=EOS,
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise VocabularyError(f"vocab_size should be larger for this text, got: {vocab_size}") from error
         return cls(model.getvalue())
 
     def __len__(self) -> int:

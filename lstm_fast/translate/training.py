@@ -108,6 +108,7 @@ def train(config: TrainingConfig, out: Path, reporter: Reporter) -> dict[str, An
 
     Raises:
         CorpusError: a file of pairs can't be used.
+        VocabularyError: ``vocab_size`` is too small for the text.
         CheckpointError: ``out`` holds a run already.
         FloatingPointError: training diverged.
         KeyboardInterrupt: on Ctrl-C, after the current step; the run has been saved.
@@ -214,7 +215,7 @@ class _Run:
             group["lr"] = self.config.learning_rate * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
         loss = _loss(self.model.train(), batch.to(self.device), SMOOTHING)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), CLIP)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradients are not finite at step {self.step}: try a lower --learning-rate")

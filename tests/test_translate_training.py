@@ -1,0 +1,244 @@
+"""Training: it learns, it can be interrupted and goes on bit for bit, and bad checkpoints are told apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lstm_fast.translate.checkpoint import CheckpointError, load_model, load_tensors
+from lstm_fast.translate.corpus import CorpusError, read_pairs
+from lstm_fast.translate.search import translate
+from lstm_fast.translate.training import TrainingConfig, resume, train
+
+PAIRS = [
+    ("I rose from the ashes.", "Je me suis relevé des cendres."),
+    ("The rose is red.", "La rose est rouge."),
+    ("She left the room.", "Elle a quitté la pièce."),
+    ("Turn left here.", "Tournez à gauche ici."),
+    ("He saw an old house.", "Il a vu une vieille maison."),
+    ("The saw is on the table.", "La scie est sur la table."),
+    ("I can open the can.", "Je peux ouvrir la boîte."),
+    ("We do not eat apples.", "Nous ne mangeons pas de pommes."),
+]
+SMALL = {"vocab_size": 320, "width": 16, "encoder_layers": 2, "decoder_layers": 2, "batch_tokens": 40}
+
+
+class Silent:
+    """A Reporter that presses Ctrl-C when the run has taken ``stop_after`` steps."""
+
+    def __init__(self, stop_after: int = 0) -> None:
+        self.steps, self.stop_after = 0, stop_after
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, progress: float, loss: float, sentences_per_second: float) -> None:
+        self.steps += 1
+        if self.steps == self.stop_after:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "pairs.tsv"
+    path.write_text("".join(f"{english}\t{french}\n" for english, french in PAIRS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(text: Path) -> TrainingConfig:
+    return TrainingConfig(str(text), str(text), steps=20, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(config, out, Silent())
+    return out
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "training.safetensors"):
+        ours, theirs = load_file(a / name), load_file(b / name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("stops", [(10,), (1, 2, 16)], ids=["once", "three times"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, finished, tmp_path, stops):
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", Silent(stops[0]))
+    for stop in stops[1:]:
+        torch.manual_seed(stop)  # the random state is the run's, not the process's
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path / "run", Silent(stop))
+    torch.manual_seed(99)
+    summary = resume(tmp_path / "run", Silent())
+    assert summary["steps"] == 20
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_seeds_decide(config, finished, tmp_path):
+    train(config, tmp_path / "same", Silent())
+    assert_same_run(tmp_path / "same", finished)
+    train(replace(config, seed=1), tmp_path / "other", Silent())
+    weights = [load_file(path / "model.safetensors")["embedding.weight"] for path in (finished, tmp_path / "other")]
+    assert not torch.equal(*weights)
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    reporter = Silent()
+    resume(run, reporter)
+    assert reporter.steps == 0
+    assert_same_run(run, finished)
+
+
+def test_eight_sentences_are_learnt_by_heart(text, tmp_path):
+    sizes = {**SMALL, "width": 64, "dropout": 0.0, "learning_rate": 5e-3}
+    config = TrainingConfig(str(text), str(text), steps=500, **sizes)
+    summary = train(config, tmp_path / "run", Silent())
+    checkpoint = load_model(tmp_path / "run")
+    found = translate(checkpoint.model, checkpoint.tokenizer, [english for english, _ in PAIRS])
+    assert [translation.text for translation in found] == [french for _, french in PAIRS]
+    assert summary["dev_bleu"] == pytest.approx(100)
+    assert checkpoint.training["steps"] <= 500
+    assert checkpoint.training["lstm"].split(":")[0] in ("cpu", "cuda", "triton", "reference", "torch")
+
+
+def test_epochs_and_minutes_are_budgets_too(config, tmp_path):
+    plan_length = 3  # eight pairs of at most eleven subwords in batches of 40
+    summary = train(replace(config, steps=None, epochs=2), tmp_path / "epochs", Silent())
+    assert summary["steps"] % 2 == 0
+    assert summary["steps"] >= 2 * plan_length
+    summary = train(replace(config, steps=None, minutes=0.02), tmp_path / "minutes", Silent())
+    assert summary["steps"] > 0
+    assert summary["seconds"] >= 1.2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": None}, "one of minutes, steps and epochs should be given, got: none"),
+        ({"minutes": 1.0}, "one of minutes, steps and epochs should be given, got: minutes and steps"),
+        ({"steps": 0}, "steps should be above 0, got: 0"),
+        ({"learning_rate": float("nan")}, "learning_rate should be above 0, got: nan"),
+        ({"batch_tokens": -1}, "batch_tokens should be above 0, got: -1"),
+        ({"width": 7}, "width should be even"),
+    ],
+)
+def test_impossible_configurations_are_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)
+
+
+def test_a_diverging_run_says_so(config, tmp_path):
+    with pytest.raises(FloatingPointError, match="try a lower --learning-rate"):
+        train(replace(config, learning_rate=1e30), tmp_path / "run", Silent())
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(config, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds a trained model already"):
+        train(config, run, Silent())
+    assert_same_run(run, finished)
+
+
+def test_a_changed_text_is_not_trained_on(config, text, tmp_path):
+    changed = shutil.copy(text, tmp_path / "pairs.tsv")
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, train=str(changed)), tmp_path / "run", Silent(3))
+    before = (tmp_path / "run" / "training.safetensors").read_bytes()
+    with open(changed, "a", encoding="utf-8") as file:
+        file.write("one more\tun de plus\n")
+    with pytest.raises(CheckpointError, match="has changed since"):
+        resume(tmp_path / "run", Silent())
+    Path(changed).unlink()
+    with pytest.raises(CorpusError, match=r"pairs\.tsv"):
+        resume(tmp_path / "run", Silent())
+    assert (tmp_path / "run" / "training.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, 0.1, 0.5, 0.999, -1])
+def test_a_file_cut_short_is_refused(finished, tmp_path, name, size):
+    data = (finished / name).read_bytes()
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / name).write_bytes(data[: int(size * len(data)) if 0 < size < 1 else size])
+    with pytest.raises(CheckpointError, match=rf"{name} is not a checkpoint, or it is cut short or damaged: \S"):
+        resume(run, Silent()) if name.startswith("training") else load_model(run)
+
+
+def _header(path: Path, change: dict[str, str]) -> None:
+    """Rewrites a checkpoint with other metadata."""
+    tensors, length = load_file(path), int.from_bytes(path.read_bytes()[:8], "little")
+    metadata = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+    save_file(tensors, path, {**metadata, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "another"}, "not a checkpoint of this translator"),
+        ({"version": "7"}, "is a checkpoint of version 7; this lstm_fast reads version 1"),
+        ({"kind": "training"}, "kind 'training', where 'model' is expected"),
+        ({"about": "{"}, "cut short or damaged"),
+        ({"about": "{}"}, "holds another model than its configuration says"),
+        ({"about": '{"config": {"vocab_size": 5}, "training": {}}'}, "holds another model than its configuration says"),
+        ({"about": '{"config": {"cells": 5}, "training": {}}'}, "holds another model than its configuration says"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(finished, tmp_path, change, message):
+    path = Path(shutil.copy(finished / "model.safetensors", tmp_path))
+    _header(path, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_other_files_are_refused(finished, tmp_path, text):
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        resume(tmp_path, Silent())
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load_model(text)
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this translator"):
+        load_model(tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="kind 'training', where 'model' is expected"):
+        load_model(finished / "training.safetensors")
+
+
+def test_a_model_translates_alike_after_a_round_trip(finished):
+    first, again = load_model(finished), load_model(finished / "model.safetensors")
+    texts = [pair.english for pair in read_pairs(first.training["config"]["train"])]
+    a, b = (translate(c.model, c.tokenizer, texts) for c in (first, again))
+    assert [t.text for t in a] == [t.text for t in b]
+    assert not first.model.training
+
+
+def test_a_failed_write_leaves_the_checkpoint_that_was_there(config, finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    tensors, about = load_tensors(run / "model.safetensors", "model")
+    from lstm_fast.translate import checkpoint
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_tensors(run / "model.safetensors", "model", tensors, about)
+    assert_same_run(run, finished)
+    assert sorted(path.name for path in run.iterdir()) == ["model.safetensors", "training.safetensors"]
