@@ -124,6 +124,8 @@ class LSTM(_Fused, nn.RNNBase):
         if isinstance(hx, Tensor):
             raise TypeError("hx should be a tuple (h_0, c_0), got: Tensor")
         packed = isinstance(input, PackedSequence)
+        if not packed and input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         dtype = self._compute_dtype(input.data if packed else input, packed)
         choice = self._choose(input.data if packed else input, dtype)
         if choice.backend == "torch":
@@ -132,8 +134,6 @@ class LSTM(_Fused, nn.RNNBase):
         return forward(input, hx, dtype, choice)
 
     def _forward_dense(self, input: Tensor, hx: Any, dtype: torch.dtype, choice: Choice) -> tuple[Tensor, State]:
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
         batch_first = batched and self.batch_first
         if hx is not None:
@@ -168,7 +168,9 @@ class LSTM(_Fused, nn.RNNBase):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Every layer over rows x [N, I]: y [N, D*R], h_n [D*L, B, R], c_n [D*L, B, H]."""
         directions = 2 if self.bidirectional else 1
-        x, h_0, c_0 = x.to(dtype), hx[0].to(dtype), hx[1].to(dtype)
+        h_0, c_0 = hx
+        if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
+            x, h_0, c_0 = x.to(dtype), h_0.to(dtype), c_0.to(dtype)
         states = []
         for k in range(self.num_layers):
             rows = slice(k * directions, (k + 1) * directions)
@@ -270,8 +272,9 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         x = input if batched else input.unsqueeze(0)
         b_ih, b_hh = (None if b is None else b.to(dtype) for b in (self.bias_ih, self.bias_hh))
         weights = (self.weight_ih.to(dtype), self.weight_hh.to(dtype), b_ih, b_hh, None)
-        h, c = h.to(dtype).unsqueeze(0), c.to(dtype).unsqueeze(0)
-        _, h_n, c_n = layer(x.to(dtype), h, c, [weights], None, choice.backend)
+        if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
+            x, h, c = x.to(dtype), h.to(dtype), c.to(dtype)
+        _, h_n, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
         return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
