@@ -20,6 +20,13 @@ def _traced() -> bool:
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this type of device, or None where it is off."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 class _Fused(nn.Module):
     """What LSTM and LSTMCell share: the choice of a backend, and standing aside for tracers."""
 
@@ -34,7 +41,7 @@ class _Fused(nn.Module):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, hx), {})
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles the torch module that shares these parameters."""
+        """torch.jit.script compiles, and leaves in the parent, the torch module that shares these parameters."""
         module = copy.copy(self)
         module.__class__ = self._torch_class
         return module
@@ -196,10 +203,10 @@ class LSTM(_Fused, nn.RNNBase):
 
     def _compute_dtype(self, x: Tensor, packed: bool) -> torch.dtype:
         """Autocast's dtype where it is on (a packed input on a CPU stays in the weights', as in torch), else those'."""
-        dtype, device = self.weight_ih_l0.dtype, x.device.type
-        if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(device):
-            return dtype if packed and device == "cpu" else torch.get_autocast_dtype(device)
-        return dtype
+        dtype, cast = self.weight_ih_l0.dtype, _autocast_dtype(x.device.type)
+        if cast is None or not dtype.is_floating_point or dtype == torch.float64 or (packed and x.device.type == "cpu"):
+            return dtype
+        return cast
 
     def _zero_state(self, x: Tensor, batch: int) -> State:
         count = self.num_layers * (2 if self.bidirectional else 1)
@@ -279,9 +286,9 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """The weights' dtype; under autocast, autocast's on a GPU and the weights' on a CPU, as in torch."""
-        dtype, device = self.weight_ih.dtype, x.device.type
-        if torch.is_autocast_enabled(device):
-            return dtype if device == "cpu" or dtype == torch.float64 else torch.get_autocast_dtype(device)
+        dtype, cast = self.weight_ih.dtype, _autocast_dtype(x.device.type)
+        if cast is not None:
+            return dtype if x.device.type == "cpu" or dtype == torch.float64 else cast
         if x.dtype != dtype:
             raise RuntimeError(f"input and weight_ih must have the same dtype, but got {x.dtype} and {dtype}")
         return dtype

@@ -30,7 +30,7 @@ def same(ours, theirs, **tolerance):
 
 
 def raised(call):
-    with pytest.raises(Exception) as caught:  # noqa: PT011, B017: the type is what is compared
+    with pytest.raises(Exception) as caught:
         call()
     return caught.type, str(caught.value)
 

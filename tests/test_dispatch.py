@@ -1,0 +1,104 @@
+"""Who serves a call, and what is said about it."""
+
+import pytest
+import torch
+from torch import nn
+
+import lstm_fast
+from lstm_fast import dispatch
+
+X = torch.randn(4, 2, 3)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Every compiled kernel is missing."""
+    for kernel in dispatch.KERNELS.values():
+        monkeypatch.setattr(kernel, "unavailable", lambda: "it was not built")
+
+
+def test_every_backend_is_listed_with_a_reason():
+    found = lstm_fast.backends()
+    assert [*found] == ["cuda", "triton", "cpu", "reference"]
+    assert all(status.detail for status in found.values())
+    assert found["reference"].available and found["cpu"].available
+    if not torch.cuda.is_available():
+        assert not found["cuda"].available
+
+
+def test_auto_takes_the_kernel_and_says_so():
+    assert lstm_fast.explain(lstm_fast.LSTM(3, 5), X).startswith("cpu: the whole recurrence")
+    assert lstm_fast.explain(lstm_fast.LSTMCell(3, 5), X[0]).startswith("cpu:")
+    packed = nn.utils.rnn.pack_padded_sequence(X, [4, 2])
+    assert lstm_fast.explain(lstm_fast.LSTM(3, 5, bidirectional=True), packed).startswith("cpu:")
+
+
+@pytest.mark.parametrize(
+    "config, x, words",
+    [
+        ({"proj_size": 2}, X, "no kernel for projections yet (proj_size=2)"),
+        ({"dtype": torch.complex64}, X.to(torch.complex64), "complex64"),
+        ({"device": "meta"}, X.to("meta"), "no kernel serves device meta"),
+    ],
+)
+def test_what_no_kernel_covers_runs_on_torch_with_the_reason(config, x, words):
+    module = lstm_fast.LSTM(3, 5, **config)
+    told = lstm_fast.explain(module, x)
+    assert told.startswith("torch: ") and words in told
+    assert module(x)[0].shape == (4, 2, config.get("proj_size", 5))
+
+
+def test_auto_falls_back_when_kernels_are_missing(broken):
+    module = lstm_fast.LSTM(3, 5)
+    assert lstm_fast.explain(module, X) == "torch: cpu: it was not built"
+    twin = nn.LSTM(3, 5)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(module(X)[0], twin(X)[0])
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
+def test_a_named_backend_that_cannot_serve_raises(broken, backend):
+    for module, x in ((lstm_fast.LSTM(3, 5, backend=backend), X), (lstm_fast.LSTMCell(3, 5, backend=backend), X[0])):
+        with pytest.raises(RuntimeError, match=f'backend="{backend}" cannot serve this call: it was not built'):
+            module(x)
+
+
+@pytest.mark.parametrize(
+    "config, x, words",
+    [
+        ({"proj_size": 2}, X, "no kernel for projections"),
+        ({"dtype": torch.complex64}, X.to(torch.complex64), "it serves"),
+        ({"device": "meta"}, X.to("meta"), "not on meta"),
+    ],
+)
+def test_a_kernel_says_what_it_does_not_serve(config, x, words):
+    with pytest.raises(RuntimeError, match='backend="cpu" cannot serve this call') as caught:
+        lstm_fast.LSTM(3, 5, **config, backend="cpu")(x)
+    assert words in str(caught.value)
+
+
+def test_transforms_go_to_the_reference_and_a_named_kernel_says_so():
+    modules = {backend: lstm_fast.LSTM(3, 5, backend=backend) for backend in ("auto", "reference", "cpu")}
+    for backend in ("auto", "reference"):
+        y = torch.func.vmap(lambda x, m=modules[backend]: m(x)[0])(X.unsqueeze(0))
+        torch.testing.assert_close(y[0], modules[backend](X)[0])
+    with pytest.raises(RuntimeError, match=r'backend="cpu" cannot serve this call: a torch.func transform'):
+        torch.func.vmap(lambda x: modules["cpu"](x)[0])(X.unsqueeze(0))
+
+
+def test_the_environment_names_the_default(monkeypatch):
+    module, named = lstm_fast.LSTM(3, 5), lstm_fast.LSTM(3, 5, backend="cpu")
+    monkeypatch.setenv("LSTM_FAST_BACKEND", "reference")
+    assert lstm_fast.explain(module, X) == "reference: asked for"
+    assert lstm_fast.explain(named, X) == "cpu: asked for"
+    monkeypatch.setenv("LSTM_FAST_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"LSTM_FAST_BACKEND should be one of auto, .*, got: 'gpu'"):
+        module(X)
+
+
+def test_an_unknown_name_is_refused_at_construction():
+    with pytest.raises(ValueError, match="backend should be one of auto, cuda, triton, cpu, reference, got: 'fast'"):
+        lstm_fast.LSTM(3, 5, backend="fast")
+    assert "backend='cpu'" in repr(lstm_fast.LSTMCell(3, 5, backend="cpu"))
+    with pytest.raises(TypeError, match=r"module should be an lstm_fast.LSTM or LSTMCell, got: Linear"):
+        lstm_fast.explain(nn.Linear(3, 5), X)
