@@ -56,10 +56,10 @@ def test_auto_falls_back_when_kernels_are_missing(broken):
     assert torch.equal(module(X)[0], twin(X)[0])
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
-def test_a_named_backend_that_cannot_serve_raises(broken, backend):
-    for module, x in ((lstm_fast.LSTM(3, 5, backend=backend), X), (lstm_fast.LSTMCell(3, 5, backend=backend), X[0])):
-        with pytest.raises(RuntimeError, match=f'backend="{backend}" cannot serve this call: it was not built'):
+@pytest.mark.parametrize("name", ["cuda", "triton", "cpu"])
+def test_a_named_backend_that_cannot_serve_raises(broken, name):
+    for module, x in ((lstm_fast.LSTM(3, 5, backend=name), X), (lstm_fast.LSTMCell(3, 5, backend=name), X[0])):
+        with pytest.raises(RuntimeError, match=f'backend="{name}" cannot serve this call: it was not built'):
             module(x)
 
 
