@@ -36,6 +36,16 @@ class _Fused(nn.Module):
     def _choose(self, x: Tensor, dtype: torch.dtype) -> Choice:
         return choose(self.backend, x.device, dtype, getattr(self, "proj_size", 0), _traced(), transforms_active())
 
+    def _under_autocast(self, dtype: torch.dtype, x: Tensor, hx: Any, stepwise: bool) -> torch.dtype:
+        """The weights' ``dtype``, or autocast's; on a CPU ``stepwise`` calls keep to the states', as in torch."""
+        cast = _autocast_dtype(x.device.type)
+        if cast is None or not dtype.is_floating_point or dtype == torch.float64:
+            return dtype
+        if stepwise and x.device.type == "cpu":
+            state: Tensor = x if hx is None else hx[1]
+            return state.dtype
+        return cast
+
     def _as_fx_leaf(self, x: Any, hx: Any) -> Any:
         """torch.fx takes modules of torch.nn as leaves by their module path; this makes ours one too."""
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, hx), {})
@@ -133,7 +143,7 @@ class LSTM(_Fused, nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         if not packed and input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        dtype = self._compute_dtype(input.data if packed else input, packed)
+        dtype = self._compute_dtype(input.data if packed else input, hx, packed)
         choice = self._choose(input.data if packed else input, dtype)
         if choice.backend == "torch":
             return self._torch_class.forward(self, input, hx)
@@ -201,12 +211,8 @@ class LSTM(_Fused, nn.RNNBase):
             found.get("weight_hr"),
         )
 
-    def _compute_dtype(self, x: Tensor, packed: bool) -> torch.dtype:
-        """Autocast's dtype where it is on (a packed input on a CPU stays in the weights', as in torch), else those'."""
-        dtype, cast = self.weight_ih_l0.dtype, _autocast_dtype(x.device.type)
-        if cast is None or not dtype.is_floating_point or dtype == torch.float64 or (packed and x.device.type == "cpu"):
-            return dtype
-        return cast
+    def _compute_dtype(self, x: Tensor, hx: Any, packed: bool) -> torch.dtype:
+        return self._under_autocast(self.weight_ih_l0.dtype, x, hx, stepwise=packed)
 
     def _zero_state(self, x: Tensor, batch: int) -> State:
         count = self.num_layers * (2 if self.bidirectional else 1)
@@ -270,9 +276,9 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         if isinstance(input, torch.fx.Proxy):
             return self._as_fx_leaf(input, hx)
-        dtype = self._compute_dtype(input)
-        choice = self._choose(input, dtype)
         h, c = self._checked_state(input, hx)
+        dtype = self._compute_dtype(input, hx)
+        choice = self._choose(input, dtype)
         if choice.backend == "torch":
             return self._torch_class.forward(self, input, hx)
         batched = input.dim() == 2
@@ -284,30 +290,27 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         _, h_n, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
         return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The weights' dtype; under autocast, autocast's on a GPU and the weights' on a CPU, as in torch."""
-        dtype, cast = self.weight_ih.dtype, _autocast_dtype(x.device.type)
-        if cast is not None:
-            return dtype if x.device.type == "cpu" or dtype == torch.float64 else cast
-        if x.dtype != dtype:
+    def _compute_dtype(self, x: Tensor, hx: Any) -> torch.dtype:
+        dtype = self.weight_ih.dtype
+        if x.dtype != dtype and _autocast_dtype(x.device.type) is None:
             raise RuntimeError(f"input and weight_ih must have the same dtype, but got {x.dtype} and {dtype}")
-        return dtype
+        return self._under_autocast(dtype, x, hx, stepwise=True)
 
     def _checked_state(self, input: Tensor, hx: Any) -> State:
         """h and c as [B, H]."""
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for index, value in enumerate(() if hx is None else hx):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
+        if hx is not None and len(hx) != 2:
+            raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
         x = input if input.dim() == 2 else input.unsqueeze(0)
         if x.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}")
         if hx is None:
             zeros = x.new_zeros(x.size(0), self.hidden_size)
             return zeros, zeros
-        for index, value in enumerate(hx):
-            if value.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
-        if len(hx) != 2:
-            raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
         states = []
         for index, value in enumerate(hx):
             state = value if input.dim() == 2 else value.unsqueeze(0)
@@ -331,16 +334,16 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None 
     Args:
         module: an :class:`LSTM` or :class:`LSTMCell`.
         input: what the module would be called with.
-        hx: likewise; it does not change the choice.
+        hx: likewise.
     Raises:
         TypeError: ``module`` is of another class.
         RuntimeError: the module names a backend that cannot serve the call.
     """
     data = input.data if isinstance(input, PackedSequence) else input
     if isinstance(module, LSTM):
-        dtype = module._compute_dtype(data, isinstance(input, PackedSequence))
+        dtype = module._compute_dtype(data, hx, isinstance(input, PackedSequence))
     elif isinstance(module, LSTMCell):
-        dtype = module._compute_dtype(data)
+        dtype = module._compute_dtype(data, hx)
     else:
         raise TypeError(f"module should be an lstm_fast.LSTM or LSTMCell, got: {type(module).__name__}")
     choice = module._choose(data, dtype)

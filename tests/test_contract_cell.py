@@ -47,11 +47,18 @@ def test_values_and_gradients(backend, bias, batch, with_state):
         (torch.zeros(2, 3), (torch.zeros(2, 5), torch.zeros(2, 4))),
         (torch.zeros(2, 3), (torch.zeros(3, 5), torch.zeros(2, 5))),
         (torch.zeros(2, 3), (torch.zeros(2, 5), torch.zeros(3, 5))),
+        (None, None),
+        ([1.0], None),
+        # two faults: the first that torch looks for
+        (torch.zeros(1, 2, 3, **F64), (torch.zeros(1, 2, 5), torch.zeros(2, 5))),
+        (torch.zeros(2, 4), (torch.zeros(1, 2, 5), torch.zeros(2, 5))),
+        (torch.zeros(2, 4), (torch.zeros(2, 4), torch.zeros(3, 5))),
+        (torch.zeros(2, 3), (torch.zeros(3, 5), torch.zeros(2, 4))),
     ],
 )
 def test_errors_are_torchs(x, hx):
     theirs, ours = pair()
-    with pytest.raises((ValueError, RuntimeError)) as wanted:
+    with pytest.raises((ValueError, RuntimeError, AttributeError)) as wanted:
         theirs(x, hx)
     with pytest.raises(wanted.type) as found:
         ours(x, hx)
@@ -59,22 +66,24 @@ def test_errors_are_torchs(x, hx):
 
 
 @pytest.mark.parametrize(
-    "x, hx",
+    "x, hx, text",
     [
-        (torch.zeros(2, 3), (torch.zeros(2, 5),)),
-        (torch.zeros(2, 3), (torch.zeros(2, 5),) * 3),
-        (torch.zeros(3), (torch.zeros(1, 5), torch.zeros(1, 5))),
-        (torch.zeros(2, 3), (torch.zeros(5), torch.zeros(5))),
-        (torch.zeros(2, 3, **F64), None),
-        (torch.zeros(2, 3), (torch.zeros(2, 5, **F64), torch.zeros(2, 5))),
-        (torch.zeros(2, 3), torch.zeros(2, 2, 2, 5)),
+        (torch.zeros(2, 3), (torch.zeros(2, 5),), "lstm_cell expects two hidden states, got 1"),
+        (torch.zeros(2, 3), (torch.zeros(2, 5),) * 3, "lstm_cell expects two hidden states, got 3"),
+        (torch.zeros(3), (torch.zeros(1, 5), torch.zeros(1, 5)), "should be 1-D as input is, got 2-D"),
+        (torch.zeros(2, 3), (torch.zeros(5), torch.zeros(5)), "should be 2-D as input is, got 1-D"),
+        (torch.zeros(2, 3, **F64), None, "input and weight_ih must have the same dtype"),
+        (torch.zeros(2, 3), (torch.zeros(2, 5, **F64), torch.zeros(2, 5)), "not of the same dtype"),
+        (torch.zeros(2, 3), torch.zeros(2, 2, 2, 5), r"Expected hx\[0\] to be 1D or 2D, got 3D"),
     ],
 )
-def test_what_else_does_not_fit_raises(x, hx):
+def test_errors_in_our_own_words(x, hx, text):
     theirs, ours = pair()
-    for module in (theirs, ours) if not isinstance(hx, torch.Tensor) else (ours,):
-        with pytest.raises((RuntimeError, ValueError, IndexError)):
-            module(x, hx)
+    with pytest.raises((RuntimeError, ValueError), match=text):
+        ours(x, hx)
+    if not isinstance(hx, torch.Tensor):  # torch may read out of bounds
+        with pytest.raises(RuntimeError):
+            theirs(x, hx)
 
 
 def test_empty_batch_and_saturation():
@@ -84,10 +93,25 @@ def test_empty_batch_and_saturation():
     assert torch.isfinite(h).all() and torch.isfinite(c).all()
 
 
-def test_autocast_gives_torchs_dtype():
-    theirs, ours = pair()
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", [True, False])
+def test_autocast_gives_torchs_dtype(low, weights, state):
+    theirs, ours = pair(dtype=weights)
+    x = torch.randn(2, 3).to(torch.bfloat16 if low else torch.float32)
+    hx = None if state is None else (torch.randn(2, 5).to(state), torch.randn(2, 5).to(state))
     with torch.autocast("cpu", torch.bfloat16):
-        assert [t.dtype for t in ours(torch.zeros(2, 3))] == [t.dtype for t in theirs(torch.zeros(2, 3))]
+        for a, b in zip(ours(x, hx), theirs(x, hx), strict=True):
+            assert a.dtype == b.dtype == (state or x.dtype)
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
+
+
+def test_low_precision_and_complex():
+    for dtype in (torch.float16, torch.bfloat16, torch.complex64):
+        theirs, ours = pair(dtype=dtype)
+        x = torch.randn(2, 3, dtype=dtype)
+        for a, b in zip(ours(x), theirs(x), strict=True):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

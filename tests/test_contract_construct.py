@@ -4,10 +4,12 @@ import copy
 import io
 import pickle
 import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing  # registers how tensors are shared
 from torch import nn
 
 import lstm_fast
@@ -56,6 +58,13 @@ def outcome(call):
         {"proj_size": -1},
         {"proj_size": 5},
         {"dtype": torch.int32},
+        # two faults: the first that torch looks for
+        {"dropout": 2.0, "bias": 0},
+        {"bias": 0, "batch_first": 0},
+        {"batch_first": 0, "input_size": 0},
+        {"input_size": 0, "hidden_size": 0.0},
+        {"hidden_size": 0, "num_layers": 0},
+        {"num_layers": 0, "proj_size": -1},
     ],
     ids=str,
 )
@@ -114,6 +123,23 @@ def test_defaults_of_dtype_and_device_are_honoured():
     assert isinstance(lstm_fast.LSTM(2, 3), nn.RNNBase)
 
 
+def test_repr_names_a_backend_that_was_asked_for():
+    assert repr(lstm_fast.LSTM(3, 5, bias=False, backend="cpu")) == "LSTM(3, 5, bias=False, backend='cpu')"
+    assert repr(lstm_fast.LSTMCell(3, 5, backend="reference")) == "LSTMCell(3, 5, backend='reference')"
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (3, 0), (3, 5, "bias"), (-1, 5), (3, -1), (3.0, 5)], ids=str)
+def test_cells_check_as_little_as_torchs(sizes):
+    def described(cls):
+        try:
+            module = cls(*sizes)
+        except Exception as error:
+            return type(error), str(error)
+        return repr(module), [p.shape for p in module.parameters()]
+
+    assert described(lstm_fast.LSTMCell) == described(nn.LSTMCell)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_cells_are_alike(bias):
     found = []
@@ -146,8 +172,19 @@ def _through_torch_save(module):
     return torch.load(buffer, weights_only=False)
 
 
+def _through_torch_multiprocessing(module):
+    return pickle.loads(bytes(ForkingPickler.dumps(module)))
+
+
 @pytest.mark.parametrize(
-    "clone", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), _through_torch_save]
+    "clone",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        _through_torch_save,
+        _through_torch_multiprocessing,
+    ],
 )
 def test_copies_compute_the_same_and_train(clone):
     module = lstm_fast.LSTM(3, 5, 2, bidirectional=True, backend="reference")
@@ -164,6 +201,31 @@ def test_old_pickles_without_proj_size_load():
     old = lstm_fast.LSTM.__new__(lstm_fast.LSTM)
     old.__setstate__(state)
     assert old.proj_size == 0 and old(torch.randn(2, 1, 3))[0].shape == (2, 1, 5)
+
+
+def test_pickles_older_than_1_4_load():
+    """Their ``all_weights`` held the tensors themselves."""
+    made = lstm_fast.LSTM(3, 5, 2)
+    derived = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights", "proj_size")
+    state = {name: value for name, value in vars(made).items() if name not in derived}
+    old = lstm_fast.LSTM.__new__(lstm_fast.LSTM)
+    old.__setstate__({**state, "all_weights": made.all_weights})
+    x = torch.randn(4, 2, 3)
+    assert torch.equal(old(x)[0], made(x)[0])
+
+
+@pytest.mark.parametrize("flag", ["overwrite", "swap"])
+def test_conversion_under_torchs_future_flags(flag):
+    module, oracle = lstm_fast.LSTM(3, 5), nn.LSTM(3, 5, dtype=torch.float64)
+    oracle.load_state_dict(module.state_dict())
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    switch = getattr(torch.__future__, f"set_{flag}_module_params_on_conversion")
+    switch(True)
+    try:
+        torch.testing.assert_close(module.double()(x)[0], oracle(x)[0])
+    finally:
+        switch(False)
+    assert module._flat_weights[1] is module.weight_hh_l0
 
 
 def test_meta_then_real():
@@ -185,3 +247,26 @@ def test_conversion_keeps_the_parameters_and_uses_the_new_values():
     assert module(torch.randn(2, 1, 3, dtype=torch.float64))[0].dtype == torch.float64
     module.share_memory()
     assert module.weight_hh_l0.is_shared()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("packed", [False, True])
+def test_distributed_data_parallel_reduces_every_gradient(packed):
+    theirs, ours = nn.LSTM(3, 5), lstm_fast.LSTM(3, 5)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 2, 3)
+    x = nn.utils.rnn.pack_padded_sequence(x, [4, 2]) if packed else x
+    for module in (theirs, nn.parallel.DistributedDataParallel(ours)):
+        y, (h, c) = module(x)
+        (y.data.square().sum() + h.sum() + c.sum()).backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

@@ -37,7 +37,7 @@ def test_values_gradients_and_order(backend, lengths, layers, both, with_state, 
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         y, (h_n, c_n) = module(packed, (h0, c0) if with_state else None)
         assert isinstance(y, PackedSequence)
-        assert y.batch_sizes is packed.batch_sizes and y.sorted_indices is packed.sorted_indices
+        assert all(a is b for a, b in zip(y[1:], packed[1:], strict=True))
         loss = y.data.square().sum() + h_n.cos().sum() + c_n.sin().sum()
         wanted = [x, *module.parameters(), *([h0, c0] if with_state else [])]
         grads = torch.autograd.grad(loss, wanted)
@@ -94,21 +94,25 @@ def state(rows, size=5, dims=3, **kind):
 
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize(
-    "hx, kind",
+    "hx, kind, text",
     [
-        ((state(2), state(3)), RuntimeError),
-        ((state(4), state(4)), RuntimeError),  # torch truncates in silence where the input is unsorted
-        ((state(3, 4), state(3)), RuntimeError),
-        ((state(3, dims=2), state(3, dims=2)), RuntimeError),
-        ((state(3, dtype=torch.float32), state(3)), RuntimeError),
-        ((state(3),), IndexError),
+        ((state(2), state(3)), RuntimeError, r"hidden\[0\] size \(1, 3, 5\), got \[1, 2, 5\]"),
+        ((state(3), state(2)), RuntimeError, r"hidden\[1\] size \(1, 3, 5\), got \[1, 2, 5\]"),
+        # torch truncates in silence where the input is unsorted
+        ((state(4), state(4)), RuntimeError, r"hidden\[0\] size \(1, 3, 5\), got \[1, 4, 5\]"),
+        ((state(3, 4), state(3)), RuntimeError, r"hidden\[0\] size \(1, 3, 5\), got \[1, 3, 4\]"),
+        ((state(3, dims=2), state(3, dims=2)), RuntimeError, "should also be 3-D"),
+        ((state(3, dtype=torch.float32), state(3)), RuntimeError, "not of the same dtype"),
+        ((state(3),), IndexError, "index out of range"),
+        ((state(3),) * 3, RuntimeError, "two hidden states, got 3"),
+        (torch.zeros(2, 1, 3, 5, **F64), TypeError, "hx should be a tuple"),
     ],
 )
-def test_states_that_do_not_fit_raise(hx, kind, sort):
+def test_states_that_do_not_fit_raise(hx, kind, text, sort):
     _, ours = pair()
     lengths = [3, 2, 1] if sort else [1, 3, 2]
     packed = pack_padded_sequence(torch.zeros(3, 3, 3, **F64), lengths, enforce_sorted=sort)
-    with pytest.raises(kind):
+    with pytest.raises(kind, match=text):
         ours(packed, hx)
 
 
