@@ -18,12 +18,8 @@ import lstm_fast
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 FP64_ERROR = 1e-13  # the oracle's own dtype
-# T, B, features, H: the awkward sizes of each kind, all of them by twos
-SHAPES = [
-    (T, B, 5, H)
-    for H in (1, 7, 33, 100, 257)
-    for B, T in ((1, 1), (1, 63), (3, 2), (17, 1), (17, 2), (3, 63), (17, 63))
-]
+# T, B, features, H
+SHAPES = [(T, B, 5, H) for H in (1, 7, 33, 100, 257) for B in (1, 3, 17) for T in (1, 2, 63)]
 SLOW_SHAPES = [(T, B, 5, H) for H, B, T in ((1, 1, 2), (7, 3, 1), (33, 17, 2), (100, 1, 2), (257, 3, 2), (7, 3, 63))]
 
 
@@ -76,7 +72,7 @@ def run(module: nn.Module, x: Tensor, hx: list[Tensor], lengths: list[int] | Non
 def compare(backend: str, dtype: str, shape, bidirectional: bool, lengths: list[int] | None = None, scale: float = 1.0):
     T, B, _, H = shape
     device = device_of(backend)
-    draws = 8 if B * H < 64 and (T < 3 or backend != "triton") else 1
+    draws = 8 if T * B * H < 2000 and (T < 3 or backend != "triton") else 1
     square: dict[str, list[float]] = {}  # by result: |ours - exact|^2, |theirs - exact|^2, |exact|^2
     for seed in range(draws):
         torch.manual_seed(seed)
