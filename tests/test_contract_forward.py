@@ -173,9 +173,10 @@ def test_gradients_have_the_parameters_dtype(dtype):
 
 def test_batch_first_dropout_and_training_are_read_at_every_call():
     theirs, ours = pair(3, 5, 2)
-    for module in (theirs, ours):
-        module.batch_first, module.dropout = True, 0.5
     x = torch.randn(4, 6, 3)
+    for module in (theirs, ours):
+        module(x)
+        module.batch_first, module.dropout = True, 0.5
     found = []
     for module in (theirs, ours, theirs.eval(), ours.eval()):
         module.train(len(found) < 2)
