@@ -1,5 +1,7 @@
 """The benchmark's protocol, and that every figure in the README comes from a recorded run."""
 
+import json
+
 import pytest
 import torch
 
@@ -12,6 +14,15 @@ def test_readme_table_is_the_recorded_one():
     text = compare.README.read_text()
     begin, end = (text.index(marker) for marker in compare.MARKERS)
     assert text[begin + len(compare.MARKERS[0]) : end].strip() == compare.render(results).strip()
+
+
+def test_readme_scores_are_the_recorded_ones():
+    record = json.loads((compare.ROOT / "results" / "translator-tatoeba.json").read_text())
+    text = compare.README.read_text()
+    for name, signature in (("bleu", "bleu_signature"), ("chrf", "chrf_signature")):
+        assert f"{record[name]:.2f}  {record[signature]}" in text
+    assert f"{record['training']['seconds'] / 60:.0f} minutes on one" in text
+    assert f"{record['training']['sentences_per_second']:.0f} sentences a second" in text
 
 
 def test_a_wrong_result_stops_the_clock(monkeypatch):
