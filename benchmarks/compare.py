@@ -95,32 +95,24 @@ def run(threads: int) -> dict[str, Any]:
 
 
 def render(results: list[dict[str, Any]]) -> str:
-    """The README's table, from recorded runs."""
-    lines = []
-    for result in results:
-        threads = f"{result['threads']} thread" + ("s" if result["threads"] > 1 else "")
-        lines += [
-            f"{result['cpu']}, {threads}, fp32, torch {result['torch']}, commit {result['commit'][:9]}; "
-            "time of torch.nn.LSTM over that of lstm_fast.LSTM, medians of interleaved pairs:",
-            "",
-            "| T × B × H | inference, ms | speed-up | forward+backward, ms | speed-up |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        shapes: dict[str, dict[str, Any]] = {}
-        for row in result["rows"]:
+    """The README's table, from recorded runs of one machine: a line a shape, a column a mode and number of threads."""
+    first = results[0]
+    heads = [f"{mode}, {r['threads']} thread{'s' * (r['threads'] > 1)}" for mode in MODES for r in results]
+    shapes: dict[str, list[str]] = {}
+    for mode in MODES:
+        for row in (row for result in results for row in result["rows"] if row["mode"] == mode):
             name = f"{row['T']} × {row['B']} × {row['H']}" + (", packed" if row["packed"] else "")
-            shapes.setdefault(name, {})[row["mode"]] = row
-        for name, modes in shapes.items():
-            cells = []
-            for mode in MODES:
-                row = modes[mode]
-                cells += [
-                    f"{row['ours_ms']:.3g}",
-                    f"{row['ratio']:.2f}× ({row['ratio_p20']:.2f}..{row['ratio_p80']:.2f})",
-                ]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+            cell = f"{row['ratio']:.2f}× ({row['ratio_p20']:.2f}..{row['ratio_p80']:.2f})"
+            shapes.setdefault(name, []).append(f"{row['ours_ms']:.3g} ms, {cell}")
+    lines = [
+        f"Time of lstm_fast.LSTM, and how many times as long torch.nn.LSTM took: medians (p20..p80) of interleaved pairs, "
+        f"fp32, {first['cpu']}, torch {first['torch']}, commit {first['commit'][:9]}.",
+        "",
+        "| T × B × H | " + " | ".join(heads) + " |",
+        "| --- " * (1 + len(heads)) + "|",
+        *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in shapes.items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def recorded() -> list[dict[str, Any]]:
