@@ -105,8 +105,8 @@ def render(results: list[dict[str, Any]]) -> str:
             cell = f"{row['ratio']:.2f}× ({row['ratio_p20']:.2f}..{row['ratio_p80']:.2f})"
             shapes.setdefault(name, []).append(f"{row['ours_ms']:.3g} ms, {cell}")
     lines = [
-        f"Time of lstm_fast.LSTM, and how many times as long torch.nn.LSTM took: medians (p20..p80) of interleaved pairs, "
-        f"fp32, {first['cpu']}, torch {first['torch']}, commit {first['commit'][:9]}.",
+        "Time of lstm_fast.LSTM, and how many times as long torch.nn.LSTM took: medians (p20..p80) of interleaved pairs"
+        f", fp32, {first['cpu']}, torch {first['torch']}, commit {first['commit'][:9]}.",
         "",
         "| T × B × H | " + " | ".join(heads) + " |",
         "| --- " * (1 + len(heads)) + "|",
