@@ -73,7 +73,7 @@ class TrainingConfig:
     encoder_layers: int = 2
     decoder_layers: int = 2
     dropout: float = 0.1
-    batch_tokens: int = 2000
+    batch_tokens: int = 800
     learning_rate: float = 2e-3
     seed: int = 0
 
