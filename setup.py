@@ -22,6 +22,7 @@ from setuptools.errors import CompileError, PlatformError, SetupError
 ROOT = Path(__file__).resolve().parent
 # sm_80 code runs on every 8.x card, sm_90a on Hopper, sm_100 on 10.x; later cards compile the PTX of the newest.
 CUDA_ARCHS = ("80", "90a", "100")
+CLUSTERS_NVCC = (12, 8)  # the oldest that knows all of the PTX in csrc/cuda/simt.h
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -97,13 +98,18 @@ class NinjaBuild(build_ext):
         # torch brings the OpenMP runtime, so it isn't linked; torch's is GCC's, and clang would ask for another.
         if "clang" not in output([*cxx, "--version"]):
             flags.append("-fopenmp")
-        linker, nvcc_flags = [*cxx, "-shared"], []
+        linker, rules = [*cxx, "-shared"], {}
         if nvcc is not None:
             archs = cuda_archs(nvcc)
-            version = re.search(r"release ([\d.]+)", output([nvcc, "--version"]))
+            version = nvcc_version(nvcc)
             flags += ["-DLSTM_FAST_WITH_CUDA", f'-DLSTM_FAST_CUDA_ARCHS="{";".join(archs)}"']
-            flags.append(f'-DLSTM_FAST_NVCC_VERSION="{version[1] if version else "unknown"}"')
-            nvcc_flags = [*NVCC_FLAGS, "-ccbin", cxx[-1], *gencode(archs)]
+            flags.append(f'-DLSTM_FAST_NVCC_VERSION="{".".join(map(str, version))}"')
+            nvcc_flags = [*NVCC_FLAGS, "-ccbin", cxx[-1]]
+            rules["cuda"] = [nvcc, *nvcc_flags, *gencode(archs)]
+            clustered = [arch for arch in archs if has_clusters(arch)] if version >= CLUSTERS_NVCC else []
+            if clustered:
+                flags.append("-DLSTM_FAST_WITH_CLUSTERS")
+                rules["clusters"] = [nvcc, *nvcc_flags, *gencode(clustered)]
             linker = [nvcc, "-shared", "-cudart", "static", "--no-device-link", "-ccbin", cxx[-1]]
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
@@ -115,23 +121,33 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         with (build / "build.ninja").open("w") as file:
             writer = ninja_syntax.Writer(file)
-            commands = {"cxx": [*cxx, *flags]}
-            if nvcc is not None:
-                commands["cuda"] = [nvcc, *nvcc_flags]
-            for rule, command in commands.items():
+            rules["cxx"] = [*cxx, *flags]
+            for rule, command in rules.items():
                 line = f"{escape(shlex.join(command))} -MMD -MF $out.d -c $in -o $out"
                 writer.rule(rule, line, "compiling $in", depfile="$out.d", deps="gcc")
             writer.rule("link", f"{escape(shlex.join(linker))} $in -o $out", "linking $out")
             objects = []
             for source in map(Path, ext.sources):
-                if source.suffix == ".cu" and nvcc is None:
-                    continue
-                out = escape_path(source.with_suffix(source.suffix + ".o"))
-                objects += writer.build(out, "cuda" if source.suffix == ".cu" else "cxx", escape_path(ROOT / source))
+                rule = "cxx"
+                if source.suffix == ".cu":
+                    rule = "clusters" if source.name.startswith("persistent") else "cuda"
+                if rule in rules:
+                    out = escape_path(source.with_suffix(source.suffix + ".o"))
+                    objects += writer.build(out, rule, escape_path(ROOT / source))
             writer.build(escape_path(target), "link", objects)
         if subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(build)], check=False).returncode != 0:
             hint = "" if nvcc is None else "; LSTM_FAST_CUDA=0 leaves CUDA out"
             raise CompileError(f"a compiler failed on lstm_fast, with the messages above{hint}")
+
+
+def nvcc_version(nvcc: str) -> tuple[int, ...]:
+    found = re.search(r"release ([\d.]+)", output([nvcc, "--version"]))
+    return tuple(map(int, found[1].split("."))) if found else (0,)
+
+
+def has_clusters(arch: str) -> bool:
+    """Whether cards of this architecture have thread-block clusters."""
+    return int(arch.rstrip("af")) >= 90
 
 
 def escape(command: str) -> str:
@@ -146,6 +162,6 @@ if sys.platform != "linux":
     raise SystemExit(f"lstm_fast's kernels build on Linux, and this is {sys.platform}")
 if int(__version__.split(".")[0]) < 77:
     raise SystemExit(f"building lstm_fast needs setuptools 77 or newer, not {__version__}: pip install -U setuptools")
-found = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), *sorted(ROOT.glob("csrc/cuda/*.cu"))]
+found = [path for pattern in ("*.cpp", "*.cu") for path in sorted((ROOT / "csrc").glob(f"*/{pattern}"))]
 sources = ["csrc/bindings.cpp", *(str(path.relative_to(ROOT)) for path in found)]
 setup(ext_modules=[Extension("lstm_fast._C", sources)], cmdclass={"build_ext": NinjaBuild})

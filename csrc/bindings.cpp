@@ -8,9 +8,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/recurrence.h"
+#include "cuda/persistent.h"
 #include "gates.h"
 
 namespace py = pybind11;
@@ -33,6 +35,11 @@ py::dict build_info() {
     const py::object nvcc = py::none();
     const bool cuda = false;
 #endif
+#ifdef LSTM_FAST_WITH_CLUSTERS
+    const bool clusters = true;
+#else
+    const bool clusters = false;
+#endif
 #ifdef __clang__
     const char* compiler = __VERSION__;
 #else
@@ -43,8 +50,8 @@ py::dict build_info() {
 #else
     const bool openmp = false;
 #endif
-    return py::dict("cuda"_a = cuda, "cuda_archs"_a = cuda_archs, "nvcc"_a = nvcc, "compiler"_a = compiler,
-                    "openmp"_a = openmp);
+    return py::dict("cuda"_a = cuda, "cuda_archs"_a = cuda_archs, "nvcc"_a = nvcc, "clusters"_a = clusters,
+                    "compiler"_a = compiler, "openmp"_a = openmp);
 }
 
 // ---- CPU -----------------------------------------------------------------------------------------------------------
@@ -179,6 +186,118 @@ void bind_gates(py::module_& m) {
           "dgates"_a, "sizes"_a, "dtype"_a, "device"_a, "stream"_a);
 }
 
+// ---- The persistent kernels: on the host for tests, and with CUDA ---------------------------------------------------
+
+using lstm::persistent::Kind;
+using lstm::persistent::Plan;
+
+// C, G, tiles of a cluster, clusters of a direction, bytes of shared memory.
+using PlanTuple = std::tuple<int, int, int, int, int>;
+
+Plan plan_of(const PlanTuple& plan) {
+    return std::apply([](auto... numbers) { return Plan{numbers...}; }, plan);
+}
+
+// `granted(cluster, threads, shared)`: clusters that run at once. None if no layout fits.
+std::optional<PlanTuple> persistent_plan(int kind, bool backward, int hidden, int batch, int directions,
+                                         const py::function& granted) {
+    const auto resident = [&](int cluster, int threads, int shared) {
+        return granted(cluster, threads, shared).cast<int>();
+    };
+    const Plan plan = lstm::persistent::plan(static_cast<Kind>(kind), backward, hidden, batch, directions, resident);
+    if (plan.cluster == 0) return std::nullopt;
+    return PlanTuple{plan.cluster, plan.groups, plan.tiles, plan.clusters, plan.shared};
+}
+
+int persistent_granted(int kind, bool backward, int device, int cluster, int threads, int shared) {
+#ifdef LSTM_FAST_WITH_CLUSTERS
+    const auto ask = backward ? lstm::persistent::cuda::resident_backward : lstm::persistent::cuda::resident_forward;
+    return ask(static_cast<Kind>(kind), device, cluster, threads, shared);
+#else
+    return 0;
+#endif
+}
+
+// On `device` in the stream `queue`; without a device on the host, in the schedule `queue`.
+template <typename Walk>
+void run_persistent(const Walk& walk, int kind, std::optional<int> device, std::uint64_t queue) {
+    std::string error;
+    if (!device) {
+        error = lstm::persistent::host::run(walk, static_cast<Kind>(kind), queue);
+    } else {
+#ifdef LSTM_FAST_WITH_CLUSTERS
+        error = lstm::persistent::cuda::run(walk, static_cast<Kind>(kind), *device, pointer(queue));
+#else
+        error = "lstm_fast._C was built without code for compute capability 9.0";
+#endif
+    }
+    if (!error.empty()) throw std::runtime_error("the persistent kernel could not run: " + error);
+}
+
+lstm::persistent::Sizes persistent_sizes(const std::array<std::int64_t, 5>& sizes) {
+    return {sizes[0], static_cast<int>(sizes[1]), static_cast<int>(sizes[2]), static_cast<int>(sizes[3]),
+            static_cast<int>(sizes[4])};
+}
+
+void persistent_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh, Address starts,
+                        Address y, Address h_n, Address c_n, Address cells, const std::array<std::int64_t, 5>& sizes,
+                        const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
+    const lstm::persistent::Forward walk{pointer(gates),
+                                         pointer(h0),
+                                         pointer(c0),
+                                         {pointer(w_hh.front()), pointer(w_hh.back())},
+                                         static_cast<const std::int32_t*>(pointer(starts)),
+                                         pointer(y),
+                                         pointer(h_n),
+                                         pointer(c_n),
+                                         pointer(cells),
+                                         persistent_sizes(sizes),
+                                         plan_of(plan),
+                                         {}};
+    run_persistent(walk, kind, device, queue);
+}
+
+void persistent_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh, Address starts,
+                         Address dy, Address dh, Address dc, Address dgates, const std::array<std::int64_t, 5>& sizes,
+                         const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
+    const lstm::persistent::Backward walk{pointer(gates),
+                                          pointer(cells),
+                                          pointer(c0),
+                                          {pointer(w_hh.front()), pointer(w_hh.back())},
+                                          static_cast<const std::int32_t*>(pointer(starts)),
+                                          pointer(dy),
+                                          pointer(dh),
+                                          pointer(dc),
+                                          pointer(dgates),
+                                          persistent_sizes(sizes),
+                                          plan_of(plan),
+                                          {}};
+    run_persistent(walk, kind, device, queue);
+}
+
+// int32 values into the device's memory, without a wait.
+void upload(const std::vector<std::int32_t>& values, Address to, int device, Address stream) {
+#ifdef LSTM_FAST_WITH_CLUSTERS
+    const std::string error = lstm::persistent::cuda::upload(values.data(), static_cast<int>(values.size()),
+                                                             pointer(to), device, pointer(stream));
+#else
+    const std::string error = "lstm_fast._C was built without code for compute capability 9.0";
+#endif
+    if (!error.empty()) throw std::runtime_error("the starts of the steps could not be copied: " + error);
+}
+
+void bind_persistent(py::module_& m) {
+    m.def("persistent_plan", persistent_plan, py::kw_only(), "kind"_a, "backward"_a, "hidden"_a, "batch"_a,
+          "directions"_a, "granted"_a);
+    m.def("persistent_granted", persistent_granted, py::kw_only(), "kind"_a, "backward"_a, "device"_a, "cluster"_a,
+          "threads"_a, "shared"_a);
+    m.def("persistent_forward", persistent_forward, Released(), py::kw_only(), "gates"_a, "h0"_a, "c0"_a, "w_hh"_a,
+          "starts"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "kind"_a, "device"_a, "queue"_a);
+    m.def("persistent_backward", persistent_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a, "w_hh"_a,
+          "starts"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "sizes"_a, "plan"_a, "kind"_a, "device"_a, "queue"_a);
+    m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -189,4 +308,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", build_info, "How this extension was built.");
     bind_cpu(m);
     bind_gates(m);
+    bind_persistent(m);
 }

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 CPU_INSTRUCTION_SETS: list[str]
@@ -70,3 +71,48 @@ def gates_backward(
     device: int | None,
     stream: int,
 ) -> BackwardGates: ...
+def persistent_plan(
+    *,
+    kind: int,
+    backward: bool,
+    hidden: int,
+    batch: int,
+    directions: int,
+    granted: Callable[[int, int, int], int],
+) -> tuple[int, int, int, int, int] | None: ...
+def persistent_granted(*, kind: int, backward: bool, device: int, cluster: int, threads: int, shared: int) -> int: ...
+def persistent_forward(
+    *,
+    gates: int,
+    h0: int,
+    c0: int,
+    w_hh: list[int],
+    starts: int,
+    y: int,
+    h_n: int,
+    c_n: int,
+    cells: int,
+    sizes: tuple[int, int, int, int, int],
+    plan: tuple[int, int, int, int, int],
+    kind: int,
+    device: int | None,
+    queue: int,
+) -> None: ...
+def persistent_backward(
+    *,
+    gates: int,
+    cells: int,
+    c0: int,
+    w_hh: list[int],
+    starts: int,
+    dy: int,
+    dh: int,
+    dc: int,
+    dgates: int,
+    sizes: tuple[int, int, int, int, int],
+    plan: tuple[int, int, int, int, int],
+    kind: int,
+    device: int | None,
+    queue: int,
+) -> None: ...
+def upload(*, values: list[int], to: int, device: int, stream: int) -> None: ...

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.dispatch import KERNELS
-from lstm_fast.products import linear, sum_of_outer
+from lstm_fast.products import linear, rnn_precision, sum_of_outer
 
 _PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 _STATES = 3  # x, h0, c0
@@ -138,7 +138,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps = _steps(batch_sizes, x, c0)
     directions, _, hidden = c0.shape
     rows = x.size(0)
-    with _without_autocast(x):
+    with _without_autocast(x), rnn_precision(x):
         if rows == 0:
             y, h_n, c_n = x.new_empty(0, directions * h0.size(2)), h0.clone(), c0.clone()
             gates = x.new_empty(directions, 0, 4 * hidden)
@@ -172,7 +172,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
     steps = _steps(batch_sizes, x, c0)
     grads: list[Tensor | None] = [None] * _INPUTS
-    with torch.no_grad(), _without_autocast(x):
+    with torch.no_grad(), _without_autocast(x), rnn_precision(x):
         if backend == "reference" and steps:
             inputs = [x, h0, c0, *inputs[_STATES:]]
             found = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)

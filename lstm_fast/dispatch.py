@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from lstm_fast.kernels import cpu, cuda, triton_gates
+from lstm_fast.kernels import cpu, cuda, persistent, triton_gates
 
-KERNELS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton_gates, "cpu": cpu}
+KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "triton": triton_gates, "cpu": cpu}
 BACKENDS = ("auto", *KERNELS, "reference")
-_AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+_AUTO_ORDER = {"cuda": ("persistent",), "cpu": ("cpu",)}
+# Two launches a step are slower than cuDNN, and faster than the reference: they serve graphs, which can't hold cuDNN's.
+_COMPILED_ORDER = {**_AUTO_ORDER, "cuda": ("persistent", "cuda", "triton")}
 
 
 class Choice(NamedTuple):
@@ -30,6 +32,7 @@ class Status(NamedTuple):
 
 
 _WHAT = {
+    "persistent": "the whole recurrence in one launch of thread-block clusters",
     "cuda": "one library GEMM and one fused CUDA C++ gate kernel a step",
     "triton": "one library GEMM and one fused Triton gate kernel a step",
     "cpu": "the whole recurrence in one C++ call",
@@ -61,7 +64,7 @@ def requested(backend: str) -> str:
 
 
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, proj_size: int, traced: bool, transformed: bool
+    backend: str, device: torch.device, dtype: torch.dtype, hidden: int, proj_size: int, traced: bool, transformed: bool
 ) -> Choice:
     """The kernel for one call.
 
@@ -73,15 +76,16 @@ def choose(
     if traced:
         return Choice("torch", "the call is being traced, and traced graphs hold aten::lstm")
     if name != "auto":
-        why_not = _refuses(name, device, dtype, proj_size, transformed)
+        why_not = _refuses(name, device, dtype, hidden, proj_size, transformed)
         if why_not is not None:
             raise RuntimeError(f'backend="{name}" cannot serve this call: {why_not}')
         return Choice(name, "asked for")
     if transformed:
         return Choice("reference", "a torch.func transform or forward-mode AD is active, which kernels can't follow")
     reasons: list[str] = []
-    for candidate in _AUTO_ORDER.get(device.type, ()):
-        why_not = _refuses(candidate, device, dtype, proj_size, transformed)
+    order = _COMPILED_ORDER if torch.compiler.is_compiling() else _AUTO_ORDER
+    for candidate in order.get(device.type, ()):
+        why_not = _refuses(candidate, device, dtype, hidden, proj_size, transformed)
         if why_not is None:
             return Choice(candidate, _WHAT[candidate] + (f" ({'; '.join(reasons)})" if reasons else ""))
         reasons.append(f"{candidate}: {why_not}")
@@ -91,13 +95,22 @@ def choose(
     return Choice("torch", "; ".join(reasons))
 
 
-def _refuses(name: str, device: torch.device, dtype: torch.dtype, proj_size: int, transformed: bool) -> str | None:
+def _refuses(
+    name: str, device: torch.device, dtype: torch.dtype, hidden: int, proj_size: int, transformed: bool
+) -> str | None:
     if name == "reference":
         return None if dtype.is_floating_point else f"{dtype} is not a floating-point dtype"
     if transformed:
         return "a torch.func transform or forward-mode AD is active, which only the reference follows"
-    kernel = KERNELS[name]
-    why_not: str | None = kernel.unavailable() or kernel.refuses(device, dtype)
+    why_not: str | None = _kernel_refuses(name, device, dtype, hidden)
     if why_not is None and proj_size > 0:
         why_not = f"there is no kernel for projections yet (proj_size={proj_size})"
+    return why_not
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernel_refuses(name: str, device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
+    """Asked of the kernel itself, which asks the machine: a compiler calls this, and doesn't look inside."""
+    kernel = KERNELS[name]
+    why_not: str | None = kernel.unavailable() or kernel.refuses(device, dtype, hidden)
     return why_not

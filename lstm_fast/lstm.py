@@ -30,11 +30,13 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 class _Fused(nn.Module):
     """What LSTM and LSTMCell share: the choice of a backend, and standing aside for tracers."""
 
+    hidden_size: int
     backend = "auto"  # a class attribute, so that modules pickled by torch and swapped ones have it too
     _torch_class: Any  # of torch.nn, with the same parameters
 
     def _choose(self, x: Tensor, dtype: torch.dtype) -> Choice:
-        return choose(self.backend, x.device, dtype, getattr(self, "proj_size", 0), _traced(), transforms_active())
+        proj_size = getattr(self, "proj_size", 0)
+        return choose(self.backend, x.device, dtype, self.hidden_size, proj_size, _traced(), transforms_active())
 
     def _under_autocast(self, dtype: torch.dtype, x: Tensor, hx: Any, stepwise: bool) -> torch.dtype:
         """The weights' ``dtype``, or autocast's; on a CPU ``stepwise`` calls keep to the states', as in torch."""

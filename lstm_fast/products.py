@@ -1,13 +1,15 @@
 """The matrix products over all steps, by the fastest library at hand.
 
 fp32 on a CPU goes through oneDNN where a product is large enough to pay for the call: MKL, which torch.mm takes, does
-not use AVX-512 on processors of other makers than its own. Everything else is torch.mm.
+not use AVX-512 on processors of other makers than its own. Everything else is torch.mm; on a GPU, fp32 products may use
+TF32 where torch lets an nn.LSTM use it (``rnn_precision``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,29 @@ def _onednn() -> Callable[..., Any] | None:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return None
     return product
+
+
+def rnn_tf32() -> bool:
+    """Whether torch lets cuDNN's recurrent layers multiply fp32 as TF32: on, unless the user said otherwise."""
+    precision = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)  # torch 2.9 and later
+    return bool(torch.backends.cudnn.allow_tf32) if precision is None else precision == "tf32"
+
+
+@contextmanager
+def rnn_precision(x: Tensor) -> Iterator[None]:
+    """Matrix products of x's device and dtype follow what torch allows nn.LSTM, not what it allows torch.mm."""
+    if not x.is_cuda or x.dtype != torch.float32:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    newer = hasattr(matmul, "fp32_precision")
+    name = "fp32_precision" if newer else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, ("ieee", "tf32")[rnn_tf32()] if newer else rnn_tf32())
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

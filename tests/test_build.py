@@ -79,8 +79,9 @@ def test_a_failed_build_says_what_is_missing(source_copy: Path, environment: dic
 
 def test_build_info() -> None:
     info = _C.build_info()
-    assert set(info) == {"cuda", "cuda_archs", "nvcc", "compiler", "openmp"}
+    assert set(info) == {"cuda", "cuda_archs", "nvcc", "clusters", "compiler", "openmp"}
     assert info["cuda"] == bool(info["cuda_archs"]) == (info["nvcc"] is not None)
+    assert info["clusters"] == any(int(arch.rstrip("af")) >= 90 for arch in info["cuda_archs"])
     assert info["compiler"]
     assert sorted(_C.DTYPES) == ["bfloat16", "float16", "float32", "float64"]
     assert sorted(_C.DTYPES.values()) == [0, 1, 2, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from lstm_fast import _C
+
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA = ROOT / "csrc" / "cuda"
 ARCHS = ["80", "90a", "100"]
+CLUSTER_ARCHS = ["90a", "100"]
+SHARED_LIMIT = 227 * 1024  # bytes of a block, compute capability 9.0 and 10.0
 
 
 def tool(name: str) -> str:
@@ -37,39 +42,98 @@ def resources(cubin: Path) -> dict[str, dict[str, int]]:
     return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)} for name, usage in found}
 
 
+def sass(cubin: Path) -> dict[str, str]:
+    """The machine code of each kernel of a cubin."""
+    text = subprocess.run([tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return {part.split()[0]: part for part in text.split("Function : ")[1:]}
+
+
 def accesses(cubin: Path) -> dict[str, dict[str, list[int]]]:
     """Of each kernel of a cubin: the bits of its global loads, stores, and of its accesses to local memory."""
-    text = subprocess.run([tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels = {}
-    for part in text.split("Function : ")[1:]:
+    for name, part in sass(cubin).items():
         kinds = {}
         for kind in ("LDG", "STG", "LDL", "STL"):
             found = re.findall(rf"\b{kind}((?:\.\w+)*)", part)
             sizes = [re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", suffixes) for suffixes in found]
             kinds[kind] = [32 if size is None else int(size[1]) for size in sizes]
-        kernels[part.split()[0]] = kinds
+        kernels[name] = kinds
     return kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_cuda_source(tmp_path, source, arch):
+def compile_cuda(source: Path, arch: str, cubin: Path) -> str:
+    """What ptxas says of each kernel; none of them may keep anything in local memory."""
     nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not on PATH")
-    cubin = tmp_path / "kernel.cubin"
     command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(spills) == 8, "4 dtypes, vectorised and not"
     assert set(spills) == {("0", "0", "0")}, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["gates_fwd", "gates_bwd"])
+def test_gate_kernels(tmp_path, name, arch):
+    cubin = tmp_path / "kernel.cubin"
+    compile_cuda(CUDA / f"{name}.cu", arch, cubin)
     kernels = accesses(cubin)
     vectorised = [kinds for name, kinds in kernels.items() if "Li1E" not in name]
-    assert len(kernels) == 8 and len(vectorised) == 4
+    assert len(kernels) == 8 and len(vectorised) == 4, "4 dtypes, vectorised and not"
     for kinds in kernels.values():
         assert kinds["LDL"] == kinds["STL"] == []
     for kinds in vectorised:
         assert len(kinds["LDG"]) >= 9 and set(kinds["LDG"]) == {128}
         assert len(kinds["STG"]) >= 5 and set(kinds["STG"]) == {128}
+
+
+@pytest.mark.parametrize("arch", CLUSTER_ARCHS)
+@pytest.mark.parametrize("name", ["persistent_fwd", "persistent_bwd"])
+def test_persistent_kernels(tmp_path, name, arch):
+    """Weights in registers: no spills, and a block's threads fit; products, loads and messages of the widest kind."""
+    cubin = tmp_path / "kernel.cubin"
+    compile_cuda(CUDA / f"{name}.cu", arch, cubin)
+    usage = {kernel: use for kernel, use in resources(cubin).items() if "persistent_kernel" in kernel}
+    assert len(usage) == 10, "bf16 and fp16 for 4, 6, 8 groups of two warps; TF32 and fp32 for 4 and 6"
+    code = sass(cubin)
+    for kernel, use in usage.items():
+        groups = int(re.search(r"Lb[01]ELi(\d)E", kernel)[1])
+        assert use["REG"] * 64 * groups <= 65536, kernel
+        assert use["STACK"] == use["LOCAL"] == 0
+        assert use["SHARED"] == 1024, "the system's own: the rest is dynamic, and the plan counts it"
+        product = "HMMA.16816.F32" if "__half" in kernel or "bfloat" in kernel else "HMMA.1688.F32.TF32"
+        for instruction in (product, "LDS.128", "STAS.128", "SYNCS.PHASECHK"):
+            assert instruction in code[kernel], f"{kernel} has no {instruction}"
+        assert "LDL" not in code[kernel] and "STL" not in code[kernel]
+        loop = code[kernel][code[kernel].index("SYNCS.PHASECHK") :]
+        assert loop.count("CCTL.IVALL") <= 1, "the L1 cache is emptied within the loop, not only by the last barrier"
+
+
+@pytest.mark.parametrize("kind", range(4), ids=["bf16", "fp16", "tf32", "fp32"])
+def test_a_plan_never_asks_for_more_than_a_block_has(kind):
+    """Every plan for every H, with all sizes of cluster granted or only the portable ones."""
+    planned = set()
+    for hidden in [*range(1, 1100, 7), 256, 512, 768]:
+        for batch, directions, largest in itertools.product((1, 17, 300), (1, 2), (8, 16)):
+            for backward in (False, True):
+                plan = _C.persistent_plan(
+                    kind=kind,
+                    backward=backward,
+                    hidden=hidden,
+                    batch=batch,
+                    directions=directions,
+                    granted=lambda cluster, threads, shared, most=largest: 128 // cluster if cluster <= most else 0,
+                )
+                if plan is None:
+                    continue
+                cluster, groups, tiles, clusters, shared = plan
+                assert cluster <= largest and 64 * groups <= (512 if kind < 2 else 384)
+                assert cluster * groups * 8 >= hidden and tiles * clusters * 8 >= batch
+                assert shared <= SHARED_LIMIT
+                planned.add((hidden, largest))
+    widest = {largest: max(h for h, granted in planned if granted == largest) for largest in (8, 16)}
+    assert widest[16] >= (768 if kind < 2 else 512)
+    assert widest[8] >= (512 if kind < 2 else 256)
 
 
 COMPILE_TRITON = """

@@ -19,7 +19,7 @@ def broken(monkeypatch):
 
 def test_every_backend_is_listed_with_a_reason():
     found = lstm_fast.backends()
-    assert [*found] == ["cuda", "triton", "cpu", "reference"]
+    assert [*found] == ["persistent", "cuda", "triton", "cpu", "reference"]
     assert all(status.detail for status in found.values())
     assert found["reference"].available and found["cpu"].available
     if not torch.cuda.is_available():
@@ -56,7 +56,7 @@ def test_auto_falls_back_when_kernels_are_missing(broken):
     assert torch.equal(module(X)[0], twin(X)[0])
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton", "cpu"])
+@pytest.mark.parametrize("name", ["persistent", "cuda", "triton", "cpu"])
 def test_a_named_backend_that_cannot_serve_raises(broken, name):
     for module, x in ((lstm_fast.LSTM(3, 5, backend=name), X), (lstm_fast.LSTMCell(3, 5, backend=name), X[0])):
         with pytest.raises(RuntimeError, match=f'backend="{name}" cannot serve this call: it was not built'):
@@ -97,7 +97,9 @@ def test_the_environment_names_the_default(monkeypatch):
 
 
 def test_an_unknown_name_is_refused_at_construction():
-    with pytest.raises(ValueError, match="backend should be one of auto, cuda, triton, cpu, reference, got: 'fast'"):
+    with pytest.raises(
+        ValueError, match="backend should be one of auto, persistent, cuda, triton, cpu, reference, got: 'fast'"
+    ):
         lstm_fast.LSTM(3, 5, backend="fast")
     assert "backend='cpu'" in repr(lstm_fast.LSTMCell(3, 5, backend="cpu"))
     with pytest.raises(TypeError, match=r"module should be an lstm_fast.LSTM or LSTMCell, got: Linear"):

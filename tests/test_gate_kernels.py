@@ -371,18 +371,18 @@ def test_cuda_says_what_is_missing(monkeypatch, built, version, gpu, words):
 
 
 def test_cuda_refuses_what_it_does_not_serve():
-    assert "not on cpu" in cuda.refuses(torch.device("cpu"), torch.float32)
-    assert "not complex64" in cuda.refuses(torch.device("cuda"), torch.complex64)
+    assert "not on cpu" in cuda.refuses(torch.device("cpu"), torch.float32, 8)
+    assert "not complex64" in cuda.refuses(torch.device("cuda"), torch.complex64, 8)
 
 
 def test_triton_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET" in triton_gates.unavailable.__wrapped__()
-    assert "not on cpu" in triton_gates.refuses(torch.device("cpu"), torch.float32)
+    assert "not on cpu" in triton_gates.refuses(torch.device("cpu"), torch.float32, 8)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "not on cuda" in triton_gates.refuses(torch.device("cuda"), torch.float32)
-    assert "not float64" in triton_gates.refuses(torch.device("cpu"), torch.float64)
+    assert "not on cuda" in triton_gates.refuses(torch.device("cuda"), torch.float32, 8)
+    assert "not float64" in triton_gates.refuses(torch.device("cpu"), torch.float64, 8)
     monkeypatch.setitem(sys.modules, "lstm_fast.kernels.triton_kernels", None)
     monkeypatch.setattr(triton_gates, "_kernels", triton_gates._kernels.__wrapped__)
     assert "triton can't be loaded" in triton_gates.unavailable.__wrapped__()

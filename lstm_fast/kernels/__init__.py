@@ -5,8 +5,8 @@ Gates are stacked i, f, g, o. T is the storage dtype; Acc is float64 for float64
 
 ``unavailable() -> str | None``
     None if it can run in this process, else what is missing.
-``refuses(device, dtype) -> str | None``
-    None if it serves tensors of that kind, else why not.
+``refuses(device, dtype, hidden) -> str | None``
+    None if it serves tensors of that kind with H = ``hidden``, else why not.
 ``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
     F1-F6 over all steps. ``steps``: active sequences of each step, never growing, all above 0. ``gates`` [D, N, 4H] T:
     on entry the input product with both biases; on return the activated gates, unless ``cells`` is None. ``h0``,

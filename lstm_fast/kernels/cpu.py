@@ -17,7 +17,7 @@ def unavailable() -> str | None:
     return _problem
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
     """None if the kernel serves tensors of this device and dtype, else why not."""
     if device.type != "cpu":
         return f"it serves tensors on the CPU, not on {device.type}"

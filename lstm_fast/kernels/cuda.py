@@ -30,7 +30,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
     """None if the kernel serves tensors of this device and dtype, else why not."""
     if device.type != "cuda":
         return f"it serves tensors on a CUDA GPU, not on {device.type}"

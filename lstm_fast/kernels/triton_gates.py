@@ -32,7 +32,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
     """None if the kernel serves tensors of this device and dtype, else why not."""
     served = "cpu" if _interpreted() else "cuda"
     if device.type != served:

@@ -1,0 +1,184 @@
+// The whole recurrence of a layer in one launch: contract and plan. docs/persistent.md has the reasons and the numbers.
+//
+// A cluster of C blocks holds W_hh of one direction and walks all steps of its own tiles of 8 sequences, one item
+// (step, tile) after the other. Block r owns the hidden units from r U on, U = 8 G: G groups of 8 units, two warps
+// each. Clusters never wait for one another.
+//
+// N rows over all steps, T steps, B sequences, H hidden units, D directions, T also the storage dtype. Gates are
+// ordered i, f, g, o. All arrays are C-contiguous, need only the alignment of their elements, and do not overlap.
+// Pointers must stay valid until the work is done: at return on the host, in stream order with CUDA.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "../lstm_math.h"
+
+namespace lstm::persistent {
+
+using Index = std::int64_t;
+
+constexpr int kColumns = 8;  // sequences of a tile: the columns of one matrix product
+constexpr int kGroup = 8;    // hidden units of a group
+constexpr int kBlock = 64;   // bytes of K that a lane quad reads at once: two matrix products
+
+struct Sizes {
+    Index all_rows;  // N
+    int steps;       // T
+    int batch;       // B
+    int hidden;      // H
+    int directions;  // D
+};
+
+// How a launch is laid out.
+struct Plan {
+    int cluster;   // C blocks, 2 to 16
+    int groups;    // G; a block has 64 G threads
+    int tiles;     // of a cluster, at most
+    int clusters;  // of a direction
+    int shared;    // bytes of a block
+};
+
+// How W_hh is multiplied: in 16 bits, or float as TF32, or float in three TF32 products, which keep fp32's bits.
+enum class Kind : int { bfloat16 = 0, float16 = 1, tf32 = 2, float32 = 3 };
+LSTM_HD int element_size(Kind kind) { return kind == Kind::bfloat16 || kind == Kind::float16 ? 2 : 4; }
+
+// ---- Where a block keeps what
+// -----------------------------------------------------------------------------------------
+
+// The weights that a warp keeps in registers, of a kernel for up to this many groups; the rest lies in shared memory.
+struct Held {
+    int blocks;       // forward: of K, 16 registers each
+    int tiles, deep;  // backward: tiles of 16 rows, each `deep` blocks of K, 8 registers each
+};
+constexpr Held held(int element, int most_groups) {
+    if (element == 2) return most_groups == 4 ? Held{8, 4, 4} : most_groups == 6 ? Held{6, 2, 6} : Held{4, 1, 8};
+    return most_groups == 4 ? Held{8, 2, 8} : Held{6, 1, 12};
+}
+// The kernel that serves G groups, by the most it serves; 0 if none does.
+LSTM_HD int most_groups(int element, int groups) {
+    return groups <= 4 ? 4 : groups <= 6 ? 6 : groups <= 8 && element == 2 ? 8 : 0;
+}
+
+LSTM_HD int round_up(int x, int to) { return (x + to - 1) / to * to; }
+LSTM_HD int most(int a, int b) { return a > b ? a : b; }
+
+// Offsets in bytes. Both start with the barriers, 2 a tile; then int [tiles], the steps of each tile; then float
+// [tiles, 2, threads], the state.
+struct ForwardLayout {
+    int blocks;   // of K: all hidden units, padded so that each warp of a pair has an even number
+    int in_smem;  // of those, how many of each warp's lie in shared memory
+    int row;      // bytes from one column of h to the next: an odd number of blocks, so that banks differ
+    int partial, weights, h, end;  // Words [2, warps, 32]; Words [warps, in_smem, 4, 32]; T [tiles, 2, 8, row]
+};
+struct BackwardLayout {
+    int blocks;   // of K: the four gates of the block's own units
+    int tiles;    // of 16 hidden units, each warp's at most
+    int in_smem;  // of those, how many lie in shared memory
+    int row;      // bytes from one column of the gates' gradient to the next
+    int weights, da, slots,
+        end;  // Words [warps, in_smem, blocks, 2, 32]; T [2, 8, row]; float [tiles, 2, C, G, 64]
+};
+
+LSTM_HD int offset_of_steps(const Plan& plan) { return 16 * plan.tiles; }
+LSTM_HD int offset_of_state(const Plan& plan) { return round_up(20 * plan.tiles, 16); }
+LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + 8 * plan.tiles * 64 * plan.groups; }
+
+LSTM_HD ForwardLayout forward_layout(int element, int held_blocks, const Plan& plan) {
+    const int warps = 2 * plan.groups;
+    ForwardLayout at{};
+    at.blocks = round_up(plan.cluster * plan.groups * kGroup * element, 4 * kBlock) / kBlock;
+    at.in_smem = most(0, at.blocks / 2 - held_blocks);
+    at.row = kBlock * (at.blocks + 1);
+    at.partial = after_state(plan);
+    at.weights = at.partial + 2 * warps * 512;
+    at.h = at.weights + warps * at.in_smem * 2048;
+    at.end = at.h + plan.tiles * 2 * kColumns * at.row;
+    return at;
+}
+
+LSTM_HD BackwardLayout backward_layout(int element, int held_tiles, const Plan& plan) {
+    const int warps = 2 * plan.groups, all_tiles = (plan.cluster * plan.groups + 1) / 2;
+    BackwardLayout at{};
+    at.blocks = plan.groups * kGroup * 4 * element / kBlock;
+    at.tiles = (all_tiles + warps - 1) / warps;
+    at.in_smem = most(0, at.tiles - held_tiles);
+    at.row = kBlock * (at.blocks | 1);
+    at.weights = after_state(plan);
+    at.da = at.weights + warps * at.in_smem * at.blocks * 1024;
+    at.slots = at.da + 2 * kColumns * at.row;
+    at.end = at.slots + plan.tiles * 2 * plan.cluster * plan.groups * 256;
+    return at;
+}
+
+// ---- What a walk reads and writes
+// -------------------------------------------------------------------------------------
+
+struct Forward {
+    void* gates;                 // T [D, N, 4H], on entry x W_ih^T + b_ih + b_hh; with cells activated in place
+    const void* h0;              // T [D, B, H]
+    const void* c0;              // T [D, B, H]
+    const void* w_hh[2];         // of each direction, T [4H, H]
+    const std::int32_t* starts;  // [T + 1], first row of each step, and N; null when every step has B rows
+    void* y;                     // T [N, D * H], written
+    void* h_n;                   // T [D, B, H], written
+    void* c_n;                   // T [D, B, H], written
+    void* cells;                 // float [D, N, H], written: the cell states; null when there will be no backward pass
+    Sizes sizes;
+    Plan plan;
+    ForwardLayout layout;  // of the plan: filled by `run`
+};
+
+struct Backward {
+    const void* gates;           // T [D, N, 4H], activated
+    const void* cells;           // float [D, N, H]
+    const void* c0;              // T [D, B, H]
+    const void* w_hh[2];         // of each direction, T [4H, H]
+    const std::int32_t* starts;  // as in Forward
+    const void* dy;              // T [N, D * H], null when zero
+    void* dh;                    // float [D, B, H], gradient of h_n on entry, of h0 on return
+    void* dc;                    // float [D, B, H], gradient of c_n on entry, of c0 on return
+    void* dgates;                // T [D, N, 4H], written: gradient of the pre-activations
+    Sizes sizes;
+    Plan plan;
+    BackwardLayout layout;  // of the plan: filled by `run`
+};
+
+inline void lay_out(Forward& walk, Kind kind) {
+    const int element = element_size(kind);
+    walk.layout = forward_layout(element, held(element, most_groups(element, walk.plan.groups)).blocks, walk.plan);
+}
+inline void lay_out(Backward& walk, Kind kind) {
+    const int element = element_size(kind);
+    walk.layout = backward_layout(element, held(element, most_groups(element, walk.plan.groups)).tiles, walk.plan);
+}
+
+// ---- Who calls what
+// ---------------------------------------------------------------------------------------------------
+
+// What a device grants: clusters that run at the same time, of so many blocks with so many threads and bytes of shared
+// memory each; 0 if none.
+using Resident = std::function<int(int cluster, int threads, int shared)>;
+
+// The layout expected to be fastest for B sequences in D directions, or one with cluster = 0 if none fits.
+Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const Resident& resident);
+
+// The kernels' own source on the host, for tests without a GPU: empty, or what went wrong. `schedule`:
+// csrc/host/simt.h.
+namespace host {
+std::string run(const Forward& walk, Kind kind, std::uint64_t schedule);
+std::string run(const Backward& walk, Kind kind, std::uint64_t schedule);
+}  // namespace host
+
+// On a GPU of compute capability 9.0 or later, queued on `stream` of `device`; empty, or why it could not be.
+namespace cuda {
+int resident_forward(Kind kind, int device, int cluster, int threads, int shared);
+int resident_backward(Kind kind, int device, int cluster, int threads, int shared);
+std::string run(const Forward& walk, Kind kind, int device, void* stream);
+std::string run(const Backward& walk, Kind kind, int device, void* stream);
+// Copies int32 [count] from the host, through kernel arguments: no wait, and a CUDA graph may capture it.
+std::string upload(const std::int32_t* from, int count, void* to, int device, void* stream);
+}  // namespace cuda
+
+}  // namespace lstm::persistent

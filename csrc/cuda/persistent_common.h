@@ -1,0 +1,165 @@
+// What both persistent kernels share: a thread's place, the walk over items, and the matrix product in each kind.
+#pragma once
+
+#include "persistent.h"
+#include "simt.h"
+
+namespace lstm::persistent {
+
+using simt::Words;
+
+#ifdef __CUDACC__
+using Bf16 = __nv_bfloat16;
+using Fp16 = __half;
+#else
+using Bf16 = BFloat16;
+using Fp16 = Float16;
+#endif
+
+// The kernel of storage type T_ that serves up to kMost_ groups; exact: fp32 without TF32's rounding.
+template <typename T_, bool kExact_, int kMost_>
+struct Instance {
+    using T = T_;
+    static constexpr bool kExact = kExact_;
+    static constexpr int kMost = kMost_;
+};
+
+template <typename T, bool kExact, typename Visit>
+auto with_groups(int groups, Visit visit) {
+    const int most = most_groups(sizeof(T), groups);
+    if constexpr (sizeof(T) == 2) {
+        if (most == 8) return visit(Instance<T, kExact, 8>{});
+    }
+    return most == 4 ? visit(Instance<T, kExact, 4>{}) : visit(Instance<T, kExact, 6>{});
+}
+
+// visit(Instance) for the kernel that serves `groups` groups.
+template <typename Visit>
+auto with_instance(Kind kind, int groups, Visit visit) {
+    switch (kind) {
+        case Kind::bfloat16:
+            return with_groups<Bf16, false>(groups, visit);
+        case Kind::float16:
+            return with_groups<Fp16, false>(groups, visit);
+        case Kind::tf32:
+            return with_groups<float, false>(groups, visit);
+        default:
+            return with_groups<float, true>(groups, visit);
+    }
+}
+
+struct Position {
+    int direction;
+    int cluster;  // of its direction
+    int rank;     // of the block in its cluster
+    int warp, lane;
+
+    SIMT int group() const { return warp / 2; }  // a group of 8 units has two warps
+    SIMT int half() const { return warp % 2; }
+};
+
+SIMT Position position(const Plan& plan) {
+    const int cluster = static_cast<int>(blockIdx.x) / plan.cluster, warp = static_cast<int>(threadIdx.x) / 32;
+    return {cluster / plan.clusters, cluster % plan.clusters, static_cast<int>(simt::cluster_rank()), warp,
+            static_cast<int>(threadIdx.x) % 32};
+}
+
+// Tiles are dealt round, so that a cluster's are ordered by length, the longest first.
+SIMT int tile_of(const Plan& plan, const Position& at, int slot) { return slot * plan.clusters + at.cluster; }
+
+// Sequences of step t are the first `active` of the batch; theirs are the rows from `first` on.
+struct Step {
+    int first;
+    int active;
+};
+SIMT Step step_of(const std::int32_t* starts, int batch, int t) {
+    if (starts == nullptr) return {t * batch, batch};
+    return {starts[t], starts[t + 1] - starts[t]};
+}
+
+// Steps of the longest sequence of a tile; 0 if the tile has none.
+SIMT int steps_of_tile(const std::int32_t* starts, const Sizes& sizes, int tile) {
+    if (tile * kColumns >= sizes.batch) return 0;
+    int low = 1, high = sizes.steps;  // active sequences never grow from step to step
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (step_of(starts, sizes.batch, middle - 1).active > tile * kColumns) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    return low;
+}
+
+// The i-th step of the walk over a tile in slot `slot` of the cluster.
+struct Item {
+    int i, slot;
+};
+// To the next item in order of i, then slot; false past the last.
+SIMT bool advance(Item& item, const int* steps, int slots) {
+    if (++item.slot == slots || steps[item.slot] <= item.i) item = {item.i + 1, 0};
+    return item.i < steps[0];
+}
+
+// A phase of a buffer's barrier: buffers take turns, fill by fill.
+SIMT unsigned parity_of(int fill) { return (static_cast<unsigned>(fill) / 2) % 2; }
+
+// A value of T in the low bits of a word, and back.
+template <typename T>
+SIMT std::uint32_t bits(T value) {
+    std::uint32_t word = 0;
+    std::memcpy(&word, &value, sizeof(T));
+    return word;
+}
+template <typename T>
+SIMT T from_bits(std::uint32_t word) {
+    T value;
+    std::memcpy(&value, &word, sizeof(T));
+    return value;
+}
+
+// What a product reads of a state: 16-bit types as they are, fp32 rounded where TF32 is allowed.
+template <bool kExact>
+SIMT float operand(float x) {
+    return kExact ? x : simt::round_tf32(x);
+}
+template <bool kExact, typename T>
+SIMT T operand(T x) {
+    return x;
+}
+
+// d += a b for one K of 32 bytes (simt::mma).
+template <typename T, bool kExact>
+SIMT void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+    if constexpr (kExact) {
+        // a b = (A + a') (B + b') with A, B of 11 bits: without a' b', of relative size 2^-22
+        const std::uint32_t b[2] = {b0, b1};
+        std::uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
+        for (int j = 0; j < 4; ++j) {
+            const float value = bit_cast<float>(a[j]), high = simt::round_tf32(value);
+            high_a[j] = bits(high);
+            low_a[j] = bits(simt::round_tf32(value - high));
+        }
+        for (int j = 0; j < 2; ++j) {
+            const float value = bit_cast<float>(b[j]), high = simt::round_tf32(value);
+            high_b[j] = bits(high);
+            low_b[j] = bits(simt::round_tf32(value - high));
+        }
+        simt::mma<T>(d, low_a, high_b[0], high_b[1]);
+        simt::mma<T>(d, high_a, low_b[0], low_b[1]);
+        simt::mma<T>(d, high_a, high_b[0], high_b[1]);
+    } else {
+        simt::mma<T>(d, a, b0, b1);
+    }
+}
+
+// 16 bytes of T in one.
+template <typename T>
+SIMT Words pack(const T (&values)[16 / sizeof(T)]) {
+    Words words;
+    std::memcpy(&words, values, sizeof(words));
+    return words;
+}
+
+}  // namespace lstm::persistent

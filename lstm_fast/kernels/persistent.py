@@ -1,0 +1,165 @@
+"""The whole recurrence in one launch of thread-block clusters, W_hh on chip (csrc/cuda/persistent.h is its contract).
+
+On CPU tensors the kernels' own source runs on the host, one fibre a CUDA thread, which tests use.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lstm_fast.kernels import cuda
+from lstm_fast.products import rnn_tf32
+
+with suppress(ImportError):  # cuda.unavailable says so
+    from lstm_fast import _C
+
+Plan = tuple[int, int, int, int, int]  # blocks of a cluster, groups, tiles, clusters, bytes: see csrc/cuda/persistent.h
+_BFLOAT16, _FLOAT16, _TF32, _FLOAT32 = range(4)
+_OLDEST = (9, 0)  # compute capability
+_ON_HOST = {2: 66, 4: 32, 8: 16, 16: 7}  # clusters that an H100 runs at once, about: what host runs plan for
+
+
+def unavailable() -> str | None:
+    """None where this process can run the kernels, else what is missing."""
+    missing = cuda.unavailable()
+    if missing is None and not _C.build_info()["clusters"]:
+        return "lstm_fast._C was built without code for compute capability 9.0 (LSTM_FAST_CUDA_ARCHS)"
+    return missing
+
+
+def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
+    """None if the kernels serve tensors of this device and dtype with so many hidden units, else why not."""
+    if device.type != "cuda":
+        return f"it serves tensors on a CUDA GPU, not on {device.type}"
+    kind = _kind(dtype)
+    if kind is None:
+        return f"it serves float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        major, minor = capability
+        return f"it needs thread-block clusters, compute capability 9.0, and the GPU has {major}.{minor}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if any(_plan(kind, backward, hidden, 1, 1, index) is None for backward in (False, True)):
+        return f"no cluster of this GPU holds the {4 * hidden} x {hidden} weights of {hidden} hidden units on chip"
+    return None
+
+
+def recurrence_forward(
+    gates: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_hh: list[Tensor],
+    steps: list[int],
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    cells: Tensor | None,
+    *,
+    schedule: int = 0,
+) -> None:
+    """F1-F6 over all steps; lstm_fast/kernels/__init__.py states what each tensor is.
+
+    ``schedule`` orders the fibres of a host run (csrc/host/simt.h), and means nothing on a GPU.
+    """
+    starts = _starts(steps, gates.device)
+    _C.persistent_forward(
+        gates=gates.data_ptr(),
+        h0=h0.data_ptr(),
+        c0=c0.data_ptr(),
+        w_hh=[w.data_ptr() for w in w_hh],
+        starts=0 if starts is None else starts.data_ptr(),
+        y=y.data_ptr(),
+        h_n=h_n.data_ptr(),
+        c_n=c_n.data_ptr(),
+        cells=0 if cells is None else cells.data_ptr(),
+        **_launch(gates, c0, steps, False, schedule),
+    )
+
+
+def recurrence_backward(
+    gates: Tensor,
+    cells: Tensor,
+    c0: Tensor,
+    w_hh: list[Tensor],
+    steps: list[int],
+    dy: Tensor | None,
+    dh: Tensor,
+    dc: Tensor,
+    dgates: Tensor,
+    *,
+    schedule: int = 0,
+) -> None:
+    """B1-B7 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
+    starts = _starts(steps, gates.device)
+    _C.persistent_backward(
+        gates=gates.data_ptr(),
+        cells=cells.data_ptr(),
+        c0=c0.data_ptr(),
+        w_hh=[w.data_ptr() for w in w_hh],
+        starts=0 if starts is None else starts.data_ptr(),
+        dy=0 if dy is None else dy.data_ptr(),
+        dh=dh.data_ptr(),
+        dc=dc.data_ptr(),
+        dgates=dgates.data_ptr(),
+        **_launch(gates, c0, steps, True, schedule),
+    )
+
+
+def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedule: int) -> dict[str, Any]:
+    """What both kernels' calls share: sizes, plan, kind, and where to run."""
+    directions, batch, hidden = c0.shape
+    kind = _kind(gates.dtype)
+    assert kind is not None
+    device = gates.device.index if gates.is_cuda else None
+    plan = _plan(kind, backward, hidden, batch, directions, device)
+    if plan is None:
+        raise RuntimeError(f"no cluster holds the weights of {hidden} hidden units on chip")
+    return {
+        "sizes": (gates.size(1), len(steps), batch, hidden, directions),
+        "plan": plan,
+        "kind": kind,
+        "device": device,
+        "queue": torch.cuda.current_stream(gates.device).cuda_stream if gates.is_cuda else schedule,
+    }
+
+
+def _starts(steps: list[int], device: torch.device) -> Tensor | None:
+    """The first row of each step, and the number of rows, on the device; None when every step has the whole batch."""
+    if steps[0] == steps[-1]:
+        return None
+    starts = [0, *accumulate(steps)]
+    if device.type != "cuda":
+        return torch.tensor(starts, dtype=torch.int32)
+    on_device = torch.empty(len(starts), dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    _C.upload(values=starts, to=on_device.data_ptr(), device=device.index, stream=stream)
+    return on_device
+
+
+def _kind(dtype: torch.dtype) -> int | None:
+    """How W_hh is multiplied (csrc/cuda/persistent.h, Kind)."""
+    if dtype == torch.float32:
+        return _TF32 if rnn_tf32() else _FLOAT32
+    return {torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16}.get(dtype)
+
+
+@cache
+def _plan(kind: int, backward: bool, hidden: int, batch: int, directions: int, device: int | None) -> Plan | None:
+    """The layout of a launch on the device, or on the host; None if the weights fit no cluster."""
+
+    def granted(cluster: int, threads: int, shared: int) -> int:
+        if device is None:
+            return _ON_HOST[cluster]
+        return _C.persistent_granted(
+            kind=kind, backward=backward, device=device, cluster=cluster, threads=threads, shared=shared
+        )
+
+    return _C.persistent_plan(
+        kind=kind, backward=backward, hidden=hidden, batch=batch, directions=directions, granted=granted
+    )
