@@ -32,6 +32,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-Wall",
     "-Wextra",
+    "-Wno-unknown-pragmas",
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 

@@ -1,0 +1,39 @@
+// The host runs of the persistent kernels, for ctypes: tests/test_persistent_faults.py builds it with broken kernels.
+#include <string>
+
+#include "cuda/persistent.h"
+
+using namespace lstm::persistent;
+
+namespace {
+
+Sizes sizes(const std::int64_t* n) {
+    return {n[0], static_cast<int>(n[1]), static_cast<int>(n[2]), static_cast<int>(n[3]), static_cast<int>(n[4])};
+}
+
+Plan plan(const std::int64_t* n) {
+    return {static_cast<int>(n[5]), static_cast<int>(n[6]), static_cast<int>(n[7]), static_cast<int>(n[8]),
+            static_cast<int>(n[9])};
+}
+
+const char* keep(const std::string& words) {
+    static std::string kept;
+    kept = words;
+    return kept.c_str();
+}
+
+}  // namespace
+
+// p: gates, h0, c0, w_hh of both directions, starts, y, h_n, c_n, cells; n: N, T, B, H, D, then the plan.
+extern "C" const char* forward(void* const* p, const std::int64_t* n, int kind, std::uint64_t schedule) {
+    const auto* starts = static_cast<const std::int32_t*>(p[5]);
+    const Forward walk{p[0], p[1], p[2], {p[3], p[4]}, starts, p[6], p[7], p[8], p[9], sizes(n), plan(n), {}};
+    return keep(host::run(walk, static_cast<Kind>(kind), schedule));
+}
+
+// p: gates, cells, c0, w_hh of both directions, starts, dy, dh, dc, dgates.
+extern "C" const char* backward(void* const* p, const std::int64_t* n, int kind, std::uint64_t schedule) {
+    const auto* starts = static_cast<const std::int32_t*>(p[5]);
+    const Backward walk{p[0], p[1], p[2], {p[3], p[4]}, starts, p[6], p[7], p[8], p[9], sizes(n), plan(n), {}};
+    return keep(host::run(walk, static_cast<Kind>(kind), schedule));
+}

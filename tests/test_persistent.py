@@ -1,0 +1,161 @@
+"""The persistent kernels' own source on the host, forward and backward, against nn.LSTM in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lstm_fast.kernels import persistent
+from tests.persistent_case import Case, error, granted
+
+KINDS = ["bf16", "fp16", "tf32", "fp32"]
+# nn.LSTM on a CPU has no TF32 to compare with: its 11 bits of operands, summed.
+TF32_ERROR = 2.0**-10
+
+
+def check(case: Case, found: dict[str, torch.Tensor]) -> None:
+    """At most twice the error of nn.LSTM in the same dtype, against nn.LSTM in fp64; everything written."""
+    exact = case.exact()
+    rival = None if case.kind == "tf32" else case.exact(case.x.dtype)
+    for name, value in case.comparable(found).items():
+        assert value.isfinite().all(), f"{name} has elements that nothing wrote"
+        slack = torch.finfo(case.x.dtype).eps
+        allowed = TF32_ERROR if rival is None else 2 * error(rival[name], exact[name]) + slack
+        assert error(value, exact[name]) <= allowed, name
+
+
+def uneven(batch: int, longest: int) -> list[int]:
+    """Lengths from ``longest`` down to 1."""
+    return [max(1, longest - b * longest // batch) for b in range(batch)]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("hidden", [1, 7, 33, 64, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_awkward_sizes(kind, hidden, batch):
+    for directions, lengths in ((1, [5] * batch), (2, uneven(batch, 6))):
+        case = Case(kind, hidden, lengths, directions)
+        check(case, case.both())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cluster_of_several_tiles(kind):
+    """41 sequences, dense and packed: clusters take turns with their tiles, the shorter ones drop out."""
+    with granted({2: 2, 4: 2}):
+        for directions, lengths in ((1, [4] * 41), (2, uneven(41, 6))):
+            case = Case(kind, 40, lengths, directions)
+            for backward in (False, True):
+                plan = persistent._plan(persistent._kind(case.x.dtype), backward, 40, 41, directions, None)
+                assert plan[2] >= 2, "tiles of a cluster"
+            check(case, case.both())
+
+
+@pytest.mark.parametrize(
+    "kind, hidden, clusters, groups",
+    [
+        ("bf16", 512, {16: 7}, 4),  # all weights in registers
+        ("fp16", 768, {16: 7}, 6),  # half of them in shared memory
+        ("bf16", 512, {8: 16}, 8),  # where clusters of 16 aren't granted
+        ("bf16", 300, {8: 16}, 5),  # an odd number of groups
+        ("tf32", 512, {16: 7}, 4),
+        ("fp32", 512, {16: 7}, 4),
+        ("tf32", 384, {8: 16}, 6),
+        ("fp32", 272, {8: 16}, 5),
+        ("bf16", 48, {2: 66}, 3),
+    ],
+)
+def test_every_layout_of_the_weights(kind, hidden, clusters, groups):
+    with granted(clusters):
+        case = Case(kind, hidden, [2] * 9)
+        for backward in (False, True):
+            kinds = {"bf16": 0, "fp16": 1, "tf32": 2, "fp32": 3}
+            assert persistent._plan(kinds[kind], backward, hidden, 9, 1, None)[1] == groups
+        check(case, case.both())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_walk(kind):
+    case = Case(kind, 16, [400, 399, 7])
+    check(case, case.both())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saturated_gates(kind):
+    """Inputs of up to +-150: gates reach 0 and 1, and nothing overflows."""
+    case = Case(kind, 24, [6] * 3, scale=200.0)
+    found = case.both()
+    assert all(t.isfinite().all() for t in found.values())
+    check(case, found)
+
+
+def test_nan_stays_in_its_sequence():
+    case = Case("bf16", 40, [4] * 11)
+    clean = case.both()
+    case.gates[0, 3] = float("nan")  # step 0 of sequence 3
+    y = case.forward()["y"].view(4, 11, 40)
+    assert y[:, 3].isnan().all()
+    others = [b for b in range(11) if b != 3]
+    assert torch.equal(y[:, others], clean["y"].view(4, 11, 40)[:, others])
+
+
+def test_inference_saves_nothing_and_gives_the_same():
+    case = Case("bf16", 40, uneven(9, 5), 2)
+    saved, bare = case.forward(), case.forward(save=False)
+    assert all(torch.equal(saved[name], bare[name]) for name in ("y", "h_n", "c_n"))
+    assert torch.equal(bare["gates"], case.gates)
+    assert not torch.equal(saved["gates"], case.gates)
+
+
+def test_no_gradient_of_y_is_a_gradient_of_zero():
+    case = Case("fp32", 20, uneven(9, 5), 2)
+    saved = case.forward()
+    found = case.backward(saved, dy=False)
+    case.dy.zero_()
+    wanted = case.backward(saved)
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    "kind, hidden, directions, clusters",
+    [("bf16", 40, 2, {4: 2}), ("tf32", 24, 1, {2: 2}), ("fp32", 40, 1, {8: 1}), ("fp16", 64, 1, {8: 16})],
+)
+def test_the_same_bits_under_every_schedule(kind, hidden, directions, clusters):
+    """Whoever runs ahead and whenever messages land: no result depends on it, and nobody waits for ever."""
+    with granted(clusters):
+        case = Case(kind, hidden, uneven(19, 5), directions)
+        wanted = case.both()
+        for schedule in range(1, 37):
+            found = case.both(schedule)
+            for name, value in wanted.items():
+                assert torch.equal(value, found[name]), f"{name} differs under schedule {schedule}"
+
+
+def test_inputs_are_only_read():
+    case = Case("fp16", 33, uneven(9, 4), 2)
+    inputs = {"h0": case.h0, "c0": case.c0, "dy": case.dy, "w": case.w_hh[0], "w_reverse": case.w_hh[1]}
+    before = {name: t.clone() for name, t in inputs.items()}
+    saved = case.forward()
+    kept = {name: t.clone() for name, t in saved.items()}
+    case.backward(saved)
+    assert all(torch.equal(inputs[name], before[name]) for name in inputs)
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
+
+
+def test_what_it_refuses_and_why():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert "not on cpu" in persistent.refuses(cpu, torch.float32, 8)
+    assert "not float64" in persistent.refuses(gpu, torch.float64, 8)
+
+
+def test_hidden_sizes_that_no_cluster_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(persistent._C, "persistent_granted", lambda **_: 7)
+    persistent._plan.cache_clear()
+    gpu = torch.device("cuda", 0)
+    assert persistent.refuses(gpu, torch.bfloat16, 768) is None
+    assert persistent.refuses(gpu, torch.bfloat16, 1024) == (
+        "no cluster of this GPU holds the 4096 x 1024 weights of 1024 hidden units on chip"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert "compute capability 9.0, and the GPU has 8.6" in persistent.refuses(gpu, torch.bfloat16, 64)
+    persistent._plan.cache_clear()

@@ -1,0 +1,146 @@
+"""The host layer finds what it is for: the persistent kernels broken in one place each, and every fault shows.
+
+A fault counts as caught when some schedule ends in an error or in other bits than the whole kernel's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lstm_fast.kernels import persistent
+from tests.persistent_case import Case, granted
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SHIM = Path(__file__).with_name("persistent_shim.cpp")
+SCHEDULES = range(36)
+BF16 = 0
+FORWARD, BACKWARD = "persistent_fwd.h", "persistent_bwd.h"
+
+
+@dataclass
+class Fault:
+    file: str
+    whole: str
+    broken: str
+    caught_as: str  # part of the error, or "bits"
+
+
+FAULTS = {
+    "forward: no wait for h": Fault(FORWARD, "simt::wait(full(now.slot, before), parity_of(now.i - 1));", "", "bits"),
+    "forward: h in one buffer": Fault(
+        FORWARD, "(2 * slot + buffer) * kColumns * p.layout.row", "(2 * slot) * kColumns * p.layout.row", "bits"
+    ),
+    "forward: halves of K not awaited": Fault(FORWARD, "simt::sync_some(1 + at.group(), 64);", "", "bits"),
+    "forward: halves of K in one buffer": Fault(FORWARD, "+ turn * blockDim.x;", ";", "bits"),
+    "forward: the next fill not expected": Fault(
+        FORWARD, "simt::arrive_expecting(full(now.slot, before), fill_bytes());", "", "deadlock"
+    ),
+    "forward: a fill of too few bytes": Fault(
+        FORWARD,
+        "return p.plan.cluster * p.plan.groups * kGroup * kColumns * kElement;",
+        "return (p.plan.cluster - 1) * p.plan.groups * kGroup * kColumns * kElement;",
+        "",
+    ),
+    "forward: messages before the cluster is ready": Fault(
+        FORWARD,
+        "        simt::sync_cluster();\n    }\n\n    SIMT unsigned fill_bytes",
+        "    }\n    SIMT unsigned fill_bytes",
+        "",
+    ),
+    "forward: padding of K not zeroed": Fault(FORWARD, "[j] = Words{0, 0, 0, 0};", "[j].x += 0;", "bits"),
+    "backward: no wait for dh": Fault(BACKWARD, "simt::wait(full(slot, fill % 2), parity_of(fill));", "", "bits"),
+    "backward: gates' gradients not awaited": Fault(BACKWARD, "simt::sync_threads();", "", "bits"),
+    # The kernel's first draft did this: a block's own warps don't all send to their own block.
+    "backward: gates' gradients in one buffer": Fault(BACKWARD, "+ turn * kColumns * p.layout.row;", ";", "bits"),
+    "backward: dh in one buffer": Fault(
+        BACKWARD, "(2 * slot + buffer) * p.plan.cluster", "(2 * slot) * p.plan.cluster", "bits"
+    ),
+    "backward: the wrong parity": Fault(BACKWARD, "parity_of(fill))", "parity_of(fill + 2))", ""),
+    "backward: sent to the wrong block": Fault(
+        BACKWARD, "group / p.plan.groups;", "(group / p.plan.groups + 1) % p.plan.cluster;", "bits"
+    ),
+}
+
+
+def build(folder: Path, csrc: Path) -> ctypes.CDLL:
+    library = folder / "kernels.so"
+    sources = [csrc / "host" / "persistent.cpp", csrc / "host" / "simt.cpp", SHIM]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{csrc}"]
+    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(library)], check=True, capture_output=True, text=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.forward.restype = loaded.backward.restype = ctypes.c_char_p
+    return loaded
+
+
+def call(function, tensors: list[Tensor | None], case: Case, backward: bool, schedule: int) -> str:
+    directions, batch, hidden = case.c0.shape
+    plan = persistent._plan(BF16, backward, hidden, batch, directions, None)
+    numbers = [case.gates.size(1), len(case.steps), batch, hidden, directions, *plan]
+    pointers = (ctypes.c_void_p * 10)(*(None if t is None else t.data_ptr() for t in tensors))
+    return function(pointers, (ctypes.c_int64 * 10)(*numbers), BF16, ctypes.c_uint64(schedule)).decode()
+
+
+def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
+    """How the fault shows: "bits", or the words of errors."""
+    whole = case.forward()
+    gradients = case.backward(whole)
+    starts = persistent._starts(case.steps, torch.device("cpu"))
+    weights = [case.w_hh[0], case.w_hh[-1]]
+    shown = set()
+    for schedule in SCHEDULES:
+        if fault.file == FORWARD:
+            found = {
+                "gates": case.gates.clone(),
+                **{n: torch.full_like(whole[n], 9) for n in ("y", "h_n", "c_n", "cells")},
+            }
+            outputs = [found[name] for name in ("y", "h_n", "c_n", "cells")]
+            tensors = [found["gates"], case.h0, case.c0, *weights, starts, *outputs]
+            error = call(library.forward, tensors, case, False, schedule)
+            wanted = whole
+        else:
+            found = {"dh": case.dh_n.float(), "dc": case.dc_n.float(), "dgates": torch.full_like(case.gates, 9)}
+            tensors = [whole["gates"], whole["cells"], case.c0, *weights, starts, case.dy, *found.values()]
+            error = call(library.backward, tensors, case, True, schedule)
+            wanted = gradients
+        if error:
+            shown.add(error)
+        elif not all(torch.equal(found[name], wanted[name]) for name in found):
+            shown.add("bits")
+        if any(fault.caught_as in how for how in shown):
+            break
+    return shown
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Clusters of 8 blocks with several tiles each, K padded, units past H."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH")
+    with granted({8: 1}):
+        yield Case("bf16", 76, [5, 5, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1])
+
+
+def test_the_whole_kernel_shows_nothing(case, tmp_path):
+    library = build(tmp_path, CSRC)
+    for file in (FORWARD, BACKWARD):
+        assert caught(library, case, Fault(file, "", "", "")) == set()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught(case, tmp_path, name):
+    fault = FAULTS[name]
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / fault.file
+    text = source.read_text()
+    assert text.count(fault.whole) == 1, f"{fault.file} should have one {fault.whole!r}"
+    source.write_text(text.replace(fault.whole, fault.broken))
+    shown = caught(build(tmp_path, tmp_path / "csrc"), case, fault)
+    assert any(fault.caught_as in how for how in shown), f"{name}: {shown or 'nothing showed'}"
