@@ -15,10 +15,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Backend "cuda" needs a GPU, and "triton" runs on one where there is one: ``-m gpu`` selects both."""
+    """Backend "cuda" needs a GPU; "triton" and "persistent" run on one where there is one: ``-m gpu`` selects all."""
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if backend == "cuda" or (backend == "triton" and GPU):
+        if backend == "cuda" or (backend in ("triton", "persistent") and GPU):
             item.add_marker(pytest.mark.gpu)
         if not GPU and item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="torch finds no NVIDIA GPU"))

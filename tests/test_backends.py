@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fast
+from lstm_fast.kernels import persistent
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 FP64_ERROR = 1e-13  # the oracle's own dtype
@@ -28,15 +29,15 @@ def device_of(backend: str) -> str:
     status = lstm_fast.backends()[backend]
     if not status.available:
         pytest.skip(f"{backend}: {status.detail}")
-    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend in ("persistent", "cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def cases():
-    for backend in ("reference", "cpu", "triton", "cuda"):
+    for backend in ("reference", "cpu", "triton", "persistent", "cuda"):
         marks = [pytest.mark.gpu] if backend == "cuda" else []
-        interpreted = backend == "triton" and not torch.cuda.is_available()
+        interpreted = backend in ("triton", "persistent") and not torch.cuda.is_available()
         for dtype in DTYPES:
-            if (backend, dtype) == ("triton", "fp64"):
+            if backend in ("triton", "persistent") and dtype == "fp64":
                 continue
             for shape in SLOW_SHAPES if interpreted else SHAPES:
                 T, B, _, H = shape
@@ -52,6 +53,15 @@ def _fresh_memory_is_nan():
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _persistent_kernels_run_on_the_host(monkeypatch):
+    """Without a GPU: through the whole module, as on one; strict fp32, as nn.LSTM's on a CPU."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(persistent, "unavailable", lambda: None)
+        monkeypatch.setattr(persistent, "refuses", lambda device, dtype, hidden: None)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def run(module: nn.Module, x: Tensor, hx: list[Tensor], lengths: list[int] | None, upstream: list[Tensor]):
@@ -110,7 +120,9 @@ def test_dense(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "backend", ["reference", "cpu", "triton", "persistent", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("H", [7, 33])
 def test_packed_in_both_directions(backend, dtype, H):
     lengths = [2, 6, 1, 6, 3]
@@ -122,13 +134,15 @@ def test_large_products_in_both_directions(backend):
     compare(backend, "fp32", (63, 3, 257, 257), bidirectional=True, lengths=[63, 40, 17])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "backend", ["reference", "cpu", "triton", "persistent", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_saturated_gates(backend):
     """Pre-activations in the hundreds: the gates are exactly 0, 1 or -1 and nothing overflows."""
     compare(backend, "fp32", (3, 3, 5, 33), bidirectional=True, scale=1e3)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "persistent", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_same_bits_on_every_run(backend):
     device = device_of(backend)
     torch.manual_seed(0)
@@ -142,7 +156,9 @@ def test_same_bits_on_every_run(backend):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "backend", ["reference", "cpu", "triton", "persistent", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_inference_equals_training_and_nan_stays_in_its_row(backend):
     device = device_of(backend)
     torch.manual_seed(0)
