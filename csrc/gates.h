@@ -1,5 +1,5 @@
 // The gate kernel: what follows the recurrent product in one step of one direction, forward and backward. This header
-// is the contract; csrc/cuda launches it on a GPU, csrc/cpu/gates.cpp runs the same body on the host.
+// is the contract; csrc/cuda launches it on a GPU, csrc/host runs the same source on a CPU.
 //
 // N rows over all steps, B sequences, H hidden units, D directions, T the storage dtype, A the accumulation dtype
 // (double for float64, else float). Gates are ordered i, f, g, o. A step is named by its direction, its first row and
@@ -193,7 +193,7 @@ LSTM_HD void update(const BackwardStep& s, Index b, Index unit) {
     for (int k = 0; k < 4; ++k) store_pack(a[k], dgates + k * hidden);
 }
 
-// The step on the host, for tests without a GPU: the kernel's own body over the kernel's own index space.
+// The step on the host, for tests without a GPU: the kernel's own source (csrc/host/simt.h).
 namespace host {
 void run_step(const ForwardStep& step, Dtype dtype);
 void run_step(const BackwardStep& step, Dtype dtype);

@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "gates_launch.h"
 
 namespace lstm::cuda {
 

@@ -1,35 +1,22 @@
-// Launches a step of csrc/gates.h: a thread for every VEC units of a sequence.
+// Launches the gate kernel for a step of csrc/gates.h.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
-#include "../gates.h"
+#include "gates_kernel.h"
 
 namespace lstm::cuda {
 
-constexpr int kThreads = 128;
-constexpr Index kMostBlocksDown = 65535;  // gridDim.y ends here; the kernel's loop covers the rows beyond
-
 template <typename T, int VEC, typename Step>
-__global__ void __launch_bounds__(kThreads) gate_kernel(const Step step) {
-    const Index unit = (Index{blockIdx.x} * blockDim.x + threadIdx.x) * VEC;
-    if (unit >= step.sizes.hidden) return;
-    for (Index b = Index{blockIdx.y} * blockDim.y + threadIdx.y; b < step.rows; b += Index{gridDim.y} * blockDim.y) {
-        update<T, VEC>(step, b, unit);
-    }
+__global__ void __launch_bounds__(gates::kThreads) gate_kernel(const Step step) {
+    gates::run_thread<T, VEC>(step);
 }
 
 template <typename T, int VEC, typename Step>
 void launch(const Step& step, cudaStream_t stream) {
-    const Index threads = (step.sizes.hidden + VEC - 1) / VEC;  // of one sequence
-    int across = 1;                                             // of a block
-    while (across < threads && across < kThreads) across *= 2;
-    const int down = kThreads / across;
-    const dim3 grid(static_cast<unsigned>((threads + across - 1) / across),
-                    static_cast<unsigned>(std::min((step.rows + down - 1) / down, kMostBlocksDown)));
-    gate_kernel<T, VEC><<<grid, dim3(across, down), 0, stream>>>(step);
+    const gates::Grid grid = gates::grid<VEC>(step);
+    gate_kernel<T, VEC>
+        <<<dim3(grid.blocks_across, grid.blocks_down), dim3(grid.threads_across, grid.threads_down), 0, stream>>>(step);
 }
 
 template <typename T, typename Step>
