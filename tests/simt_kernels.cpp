@@ -1,0 +1,147 @@
+// Small kernels for tests/test_simt.py, on the host layer.
+#include <cstring>
+#include <string>
+
+#include "host/simt.h"
+
+using namespace lstm;
+
+namespace {
+
+const char* keep(const std::string& words) {
+    static std::string kept;
+    kept = words;
+    return kept.c_str();
+}
+
+template <typename T>
+void product(const std::uint8_t* a, const std::uint8_t* b, float* d) {
+    // Fragments as PTX ISA draws them for mma.m16n8k16 (16 bits) and m16n8k8 (tf32): groupID = lane / 4,
+    // threadID_in_group = lane % 4. Words of a: row groupID or + 8, K from 2 (or 1) threadID_in_group, or 8 (or 4)
+    // more.
+    constexpr int kInWord = 4 / sizeof(T), kDepth = 8 * kInWord;
+    const int group = static_cast<int>(threadIdx.x) / 4, thread = static_cast<int>(threadIdx.x) % 4;
+    const auto word = [&](const std::uint8_t* matrix, int row, int k) {
+        std::uint32_t bits;
+        std::memcpy(&bits, matrix + (row * kDepth + k) * sizeof(T), 4);
+        return bits;
+    };
+    const int k = thread * kInWord, half = kDepth / 2;
+    const std::uint32_t fragment[4] = {word(a, group, k), word(a, group + 8, k), word(a, group, k + half),
+                                       word(a, group + 8, k + half)};
+    float sum[4] = {1, 2, 3, 4};
+    simt::mma<T>(sum, fragment, word(b, group, k), word(b, group, k + half));
+    for (int j = 0; j < 4; ++j) d[(group + j / 2 * 8) * 8 + 2 * thread + j % 2] = sum[j];
+}
+
+}  // namespace
+
+// a [16, K], b [8, K] of the type (0 bf16, 1 fp16, 2 tf32), d [16, 8] = (1, 2, 3, 4 by place in the fragment) + a b^T.
+extern "C" const char* product(int type, const std::uint8_t* a, const std::uint8_t* b, float* d) {
+    const host::Launch one{{1, 1, 1}, {32, 1, 1}, 1, 0, 1};
+    return keep(host::run(one, [&] {
+        if (type == 0) return product<BFloat16>(a, b, d);
+        if (type == 1) return product<Float16>(a, b, d);
+        product<float>(a, b, d);
+    }));
+}
+
+extern "C" float round_tf32(float x) { return simt::round_tf32(x); }
+
+// out [blocks, y, x, 6]: what each thread of a grid of 4 x 3 blocks of 8 x 4 threads, in clusters of 2, says it is.
+extern "C" const char* indices(std::int32_t* out) {
+    const host::Launch launch{{4, 3, 1}, {8, 4, 1}, 2, 0, 1};
+    return keep(host::run(launch, [&] {
+        const unsigned block = blockIdx.y * gridDim.x + blockIdx.x, thread = threadIdx.y * blockDim.x + threadIdx.x;
+        const unsigned found[6] = {blockIdx.x,  blockIdx.y,           threadIdx.x,
+                                   threadIdx.y, simt::cluster_rank(), simt::shuffle(thread, 31 - thread)};
+        for (int j = 0; j < 6; ++j) out[(block * 32 + thread) * 6 + j] = static_cast<std::int32_t>(found[j]);
+    }));
+}
+
+// Rounds in which each of 4 blocks sends its number to all, waits and adds up what came: sums [blocks, rounds].
+extern "C" const char* ring(std::uint64_t schedule, int rounds, int buffers, std::int32_t* sums) {
+    struct Memory {
+        simt::Barrier full[2];
+        simt::Words words[2][4];
+    };
+    const host::Launch launch{{4, 1, 1}, {32, 1, 1}, 4, sizeof(Memory), schedule};
+    return keep(host::run(launch, [&] {
+        auto* memory = reinterpret_cast<Memory*>(simt::shared_memory());
+        const unsigned rank = simt::cluster_rank(), lane = threadIdx.x;
+        if (lane == 0) {
+            for (auto& barrier : memory->full) {
+                simt::init(&barrier, 1);
+                simt::arrive_expecting(&barrier, 64);
+            }
+        }
+        simt::publish_barriers();
+        simt::sync_cluster();
+        for (int round = 0; round < rounds; ++round) {
+            const int buffer = round % 2, place = buffer % buffers;
+            const auto value = static_cast<std::uint32_t>(round * 10 + static_cast<int>(rank));
+            if (lane < 4) simt::send(&memory->words[place][rank], lane, {value, 0, 0, 0}, &memory->full[buffer]);
+            simt::wait(&memory->full[buffer], static_cast<unsigned>(round) / 2 % 2);
+            simt::shuffle(0, 0);  // others may go on meanwhile
+            std::uint32_t sum = 0;
+            for (int j = 0; j < 4; ++j) sum += memory->words[place][j].x;
+            simt::sync_threads();
+            if (lane == 0 && round + 2 < rounds) simt::arrive_expecting(&memory->full[buffer], 64);
+            if (lane == 0) sums[rank * rounds + round] = static_cast<std::int32_t>(sum);
+        }
+        simt::sync_cluster();
+    }));
+}
+
+// What goes wrong, by number.
+extern "C" const char* wrong(int which) {
+    const host::Launch launch{{2, 1, 1}, {64, 1, 1}, which == 7 ? 1u : 2u, 256, 0};
+    return keep(host::run(launch, [&] {
+        auto* barrier = reinterpret_cast<simt::Barrier*>(simt::shared_memory());
+        auto* words = simt::shared_memory() + 128;
+        const unsigned thread = threadIdx.x;
+        const bool first = thread == 0 && simt::cluster_rank() == 0;
+        if (thread == 0 && which != 1) simt::init(barrier, 1);
+        simt::sync_threads();
+        switch (which) {
+            case 0:  // nobody arrives
+                return simt::wait(barrier, 0);
+            case 1:  // never made
+                return simt::wait(barrier, 0);
+            case 2:  // made again
+                if (first) simt::init(barrier, 1);
+                return;
+            case 3:  // one arrival too many
+                if (first) {
+                    simt::arrive_expecting(barrier, 16);
+                    simt::arrive_expecting(barrier, 16);
+                }
+                return;
+            case 4:  // half a warp goes elsewhere
+                if (thread % 32 < 16) simt::shuffle(0, 0);
+                float d[4];
+                return simt::mma<float>(d, {0, 0, 0, 0}, 0, 0);
+            case 5:  // one thread leaves
+                if (!first) simt::sync_threads();
+                return;
+            case 6:  // beyond the cluster
+                return simt::send(words, 2, {}, barrier);
+            case 7:  // a cluster of one
+                return simt::send(words, 0, {}, barrier);
+            case 8:  // off by 8 bytes
+                return simt::send(words + 8, 1, {}, barrier);
+            case 9:  // past the end
+                return simt::send(words + 128, 1, {}, barrier);
+            case 10:  // to a block that has ended
+                if (simt::cluster_rank() == 1) return;
+                for (int j = 0; j < 1000; ++j) simt::shuffle(0, 0);
+                if (first) simt::send(words, 1, {}, barrier);
+                return;
+            case 11:  // half of the block waits for the other half
+                if (thread < 32) simt::sync_some(1, 64);
+                return;
+            case 12:  // no such barrier
+                return simt::sync_some(16, 64);
+        }
+    }));
+}
