@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
+CPP := $(shell find csrc tests benchmarks -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
 .PHONY: test demo lint wheel gpu-check clean
 

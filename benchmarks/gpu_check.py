@@ -1,143 +1,141 @@
-"""``python -m benchmarks.gpu_check``: the GPU tests, a memory check and a benchmark on the GPU at hand.
+"""``python -m benchmarks.gpu_check``: latencies, the GPU tests, a memory check and a benchmark on the GPU at hand.
 
-Builds nothing. Prints a table and writes one JSON, results/gpu-<name>.json. Exit code 0 if all is well, 1 if a test
-fails or a GPU backend is missing, 2 without a GPU.
+Builds nothing. Each part runs in a process of its own and within its own time, so that a kernel that hangs costs one
+part. Prints a table and writes one JSON, results/gpu-<name>.json, anew after each part. Exit code 0 if all is well, 1
+if a part fails or a GPU backend is missing, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import lstm_fast
-from benchmarks.compare import MODES, task
+from benchmarks import exchange, gpu_bench
 from benchmarks.environment import describe
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("tests", "sanitizer", "bench")
-BACKENDS = ("cuda", "triton")
-SHAPES = [(64, 16, 256), (64, 16, 512), (64, 64, 512), (25, 32, 1024), (1024, 16, 768)]  # T B H
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-PAIRS = 20
+BACKENDS = ("persistent", "cuda", "triton")
+SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120}  # nine minutes in all, with the build
 
-# Odd and vectorised sizes, both directions, two layers.
+# Odd and vectorised sizes, both directions, two layers, several tiles.
 SMALL_CASE = """
 import sys, torch, lstm_fast
 for dtype in (torch.float32, torch.bfloat16):
     for hidden in (33, 64):
         module = lstm_fast.LSTM(5, hidden, 2, bidirectional=True, device="cuda", dtype=dtype, backend=sys.argv[1])
-        module(torch.randn(4, 3, 5, device="cuda", dtype=dtype))[0].sum().backward()
+        module(torch.randn(4, 11, 5, device="cuda", dtype=dtype))[0].sum().backward()
 torch.cuda.synchronize()
 """
 
 
+def run(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
+    """Exit code and output; None for a process that was stopped at its limit."""
+    environ = {**os.environ, **environment}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None, process.communicate()[0]
+    return process.returncode, output
+
+
 def run_tests() -> dict[str, Any]:
-    """The tests marked gpu, in a process of their own."""
+    """The tests marked gpu."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider", "tests"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "4"]
+    code, output = run(command, SECONDS["tests"])
+    lines = output.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode != 0:
+    if code != 0:
         print("\n".join(lines[-60:]))
-    return {"ok": done.returncode == 0, "summary": lines[-1] if lines else "", "failed": failed}
+    ended = lines[-1] if lines else ""
+    return {"ok": code == 0, "summary": ended if code is not None else stopped("tests", ended), "failed": failed}
 
 
 def run_sanitizer() -> dict[str, Any]:
-    """compute-sanitizer's memcheck over a small case of each backend, where it is installed."""
+    """compute-sanitizer over a small case of each backend, where it is installed."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return {"ok": True, "summary": "skipped: compute-sanitizer is not installed"}
-    for backend in BACKENDS:
-        command = [tool, "--error-exitcode=9", "--report-api-errors=no", sys.executable, "-c", SMALL_CASE, backend]
+    checks = [*(("memcheck", backend) for backend in BACKENDS), ("synccheck", "persistent")]
+    said = []
+    for check, backend in checks:
+        options = [f"--tool={check}", "--error-exitcode=9", "--report-api-errors=no"]
         # each tensor in an allocation of its own, so that memcheck sees its ends
-        environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environ)
-        if done.returncode != 0:
-            return {"ok": False, "summary": f"{backend}: {(done.stdout + done.stderr)[-2000:]}"}
-    return {"ok": True, "summary": "no memory errors"}
+        code, output = run(
+            [tool, *options, sys.executable, "-c", SMALL_CASE, backend],
+            SECONDS["sanitizer"] / len(checks),
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )
+        if code not in (0, None):
+            return {"ok": False, "summary": f"{check} of {backend}: {output[-2000:]}"}
+        said.append(f"{check} of {backend}: {'no errors' if code == 0 else 'unfinished within its time'}")
+    return {"ok": True, "summary": "; ".join(said)}
 
 
-def measure(ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor]) -> dict[str, float]:
-    """Milliseconds and the ratio theirs/ours by CUDA events, medians of interleaved pairs."""
-
-    def elapsed(call: Callable[[], torch.Tensor]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-    for call in (ours, theirs) * 3:
-        call()
-    torch.cuda.synchronize()
-    pairs = [(elapsed(ours), elapsed(theirs)) for _ in range(PAIRS)]
-    ratios = statistics.quantiles([b / a for a, b in pairs], n=10)
-    return {
-        "ours_ms": statistics.median(a for a, _ in pairs),
-        "theirs_ms": statistics.median(b for _, b in pairs),
-        "ratio": ratios[4],
-        "ratio_p20": ratios[1],
-        "ratio_p80": ratios[7],
-        "pairs": PAIRS,
-    }
+def run_bench() -> dict[str, Any]:
+    """What benchmarks.gpu_bench measured within its time."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "rows.jsonl"
+        seconds = SECONDS["bench"]
+        command = [sys.executable, "-m", "benchmarks.gpu_bench", "--output", str(output), "--seconds", str(seconds)]
+        code, said = run(command, seconds + 40)  # for the last row
+        records = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    rows = [record["row"] for record in records if "row" in record]
+    found: dict[str, Any] = {"ok": code == 0, "summary": gpu_bench.table(rows), "rows": rows}
+    found["left_out"] = [record["left_out"] for record in records if "left_out" in record]
+    for record in records:
+        found.update({name: record[name] for name in ("kernels",) if name in record})
+    if code != 0:
+        found["summary"] += "\n" + (said[-2000:] if code is not None else stopped("bench", said[-500:]))
+    if "kernels" in found:
+        times = {name: value for name, value in found["kernels"].items() if name.endswith("_us_per_step")}
+        found["summary"] += "\nkernels alone, us a step: " + ", ".join(f"{n[:-12]} {t:.2f}" for n, t in times.items())
+    return found
 
 
-def run_bench() -> list[dict[str, Any]]:
-    """A row for each backend, dtype, shape and mode; a result that disagrees with nn.LSTM's stops it."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32 on both sides
-    rows = []
-    for dtype, tolerance in TOLERANCE.items():
-        for T, B, H in SHAPES:
-            torch.manual_seed(0)
-            theirs = nn.LSTM(H, H, device="cuda", dtype=dtype)
-            x = torch.randn(T, B, H, device="cuda", dtype=dtype)
-            for backend in BACKENDS:
-                ours = lstm_fast.LSTM(H, H, device="cuda", dtype=dtype, backend=backend)
-                ours.load_state_dict(theirs.state_dict())
-                for mode in MODES:
-                    mine, rival = task(ours, x, mode), task(theirs, x, mode)
-                    torch.testing.assert_close(mine(), rival(), rtol=tolerance, atol=tolerance)
-                    row = {"backend": backend, "dtype": str(dtype)[6:], "T": T, "B": B, "H": H, "mode": mode}
-                    rows.append({**row, **measure(mine, rival)})
-                    print(table(rows[-1:]), flush=True)
-    return rows
+def stopped(part: str, ended: str) -> str:
+    return f"stopped at its limit of {SECONDS[part]} s; the last it said: {ended}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line a row: what ran, both medians in ms, theirs/ours with its p20 and p80."""
-    return "\n".join(
-        f"{r['backend']:7} {r['dtype']:9} T{r['T']:<5} B{r['B']:<4} H{r['H']:<5} {r['mode']:17}"
-        f"{r['ours_ms']:9.3f} ms  nn.LSTM {r['theirs_ms']:9.3f} ms  "
-        f"{r['ratio']:.2f}x ({r['ratio_p20']:.2f}..{r['ratio_p80']:.2f})"
-        for r in rows
-    )
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "exchange": exchange.measure,
+    "tests": run_tests,
+    "sanitizer": run_sanitizer,
+    "bench": run_bench,
+}
 
 
 def environment() -> dict[str, Any]:
-    """``describe()`` with the driver's and Triton's versions."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = None
+    """``describe()`` with the driver's and Triton's versions, and the clocks as they are."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    driver = clocks = None
     if shutil.which(query[0]):
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+        said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].split(", ")
+        driver, clocks = said[0].strip(), [part.strip() for part in said[1:]]
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    return {**describe(), "driver": driver, "triton": triton}
+    return {**describe(), "driver": driver, "clocks": clocks, "triton": triton}
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
@@ -167,17 +165,17 @@ def main(arguments: list[str] | None = None) -> int:
     missing = {name: status[name].detail for name in BACKENDS if not status[name].available}
     for name, detail in missing.items():
         print(f"{name} is missing: {detail}")
-    ok = not missing
-    for part, run in (("tests", run_tests), ("sanitizer", run_sanitizer)):
-        if part in args.parts:
-            record[part] = run()
-            ok = ok and record[part]["ok"]
-            print(f"{part}: {record[part]['summary']}", flush=True)
-    if "bench" in args.parts and not missing:
-        record["bench"] = run_bench()
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = args.output or ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
-    write(path, record)
+    ok = not missing
+    for part in args.parts:
+        try:
+            record[part] = PARTS[part]()
+        except Exception as error:  # one part's fault must not take the others' results
+            record[part] = {"ok": False, "summary": f"{type(error).__name__}: {error}"}
+        ok = ok and record[part]["ok"]
+        print(f"{part}: {record[part]['summary']}", flush=True)
+        write(path, record)
     print(path)
     return 0 if ok else 1
 

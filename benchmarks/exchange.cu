@@ -1,0 +1,235 @@
+// What the persistent kernels' design rests on, measured on the card at hand: a message between two blocks of a
+// cluster, a whole exchange of h in a cluster, a step of the grid through L2, and the matrix product. Prints one JSON
+// object.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../csrc/cuda/simt.h"
+
+using namespace lstm::simt;
+
+namespace {
+
+constexpr int kSteps = 2000, kRuns = 9, kThreads = 256;
+
+void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+    std::exit(1);
+}
+
+struct Times {
+    unsigned long long clocks, nanoseconds;  // of all steps, by the grid's first thread
+};
+
+SIMT unsigned long long clocks() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(now));
+    return now;
+}
+
+class Stopwatch {
+  public:
+    SIMT explicit Stopwatch(Times* times) : times_(times), clocks_(clocks()), nanoseconds_(nanoseconds()) {}
+    SIMT void stop() {
+        if (blockIdx.x != 0 || threadIdx.x != 0) return;
+        times_->clocks = clocks() - clocks_;
+        times_->nanoseconds = nanoseconds() - nanoseconds_;
+    }
+
+  private:
+    Times* times_;
+    unsigned long long clocks_;
+    std::uint64_t nanoseconds_;
+};
+
+// Two buffers and two barriers, armed, as the recurrence has them.
+SIMT Barrier* barriers(unsigned bytes) {
+    auto* full = reinterpret_cast<Barrier*>(shared_memory());
+    if (threadIdx.x == 0) {
+        for (int j = 0; j < 2; ++j) {
+            init(full + j, 1);
+            arrive_expecting(full + j, bytes);
+        }
+    }
+    publish_barriers();
+    sync_cluster();
+    return full;
+}
+
+// Block 0 sends 16 bytes to block 1, which answers: two messages a step.
+__global__ void __launch_bounds__(kThreads) ping_pong(Times* times) {
+    Barrier* const full = barriers(16);
+    const unsigned rank = cluster_rank();
+    unsigned char* const words = shared_memory() + 128;
+    Stopwatch watch(times);
+    for (int step = 0; step < kSteps && threadIdx.x == 0; ++step) {
+        const unsigned parity = static_cast<unsigned>(step) / 2 % 2;
+        Barrier* const here = full + step % 2;
+        if (rank == 0) send(words, 1, Words{1, 2, 3, 4}, here);
+        wait(here, parity);
+        arrive_expecting(here, 16);
+        if (rank == 1) send(words, 0, Words{1, 2, 3, 4}, here);
+    }
+    watch.stop();
+    sync_cluster();
+}
+
+// Every block sends its slice of h (8 sequences, 16-bit) to all blocks and waits for theirs: `hidden` messages a block.
+__global__ void __launch_bounds__(kThreads) exchange(Times* times, int cluster, int hidden) {
+    Barrier* const full = barriers(static_cast<unsigned>(hidden) * 16);
+    const unsigned rank = cluster_rank();
+    const int slice = hidden / cluster;
+    Stopwatch watch(times);
+    for (int step = 0; step < kSteps; ++step) {
+        unsigned char* const h = shared_memory() + 128 + step % 2 * hidden * 16;
+        for (int j = static_cast<int>(threadIdx.x); j < hidden; j += kThreads) {
+            unsigned char* const to = h + (static_cast<int>(rank) * slice + j % slice) * 16;
+            send(to, static_cast<unsigned>(j / slice), Words{1, 2, 3, 4}, full + step % 2);
+        }
+        wait(full + step % 2, static_cast<unsigned>(step) / 2 % 2);
+        if (threadIdx.x == 0) arrive_expecting(full + step % 2, static_cast<unsigned>(hidden) * 16);
+    }
+    watch.stop();
+    sync_cluster();
+}
+
+// Every block raises its flag in global memory and waits for all others'.
+__global__ void __launch_bounds__(kThreads) grid_step(Times* times, unsigned* flags) {
+    Stopwatch watch(times);
+    for (unsigned step = 1; step <= kSteps; ++step) {
+        __syncthreads();
+        if (threadIdx.x == 0)
+            asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(flags + blockIdx.x), "r"(step) : "memory");
+        for (unsigned j = threadIdx.x; j < gridDim.x; j += kThreads) {
+            unsigned seen = 0;
+            while (seen < step) asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(flags + j) : "memory");
+        }
+        __syncthreads();
+    }
+    watch.stop();
+}
+
+// Four independent chains of products in each of 8 warps, two warps in a quarter of the multiprocessor.
+__global__ void __launch_bounds__(kThreads) products(Times* times, float* out) {
+    float d[4][4] = {};
+    const std::uint32_t a[4] = {threadIdx.x, 1, 2, 3};
+    Stopwatch watch(times);
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int chain = 0; chain < 4; ++chain) mma<__nv_bfloat16>(d[chain], a, 4, 5);
+    }
+    watch.stop();
+    for (int chain = 0; chain < 4; ++chain) out[threadIdx.x * 4 + chain] = d[chain][0] + d[chain][1];
+}
+
+class Launcher {
+  public:
+    Launcher() {
+        check(cudaMalloc(&times_, sizeof(Times)), "cudaMalloc");
+        check(cudaMalloc(&scratch_, 1 << 16), "cudaMalloc");
+    }
+
+    // The median of several runs, a step.
+    template <typename Run>
+    void measure(const char* name, int size, int blocks, double per_step, Run run) {
+        std::vector<Times> found;
+        for (int j = 0; j < kRuns; ++j) {
+            check(cudaMemset(scratch_, 0, 1 << 16), "cudaMemset");
+            check(run(), name);
+            check(cudaDeviceSynchronize(), name);
+            Times times{};
+            check(cudaMemcpy(&times, times_, sizeof(times), cudaMemcpyDeviceToHost), "cudaMemcpy");
+            found.push_back(times);
+        }
+        std::sort(found.begin(), found.end(), [](const Times& x, const Times& y) { return x.clocks < y.clocks; });
+        const Times& median = found[kRuns / 2];
+        std::printf("%s\n  {\"what\": \"%s\", \"size\": %d, \"blocks\": %d, \"clocks\": %.1f, \"ns\": %.1f}",
+                    first_ ? "" : ",", name, size, blocks, static_cast<double>(median.clocks) / kSteps / per_step,
+                    static_cast<double>(median.nanoseconds) / kSteps / per_step);
+        first_ = false;
+    }
+
+    template <typename... Arguments>
+    cudaError_t clustered(void (*kernel)(Arguments...), int cluster, int shared, Arguments... arguments) {
+        cudaLaunchAttribute attribute{};
+        cudaLaunchConfig_t config = configure(attribute, cluster, shared, kernel);
+        return cudaLaunchKernelEx(&config, kernel, arguments...);
+    }
+
+    template <typename Kernel>
+    static cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, int cluster, int shared, Kernel kernel) {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(cluster));
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        return config;
+    }
+
+    Times* times() const { return times_; }
+    void* scratch() const { return scratch_; }
+
+  private:
+    Times* times_ = nullptr;
+    void* scratch_ = nullptr;
+    bool first_ = true;
+};
+
+// Clusters of this size, one block a multiprocessor, that run at the same time; 0 where the size is refused.
+int resident(int cluster) {
+    int count = 0;
+    cudaLaunchAttribute attribute{};
+    const cudaLaunchConfig_t config = Launcher::configure(attribute, cluster, 200 * 1024, exchange);
+    if (cudaOccupancyMaxActiveClusters(&count, exchange, &config) != cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+    }
+    return count;
+}
+
+}  // namespace
+
+int main() {
+    cudaDeviceProp card{};
+    check(cudaGetDeviceProperties(&card, 0), "cudaGetDeviceProperties");
+    std::printf("{\"gpu\": \"%s\", \"multiprocessors\": %d, \"clusters\": {", card.name, card.multiProcessorCount);
+    for (int cluster = 2; cluster <= 16; cluster *= 2) {
+        std::printf("%s\"%d\": %d", cluster == 2 ? "" : ", ", cluster, resident(cluster));
+    }
+    std::printf("}, \"steps\": [");
+    Launcher launch;
+    launch.measure("message", 16, 2, 2.0, [&] { return launch.clustered(ping_pong, 2, 1024, launch.times()); });
+    for (int cluster = 2; cluster <= 16; cluster *= 2) {
+        if (resident(cluster) == 0) continue;
+        for (int hidden : {256, 512, 768}) {
+            launch.measure("exchange", hidden, cluster, 1.0, [&] {
+                return launch.clustered(exchange, cluster, 128 + 2 * 16 * hidden, launch.times(), cluster, hidden);
+            });
+        }
+    }
+    for (int blocks : {16, 64, card.multiProcessorCount}) {
+        launch.measure("grid", 4, blocks, 1.0, [&] {
+            Times* times = launch.times();
+            auto* flags = static_cast<unsigned*>(launch.scratch());
+            void* arguments[] = {&times, &flags};
+            const auto grid = dim3(static_cast<unsigned>(blocks));
+            return cudaLaunchCooperativeKernel(grid_step, grid, dim3(kThreads), arguments, 0, nullptr);
+        });
+    }
+    launch.measure("product", 2048, 1, 8.0, [&] {
+        products<<<1, kThreads>>>(launch.times(), static_cast<float*>(launch.scratch()));
+        return cudaGetLastError();
+    });
+    std::printf("]}\n");
+    return 0;
+}

@@ -1,0 +1,258 @@
+"""``python -m benchmarks.gpu_bench``: lstm_fast against nn.LSTM on the GPU at hand, input product included.
+
+Before the clock each result is compared with nn.LSTM in fp64: our error may be at most twice nn.LSTM's own in the same
+dtype. Then interleaved pairs; medians, p20 and p80 of the ratios. Each row is a line of JSON, written as soon as it is
+known: a run that is stopped loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import lstm_fast
+from benchmarks.compare import task
+from lstm_fast.kernels import persistent
+
+PAIRS = 20
+LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
+
+
+class Group(NamedTuple):
+    """What issues and readers ask of a set of rows: the geometric mean of theirs/ours, at least and hoped for."""
+
+    what: str
+    floor: float
+    aim: float
+
+
+GROUPS = {
+    "bf16": Group("bf16 against nn.LSTM in bf16, forward+backward", 2.0, 5.0),
+    "fp16": Group("fp16 against cuDNN's persistent algorithm, forward+backward", 1.0, 2.0),
+    "tf32": Group("fp32 with TF32 on both sides, forward+backward", 1.5, 4.0),
+    "packed": Group("bf16, packed, lengths uniform in 1..T, forward+backward", 1.5, 5.0),
+    "bidirectional": Group("bf16, both directions, forward+backward", 1.5, 5.0),
+    "inference": Group("bf16, inference", 1.0, 5.0),
+    "gates": Group("the stepwise gate kernels, bf16, forward+backward", 0.0, 0.0),
+}
+
+
+class Shape(NamedTuple):
+    group: str
+    T: int
+    B: int
+    H: int
+    backend: str = "persistent"
+
+
+def shapes() -> Iterator[Shape]:
+    """The most telling first: what the budget leaves out is at the end."""
+    yield Shape("bf16", 1024, 16, 512)
+    for group in ("fp16", "tf32", "packed", "bidirectional", "inference"):
+        yield Shape(group, 256, 16, 512)
+    for B, H in ((16, 256), (64, 512), (16, 768), (2, 512), (128, 256), (128, 512), (64, 768), (2, 256), (16, 1024)):
+        yield Shape("bf16", 256, B, H)
+    for B, H in ((16, 256), (64, 512), (128, 256), (16, 768)):
+        for group in ("fp16", "tf32", "packed", "bidirectional", "inference"):
+            yield Shape(group, 256, B, H)
+    for backend in ("cuda", "triton"):
+        yield Shape("gates", 64, 16, 512, backend)
+    for B, H in ((2, 256), (16, 512), (128, 768)):
+        yield Shape("bf16", 2048, B, H)
+
+
+def dtype_of(shape: Shape) -> torch.dtype:
+    return {"fp16": torch.float16, "tf32": torch.float32}.get(shape.group, torch.bfloat16)
+
+
+def build(shape: Shape, device: str = "cuda") -> tuple[Any, nn.LSTM, lstm_fast.LSTM]:
+    torch.manual_seed(0)
+    place: dict[str, Any] = {"device": device, "dtype": dtype_of(shape)}
+    two = shape.group == "bidirectional"
+    theirs = nn.LSTM(shape.H, shape.H, bidirectional=two, **place)
+    ours = lstm_fast.LSTM(shape.H, shape.H, bidirectional=two, **place, backend=shape.backend)
+    ours.load_state_dict(theirs.state_dict())
+    x: Any = torch.randn(shape.T, shape.B, shape.H, **place)
+    if shape.group == "packed":
+        lengths = torch.randint(1, shape.T + 1, (shape.B,))
+        x = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    return x, theirs, ours
+
+
+def errors(x: Any, theirs: nn.LSTM, ours: nn.Module) -> tuple[float, float]:
+    """Of ours and of theirs, against nn.LSTM in fp64: the worst of output and weight gradients."""
+
+    def run(module: nn.Module, sequence: Any) -> list[Tensor]:
+        module.zero_grad()
+        y = module(sequence)[0]
+        y = y if isinstance(y, Tensor) else y.data
+        torch.manual_seed(1)
+        y.backward(torch.randn(y.shape, device=y.device).to(y.dtype))
+        return [t.detach().double() for t in (y, *(p.grad for p in module.parameters() if p.grad is not None))]
+
+    exact = run(copy.deepcopy(theirs).double(), x.to(torch.float64))
+    worst = []
+    for module in (ours, theirs):
+        found = run(module, x)
+        worst.append(max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)))
+    return worst[0], worst[1]
+
+
+def elapsed(call: Callable[[], Any]) -> float:
+    """Milliseconds between two events around the call."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def measure(ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
+    """Medians in ms and the ratio theirs/ours, over interleaved pairs."""
+    for call in (ours, theirs) * 3:
+        call()
+    torch.cuda.synchronize()
+    pairs = [(elapsed(ours), elapsed(theirs)) for _ in range(PAIRS)]
+    ratios = statistics.quantiles([b / a for a, b in pairs], n=10)
+    return {
+        "ours_ms": statistics.median(a for a, _ in pairs),
+        "theirs_ms": statistics.median(b for _, b in pairs),
+        "ratio": ratios[4],
+        "ratio_p20": ratios[1],
+        "ratio_p80": ratios[7],
+        "pairs": PAIRS,
+    }
+
+
+def peak_memory(call: Callable[[], Any]) -> float:
+    """MiB that one call takes beyond what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def launches(theirs: nn.LSTM, x: Any) -> dict[str, Any]:
+    """How many kernels nn.LSTM's forward launches for up to LAUNCHES_T steps, and the commonest: cuDNN's algorithm."""
+    short = x[:LAUNCHES_T] if isinstance(x, Tensor) else x
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        theirs(short)
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: -e.count)
+    return {"launches": sum(e.count for e in kernels), "commonest": [e.key[:80] for e in kernels[:3]]}
+
+
+def run_row(shape: Shape) -> dict[str, Any]:
+    row: dict[str, Any] = shape._asdict()
+    dtype = dtype_of(shape)
+    refused = persistent.refuses(torch.device("cuda", 0), dtype, shape.H)
+    if shape.backend == "persistent" and refused is not None:
+        return {**row, "refused": refused}
+    x, theirs, ours = build(shape)
+    mode = "inference" if shape.group == "inference" else "forward+backward"
+    error, allowed = errors(x, theirs, ours)
+    row.update(mode=mode, error=error, nn_lstm_error=allowed)
+    if error > 2 * allowed + torch.finfo(dtype).eps:
+        return {**row, "wrong": f"relative error {error:.2e}, nn.LSTM's {allowed:.2e}"}
+    mine, rival = task(ours, x, mode), task(theirs, x, mode)
+    row.update(measure(mine, rival))
+    row["us_per_step"] = 1e3 * row["ours_ms"] / shape.T
+    row["peak_mib"], row["nn_lstm_peak_mib"] = peak_memory(mine), peak_memory(rival)
+    row["nn_lstm"] = launches(theirs, x)
+    return row
+
+
+def run_kernels(T: int = 1024, B: int = 16, H: int = 512) -> dict[str, Any]:
+    """Microseconds a step of the kernels alone, without the input product: inference, forward and backward."""
+    place: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    state = [torch.randn(1, B, H, **place) for _ in range(4)]
+    w = [torch.randn(4 * H, H, **place) / H**0.5]
+    start = torch.randn(1, T * B, 4 * H, **place)
+    y, dy, dgates = torch.empty(T * B, H, **place), torch.randn(T * B, H, **place), torch.empty_like(start)
+    cells = torch.empty(1, T * B, H, device="cuda")
+    dh, dc = torch.zeros(1, B, H, device="cuda"), torch.zeros(1, B, H, device="cuda")
+    gates, steps = start.clone(), [B] * T
+
+    def forward(saved: Tensor | None) -> None:
+        persistent.recurrence_forward(gates, state[0], state[1], w, steps, y, state[2], state[3], saved)
+
+    def backward() -> None:
+        persistent.recurrence_backward(gates, cells, state[1], w, steps, dy, dh, dc, dgates)
+
+    found: dict[str, Any] = {"T": T, "B": B, "H": H, "dtype": "bf16"}
+    for name, call in (
+        ("inference", lambda: forward(None)),
+        ("forward", lambda: forward(cells)),
+        ("backward", backward),
+    ):
+        times = []
+        for _ in range(3 + PAIRS):
+            gates.copy_(start) if name != "backward" else gates.copy_(start.sigmoid())
+            times.append(1e3 * elapsed(call) / T)
+        found[f"{name}_us_per_step"] = statistics.median(times[3:])
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a row, then the geometric mean of each group beside what is asked of it."""
+    lines = []
+    for r in rows:
+        head = f"{r['group']:13} {r['backend']:10} T{r['T']:<5} B{r['B']:<4} H{r['H']:<5}"
+        if "ratio" not in r:
+            lines.append(f"{head} {r.get('refused') or r.get('wrong')}")
+            continue
+        lines.append(
+            f"{head}{r['ours_ms']:9.3f} ms {r['us_per_step']:7.2f} us/step  nn.LSTM {r['theirs_ms']:9.3f} ms  "
+            f"{r['ratio']:5.2f}x ({r['ratio_p20']:.2f}..{r['ratio_p80']:.2f})  "
+            f"{r['peak_mib']:.0f} and {r['nn_lstm_peak_mib']:.0f} MiB, {r['nn_lstm']['launches']} launches"
+        )
+    for name, group in GROUPS.items():
+        ratios = [r["ratio"] for r in rows if r["group"] == name and "ratio" in r]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            lines.append(f"{group.what}: {mean:.2f}x over {len(ratios)} rows (floor {group.floor}, aim {group.aim})")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="where rows go, a line of JSON each")
+    parser.add_argument("--seconds", type=float, default=180, help="no row starts later than this")
+    args = parser.parse_args(arguments)
+    torch.backends.cudnn.allow_tf32 = True
+    end = time.monotonic() + args.seconds
+    wrong = False
+    with args.output.open("w") as file:
+
+        def write(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        write({"kernels": run_kernels()})
+        for shape in shapes():
+            if time.monotonic() > end:
+                write({"left_out": shape._asdict()})
+                continue
+            row = run_row(shape)
+            wrong = wrong or "wrong" in row
+            write({"row": row})
+            print(table([row]).splitlines()[0], flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
