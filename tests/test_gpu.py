@@ -10,7 +10,7 @@ import lstm_fast
 from lstm_fast.kernels import cuda
 
 pytestmark = pytest.mark.gpu
-BACKENDS = ["cuda", "triton"]
+BACKENDS = ["persistent", "cuda", "triton"]
 
 
 def build(backend: str, dtype: torch.dtype = torch.float32, device: str = "cuda", hidden: int = 33):

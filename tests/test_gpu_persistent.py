@@ -1,0 +1,168 @@
+"""The persistent kernels on a card: sizes, repeats, launches side by side, graphs, precision, memory, and who steps in."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import lstm_fast
+from lstm_fast.kernels import persistent
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_clusters():
+    missing = persistent.unavailable() or persistent.refuses(torch.device("cuda", 0), torch.bfloat16, 8)
+    if missing is not None:
+        pytest.skip(f"persistent: {missing}")
+
+
+def pair(features: int, hidden: int, dtype: torch.dtype, **options) -> tuple[lstm_fast.LSTM, nn.LSTM]:
+    torch.manual_seed(hidden)
+    theirs = nn.LSTM(features, hidden, **options, device="cuda", dtype=dtype)
+    ours = lstm_fast.LSTM(features, hidden, **options, device="cuda", dtype=dtype, backend="persistent")
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def results(module: nn.Module, x: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+    """Output, states and all gradients of a random weighting of them."""
+    module.zero_grad()
+    x = x.detach().to(next(module.parameters()).dtype).requires_grad_()
+    sequence = x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
+    y, (h_n, c_n) = module(sequence)
+    y = y if lengths is None else y.data
+    torch.manual_seed(1)
+    outputs = [y, h_n, c_n]
+    torch.autograd.backward(outputs, [torch.randn(t.shape, device="cuda").to(t.dtype) for t in outputs])
+    return [t.detach() for t in (*outputs, x.grad, *(p.grad for p in module.parameters()))]
+
+
+def check(ours: nn.Module, theirs: nn.LSTM, x: Tensor, lengths: Tensor | None = None) -> None:
+    """Our error against nn.LSTM in fp64 is at most twice nn.LSTM's own."""
+    exact = results(copy.deepcopy(theirs).double(), x, lengths)
+    found, rival = results(ours, x, lengths), results(theirs, x, lengths)
+    for place, (a, b, e) in enumerate(zip(found, rival, exact, strict=True)):
+        error, allowed = float((a.double() - e).norm() / e.norm()), float((b.double() - e).norm() / e.norm())
+        assert error <= 2 * allowed + torch.finfo(a.dtype).eps, f"result {place}: {error:.2e}, nn.LSTM's {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("hidden, batch", [(1, 3), (7, 130), (257, 17), (300, 64), (384, 33), (512, 128), (512, 1)])
+def test_sizes(dtype, hidden, batch):
+    ours, theirs = pair(20, hidden, dtype)
+    check(ours, theirs, torch.randn(30, batch, 20, device="cuda", dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_widest(dtype):
+    ours, theirs = pair(64, 768, dtype)
+    check(ours, theirs, torch.randn(30, 40, 64, device="cuda", dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_both_directions_two_layers(dtype):
+    ours, theirs = pair(33, 100, dtype, num_layers=2, bidirectional=True)
+    lengths = torch.randint(1, 41, (70,))
+    check(ours, theirs, torch.randn(int(lengths.max()), 70, 33, device="cuda", dtype=dtype), lengths)
+
+
+def test_more_clusters_than_the_card_holds():
+    ours, theirs = pair(8, 256, torch.bfloat16)
+    check(ours, theirs, torch.randn(5, 4000, 8, device="cuda", dtype=torch.bfloat16))
+
+
+def test_a_long_walk_of_a_wide_layer():
+    ours, theirs = pair(8, 512, torch.bfloat16)
+    check(ours, theirs, torch.randn(4096, 16, 8, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("hidden", [64, 512, 768])
+def test_the_same_bits_ten_times(hidden):
+    ours, _ = pair(16, hidden, torch.bfloat16, bidirectional=True)
+    x = torch.randn(200, 50, 16, device="cuda", dtype=torch.bfloat16)
+    wanted = results(ours, x)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(results(ours, x), wanted, strict=True))
+
+
+def test_two_launches_side_by_side():
+    """On two streams at once, each with clusters to spare: neither waits for blocks that the other keeps out."""
+    modules = [pair(16, hidden, torch.bfloat16)[0] for hidden in (256, 512)]
+    inputs = [torch.randn(300, 64, 16, device="cuda", dtype=torch.bfloat16) for _ in modules]
+    wanted = [results(module, x) for module, x in zip(modules, inputs, strict=True)]
+    streams = [torch.cuda.Stream() for _ in modules]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        found = []
+        for module, x, stream in zip(modules, inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(results(module, x))
+        torch.cuda.synchronize()
+        for a, b in zip(found, wanted, strict=True):
+            assert all(torch.equal(t, u) for t, u in zip(a, b, strict=True))
+
+
+def test_a_graph_captures_a_packed_call():
+    """The starts of the steps travel as kernel arguments: the graph holds no pointer to memory of the host."""
+    ours, _ = pair(16, 64, torch.bfloat16)
+    lengths = torch.randint(1, 2000, (9,))
+    x = torch.randn(int(lengths.max()), 9, 16, device="cuda", dtype=torch.bfloat16)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(2):
+            ours(packed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        captured = ours(packed)[0].data
+    packed.data.copy_(torch.randn_like(packed.data))
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        assert torch.equal(captured, ours(packed)[0].data)
+
+
+def test_fp32_uses_tf32_only_where_torch_allows_it(monkeypatch):
+    ours, theirs = pair(32, 128, torch.float32)
+    x = torch.randn(50, 16, 32, device="cuda")
+    exact = results(copy.deepcopy(theirs).double(), x)[0]
+    errors = {}
+    for allowed in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        check(ours, theirs, x)
+        errors[allowed] = float((results(ours, x)[0].double() - exact).norm() / exact.norm())
+    assert errors[False] < 2e-6 < 2e-5 < errors[True] < 2e-3
+
+
+@pytest.mark.parametrize("batch", [16, 128])
+def test_no_more_memory_than_nn_lstm(batch):
+    ours, theirs = pair(512, 512, torch.bfloat16)
+    x = torch.randn(256, batch, 512, device="cuda", dtype=torch.bfloat16)
+    peaks = []
+    for module in (ours, theirs):
+        results(module, x)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results(module, x)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] <= peaks[1]
+
+
+def test_what_fits_no_cluster_goes_to_torch_and_says_so():
+    module = lstm_fast.LSTM(8, 2048, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(3, 2, 8, device="cuda", dtype=torch.bfloat16)
+    told = lstm_fast.explain(module, x)
+    assert told.startswith("torch: persistent: no cluster of this GPU holds") and "2048 hidden units" in told
+    assert module(x)[0].shape == (3, 2, 2048)
+    small = lstm_fast.LSTM(8, 64, device="cuda", dtype=torch.bfloat16)
+    assert lstm_fast.explain(small, x).startswith("persistent: the whole recurrence in one launch")
