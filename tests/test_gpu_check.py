@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ ROW = {"group": "bf16", "backend": "persistent", "T": 64, "B": 16, "H": 512, "mo
 TIMES = {"ours_ms": 1.5, "theirs_ms": 3.0, "ratio": 2.0, "ratio_p20": 1.9, "ratio_p80": 2.1, "pairs": 20}
 MEMORY = {"peak_mib": 10.0, "nn_lstm_peak_mib": 12.0, "nn_lstm": {"launches": 130, "commonest": []}}
 FULL_ROW = {**ROW, **TIMES, **MEMORY}
-KERNELS = {"T": 8, "B": 16, "H": 512, "inference_us_per_step": 0.91}
+SIZES = {"T": 1000, "B": 16, "H": 512, "dtype": "bf16"}
+KERNELS = {**SIZES, "inference": {"us_per_step": 0.91}}
+MODULES = {**SIZES, "backward": {**TIMES, "us_per_step": 1.5}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -80,8 +83,10 @@ def test_a_part_that_breaks_leaves_the_others(pretended):
 
 
 def test_a_process_that_hangs_is_stopped():
-    code, output = gpu_check.run([sys.executable, "-uc", "import time; print('begun'); time.sleep(60)"], 3)
-    assert code is None and output == "begun\n"
+    """With its children, which would hold its output open."""
+    begun = time.monotonic()
+    code, output = gpu_check.run(["sh", "-c", "sleep 60 & echo begun; wait"], 1)
+    assert code is None and output == "begun\n" and time.monotonic() - begun < 30
 
 
 def fake_bench(monkeypatch, code: int | None, records: list[dict]):
@@ -95,11 +100,13 @@ def fake_bench(monkeypatch, code: int | None, records: list[dict]):
 
 def test_the_bench_keeps_what_a_stopped_run_had_measured(monkeypatch):
     left_out = {"group": "tf32", "T": 256}
-    records = [{"kernels": KERNELS}, {"row": FULL_ROW}, {"left_out": left_out}]
+    records = [{"kernels": KERNELS}, {"modules": MODULES}, {"row": FULL_ROW}, {"left_out": left_out}]
     found = fake_bench(monkeypatch, 0, records)
     assert found["ok"] and found["rows"] == [FULL_ROW] and found["left_out"] == [left_out]
-    assert "inference 0.91" in found["summary"] and "2.00x over 1 rows (floor 2.0, aim 5.0)" in found["summary"]
-    stopped = fake_bench(monkeypatch, None, records[:2])
+    summary = found["summary"]
+    assert "0.91 us/step" in summary and "2.00x over 1 rows (floor 2.0, aim 5.0)" in summary
+    assert "1.50 us/step, nn.LSTM 3.00, 2.00x (floor 3.0, aim 1.2)" in summary and "tf32 256" in summary
+    stopped = fake_bench(monkeypatch, None, records[:3])
     assert not stopped["ok"] and stopped["rows"] == [FULL_ROW] and "stopped at its limit of 120 s" in stopped["summary"]
 
 
@@ -119,7 +126,8 @@ def test_a_table_row_names_case_and_figures():
         "130 launches",
     )
     assert all(part in line for part in parts)
-    assert "no cluster" in gpu_bench.table([{**ROW, "refused": "no cluster holds it"}])
+    lines = gpu_bench.table([FULL_ROW, {**ROW, "refused": "no cluster holds it"}]).splitlines()
+    assert "refused: no cluster holds it" in lines[1] and "over 1 rows, 1 without a ratio" in lines[2]
 
 
 def test_the_bench_covers_every_group_and_begins_with_the_aim():
@@ -139,6 +147,90 @@ def test_errors_are_of_both_against_fp64(group):
         for parameter in ours.parameters():
             parameter.mul_(1.05)
     assert gpu_bench.errors(x, theirs, ours)[0] > 2 * allowed + eps
+    with torch.no_grad():
+        ours.weight_ih_l0[0, 0] = float("nan")
+    assert math.isnan(gpu_bench.errors(x, theirs, ours)[0])
+
+
+def run_bench_main(monkeypatch, tmp_path, run_row, seconds: float = 60) -> tuple[int, list[dict]]:
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(gpu_bench, "run_kernels", lambda: KERNELS)
+    monkeypatch.setattr(gpu_bench, "run_modules", lambda: MODULES)
+    monkeypatch.setattr(gpu_bench, "run_row", run_row)
+    code = gpu_bench.main(["--output", str(output), "--seconds", str(seconds)])
+    return code, [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_a_row_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    def run_row(shape):
+        if shape.group == "fp16":
+            raise RuntimeError("out of memory")
+        return FULL_ROW
+
+    code, records = run_bench_main(monkeypatch, tmp_path, run_row)
+    rows = [record["row"] for record in records if "row" in record]
+    assert code == 1 and records[:2] == [{"kernels": KERNELS}, {"modules": MODULES}]
+    assert len(rows) == len(list(gpu_bench.shapes())) and rows[0] == FULL_ROW
+    assert rows[1]["failed"] == "RuntimeError: out of memory" and rows[1]["group"] == "fp16"
+
+
+def test_out_of_time_the_other_rows_are_named(monkeypatch, tmp_path):
+    code, records = run_bench_main(monkeypatch, tmp_path, lambda shape: FULL_ROW, seconds=-1)
+    assert code == 0 and [record["left_out"]["T"] for record in records[2:]] == [s.T for s in gpu_bench.shapes()]
+
+
+@pytest.mark.parametrize("group, found", [("bf16", {"error": float("nan")}), ("tf32", {"error": 1.0})])
+def test_wrong_results_are_never_timed(monkeypatch, group, found):
+    monkeypatch.setattr(gpu_bench.persistent, "unavailable", lambda: None)
+    monkeypatch.setattr(gpu_bench.persistent, "refuses", lambda *_: None)
+    monkeypatch.setattr(gpu_bench, "build", lambda shape: (None, None, None))
+    monkeypatch.setattr(gpu_bench, "errors", lambda *_: (found["error"], 1e-3))
+    row = gpu_bench.run_row(gpu_bench.Shape(group, 8, 2, 4))
+    assert "wrong" in row and "ratio" not in row
+
+
+def test_phases_are_those_of_a_training_step():
+    module = torch.nn.LSTM(3, 5)
+    calls = gpu_bench.phases(module, torch.randn(4, 2, 3))
+    assert not calls["inference"]().requires_grad and calls["forward"]()[0].requires_grad
+    for _ in range(2):
+        assert [tuple(g.shape) for g in calls["backward"]()] == [(4, 2, 3), (20, 3), (20, 5), (20,), (20,)]
+
+
+# ---- The tests and the sanitizer, as told by processes that are only pretended -------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code, said, ok, told",
+    [
+        (0, "", True, "no errors"),
+        (9, "Invalid __global__ write", False, "Invalid __global__ write"),
+        (None, "", True, "unfinished after 60 s"),
+        (1, "Device not supported", True, "doesn't support this device"),
+    ],
+)
+def test_the_sanitizer_runs_each_check(monkeypatch, code, said, ok, told):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "compute-sanitizer")
+    monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (code, said))
+    found = gpu_check.run_sanitizer()
+    assert found["ok"] == ok and found["summary"].count(told) == 5
+    assert all(f"memcheck of {backend}" in found["summary"] for backend in gpu_check.BACKENDS)
+    assert all(f"{check} of persistent" in found["summary"] for check in ("synccheck", "racecheck"))
+
+
+def test_without_a_sanitizer_it_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: None)
+    assert gpu_check.run_sanitizer() == {"ok": True, "summary": "skipped: compute-sanitizer is not installed"}
+
+
+def test_failed_and_skipped_tests_are_named(monkeypatch):
+    lines = ["SKIPPED [1] tests/test_gpu.py:99: there is one GPU", "FAILED tests/test_x.py::test_y", "1 failed"]
+    monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (1, "\n".join(lines)))
+    found = gpu_check.run_tests()
+    assert not found["ok"] and found["skipped"] == lines[:1] and found["failed"] == lines[1:2]
+    assert found["summary"] == "1 failed"
+    monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (None, "..."))
+    assert "stopped at its limit of 200 s" in gpu_check.run_tests()["summary"]
 
 
 def test_environment_names_driver_and_triton():
