@@ -126,6 +126,7 @@ def test_a_table_row_names_case_and_figures():
         "130 launches",
     )
     assert all(part in line for part in parts)
+    assert "? launches" in gpu_bench.table([{**FULL_ROW, "nn_lstm": {"failed": "no profiler"}}])
     lines = gpu_bench.table([FULL_ROW, {**ROW, "refused": "no cluster holds it"}]).splitlines()
     assert "refused: no cluster holds it" in lines[1] and "over 1 rows, 1 without a ratio" in lines[2]
 

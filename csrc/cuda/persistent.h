@@ -56,9 +56,10 @@ constexpr Held held(int element, int most_groups) {
     if (element == 2) return most_groups == 4 ? Held{8, 4, 4} : most_groups == 6 ? Held{6, 2, 6} : Held{4, 1, 8};
     return most_groups == 4 ? Held{8, 2, 8} : Held{6, 1, 12};
 }
-// The kernel that serves G groups, by the most it serves; 0 if none does.
-LSTM_HD int most_groups(int element, int groups) {
-    return groups <= 4 ? 4 : groups <= 6 ? 6 : groups <= 8 && element == 2 ? 8 : 0;
+// The kernel that serves G groups, by the most it serves; 0 if none does. fp32's three products leave fewer registers.
+LSTM_HD int most_groups(Kind kind, int groups) {
+    const int widest = kind == Kind::float32 ? 4 : kind == Kind::tf32 ? 6 : 8;
+    return groups > widest ? 0 : groups <= 4 ? 4 : groups <= 6 ? 6 : 8;
 }
 
 LSTM_HD int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -147,11 +148,11 @@ struct Backward {
 
 inline void lay_out(Forward& walk, Kind kind) {
     const int element = element_size(kind);
-    walk.layout = forward_layout(element, held(element, most_groups(element, walk.plan.groups)).blocks, walk.plan);
+    walk.layout = forward_layout(element, held(element, most_groups(kind, walk.plan.groups)).blocks, walk.plan);
 }
 inline void lay_out(Backward& walk, Kind kind) {
     const int element = element_size(kind);
-    walk.layout = backward_layout(element, held(element, most_groups(element, walk.plan.groups)).tiles, walk.plan);
+    walk.layout = backward_layout(element, held(element, most_groups(kind, walk.plan.groups)).tiles, walk.plan);
 }
 
 // ---- Who calls what

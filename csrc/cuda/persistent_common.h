@@ -24,27 +24,24 @@ struct Instance {
     static constexpr int kMost = kMost_;
 };
 
-template <typename T, bool kExact, typename Visit>
-auto with_groups(int groups, Visit visit) {
-    const int most = most_groups(sizeof(T), groups);
-    if constexpr (sizeof(T) == 2) {
-        if (most == 8) return visit(Instance<T, kExact, 8>{});
-    }
-    return most == 4 ? visit(Instance<T, kExact, 4>{}) : visit(Instance<T, kExact, 6>{});
-}
-
 // visit(Instance) for the kernel that serves `groups` groups.
 template <typename Visit>
 auto with_instance(Kind kind, int groups, Visit visit) {
+    const int most = most_groups(kind, groups);
+    const auto sixteen_bits = [&](auto zero) {
+        using T = decltype(zero);
+        if (most == 4) return visit(Instance<T, false, 4>{});
+        return most == 6 ? visit(Instance<T, false, 6>{}) : visit(Instance<T, false, 8>{});
+    };
     switch (kind) {
         case Kind::bfloat16:
-            return with_groups<Bf16, false>(groups, visit);
+            return sixteen_bits(Bf16{});
         case Kind::float16:
-            return with_groups<Fp16, false>(groups, visit);
+            return sixteen_bits(Fp16{});
         case Kind::tf32:
-            return with_groups<float, false>(groups, visit);
+            return most == 4 ? visit(Instance<float, false, 4>{}) : visit(Instance<float, false, 6>{});
         default:
-            return with_groups<float, true>(groups, visit);
+            return visit(Instance<float, true, 4>{});
     }
 }
 
@@ -133,7 +130,8 @@ SIMT T operand(T x) {
 template <typename T, bool kExact>
 SIMT void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
     if constexpr (kExact) {
-        // a b = (A + a') (B + b') with A, B of 11 bits: without a' b', of relative size 2^-22
+        // a b = (A + a') (B + b') with A, B of 11 bits: without a' b', of relative size 2^-22 (Ootomo and Yokota 2022,
+        // whose sum over K is rounded to nearest too, outside of the product that rounds towards zero)
         const std::uint32_t b[2] = {b0, b1};
         std::uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
         for (int j = 0; j < 4; ++j) {
@@ -146,9 +144,12 @@ SIMT void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
             high_b[j] = bits(high);
             low_b[j] = bits(simt::round_tf32(value - high));
         }
-        simt::mma<T>(d, low_a, high_b[0], high_b[1]);
-        simt::mma<T>(d, high_a, low_b[0], low_b[1]);
-        simt::mma<T>(d, high_a, high_b[0], high_b[1]);
+        float low[4] = {}, high[4] = {};
+        simt::mma<T>(low, low_a, high_b[0], high_b[1]);
+        simt::mma<T>(low, high_a, low_b[0], low_b[1]);
+        for (int j = 0; j < 4; ++j) d[j] += low[j];
+        simt::mma<T>(high, high_a, high_b[0], high_b[1]);
+        for (int j = 0; j < 4; ++j) d[j] += high[j];
     } else {
         simt::mma<T>(d, a, b0, b1);
     }

@@ -151,9 +151,8 @@ struct ForwardKernel {
 #pragma unroll
         for (int j = 0; j < kHeld; j += 2) {
             if (j < half) {
-                const Words even = block(j), odd = block(j + 1);
-                add(w[j][0], w[j][1], w[j][2], w[j][3], even);
-                add(w[j + 1][0], w[j + 1][1], w[j + 1][2], w[j + 1][3], odd);
+                add(w[j][0], w[j][1], w[j][2], w[j][3], block(j));
+                add(w[j + 1][0], w[j + 1][1], w[j + 1][2], w[j + 1][3], block(j + 1));
             }
         }
         for (int j = 0; j < p.layout.in_smem; ++j) {
@@ -218,6 +217,7 @@ struct ForwardKernel {
                 if (threadIdx.x == 0 && now.i + 2 < steps()[now.slot]) {
                     simt::arrive_expecting(full(now.slot, before), fill_bytes());
                 }
+                simt::sync_warp();  // lanes may have left the wait one by one, and products want them together
             }
             float gate[4][2], sum[4];
             product(w, h(now.slot, before), gate);

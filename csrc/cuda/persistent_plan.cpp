@@ -41,7 +41,7 @@ Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const
     double best_clocks = 0;
     for (int cluster : {2, 4, 8, 16}) {
         Plan candidate{cluster, (hidden + cluster * kGroup - 1) / (cluster * kGroup), 0, 0, 0};
-        const int serves = most_groups(element, candidate.groups);
+        const int serves = most_groups(kind, candidate.groups);
         if (serves == 0) continue;
         const Held kept = held(element, serves);
         for (int tiles = 1; tiles <= all_tiles; ++tiles) {

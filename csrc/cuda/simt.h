@@ -49,6 +49,8 @@ SIMT int opaque(int x) {
 
 SIMT std::uint32_t shuffle(std::uint32_t value, unsigned lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+SIMT void sync_warp() { __syncwarp(); }
+
 SIMT void sync_threads() { __syncthreads(); }
 
 // A barrier of `threads` threads of the block, whole warps, by its number (1..15; 0 is sync_threads').
@@ -56,9 +58,7 @@ SIMT void sync_some(unsigned number, unsigned threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-SIMT void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-}
+SIMT void sync_cluster() { asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory"); }
 
 // ---- Messages: 16-byte stores into another block's shared memory, counted by a barrier there ------------------------
 
@@ -124,7 +124,8 @@ SIMT void send(void* to, unsigned rank, Words value, Barrier* barrier) {
 
 // ---- Matrix product, warp-wide --------------------------------------------------------------------------------------
 
-// d [16, 8] += a [16, K] b [K, 8] in fp32, K = 32 bytes of T; float means TF32, whose low 13 bits are ignored. Lane
+// d [16, 8] += a [16, K] b [K, 8] in fp32, rounded towards zero, K = 32 bytes of T; float means TF32, whose low 13 bits
+// are ignored. Lane
 // 4 r + q holds: d[0], d[1] of row r, columns 2 q, 2 q + 1; d[2], d[3] of row r + 8. Words a[0], a[2] of row r and
 // a[1], a[3] of row r + 8; b0, b1 of column r. Which K a word stands for is the caller's choice, the same for a and b:
 // word q of the K's first half for a[0], a[1] and b0, of its second half for a[2], a[3] and b1.

@@ -346,6 +346,11 @@ float element<float>(std::uint32_t word, int) {
     return bit_cast<float>(word & 0xffffe000u);
 }
 
+float towards_zero(double x) {
+    const auto nearest = static_cast<float>(x);
+    return std::fabs(double{nearest}) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 struct Fragments {
     float* d;
     const std::uint32_t* a;
@@ -359,12 +364,14 @@ void multiply(void* const* operands) {
     for (int row = 0; row < 16; ++row) {
         for (int column = 0; column < 8; ++column) {
             float& d = lane(row % 8, column / 2)->d[row / 8 * 2 + column % 2];
+            double sum = d;
             for (int half = 0; half < 2; ++half) {
                 for (int q = 0; q < 4; ++q) {
                     const std::uint32_t a = lane(row % 8, q)->a[half * 2 + row / 8], b = lane(column, q)->b[half];
-                    for (int j = 0; j < kInWord; ++j) d += element<T>(a, j) * element<T>(b, j);
+                    for (int j = 0; j < kInWord; ++j) sum += double{element<T>(a, j)} * element<T>(b, j);
                 }
             }
+            d = towards_zero(sum);
         }
     }
 }
@@ -402,6 +409,9 @@ std::uint32_t shuffle(std::uint32_t value, unsigned lane) {
     return own.result;
 }
 
+void sync_warp() {
+    active->warp_wide("sync_warp", nullptr, [](void* const*) {});
+}
 void sync_threads() { active->sync_block(0, blockDim.x * blockDim.y * blockDim.z); }
 void sync_some(unsigned number, unsigned threads) { active->sync_block(number, threads); }
 void sync_cluster() { active->sync_cluster(); }

@@ -53,6 +53,7 @@ inline void prefetch(const void*) {}
 inline int opaque(int x) { return x; }
 
 std::uint32_t shuffle(std::uint32_t value, unsigned lane);
+void sync_warp();
 void sync_threads();
 void sync_some(unsigned number, unsigned threads);
 void sync_cluster();
@@ -63,7 +64,7 @@ void arrive_expecting(Barrier* barrier, unsigned bytes);
 void wait(Barrier* barrier, unsigned parity);
 void send(void* to, unsigned rank, Words value, Barrier* barrier);
 
-// Adds up in fp32, one K after the other.
+// Adds up exactly, then rounds towards zero: the products' sum is what tensor cores are at their worst.
 template <typename T>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
 
