@@ -170,13 +170,14 @@ def run_row(shape: Shape) -> dict[str, Any]:
     mode = "inference" if shape.group == "inference" else "forward+backward"
     error, allowed = errors(x, theirs, ours)
     row.update(mode=mode, error=error, nn_lstm_error=allowed)
-    if not error <= 2 * allowed + torch.finfo(dtype).eps:  # NaN included
+    eps = 2**-10 if shape.group == "tf32" else torch.finfo(dtype).eps
+    if not error <= 2 * allowed + eps:  # NaN included
         return {**row, "wrong": f"relative error {error:.2e}, nn.LSTM's {allowed:.2e}"}
     mine, rival = task(ours, x, mode), task(theirs, x, mode)
     row.update(measure(mine, rival))
     row["us_per_step"] = 1e3 * row["ours_ms"] / shape.T
     row["peak_mib"], row["nn_lstm_peak_mib"] = peak_memory(mine), peak_memory(rival)
-    row["nn_lstm"] = launches(theirs, x)
+    row["nn_lstm"] = attempt(launches, theirs, x)  # a profiler that is barred costs no timings
     return row
 
 
@@ -255,7 +256,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{head}{r['ours_ms']:9.3f} ms {r['us_per_step']:7.2f} us/step  nn.LSTM {r['theirs_ms']:9.3f} ms  "
             f"{r['ratio']:5.2f}x ({r['ratio_p20']:.2f}..{r['ratio_p80']:.2f})  "
-            f"{r['peak_mib']:.0f} and {r['nn_lstm_peak_mib']:.0f} MiB, {r['nn_lstm']['launches']} launches"
+            f"{r['peak_mib']:.0f} and {r['nn_lstm_peak_mib']:.0f} MiB, {r['nn_lstm'].get('launches', '?')} launches"
         )
     for name, group in GROUPS.items():
         of_group = [r for r in rows if r["group"] == name]
