@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -149,6 +151,7 @@ def test_what_it_refuses_and_why():
 
 def test_hidden_sizes_that_no_cluster_holds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(persistent._C, "persistent_granted", lambda **_: 7)
     persistent._plan.cache_clear()
     gpu = torch.device("cuda", 0)

@@ -67,19 +67,20 @@ def recurrence_forward(
 
     ``schedule`` orders the fibres of a host run (csrc/host/simt.h), and means nothing on a GPU.
     """
-    starts = _starts(steps, gates.device)
-    _C.persistent_forward(
-        gates=gates.data_ptr(),
-        h0=h0.data_ptr(),
-        c0=c0.data_ptr(),
-        w_hh=[w.data_ptr() for w in w_hh],
-        starts=0 if starts is None else starts.data_ptr(),
-        y=y.data_ptr(),
-        h_n=h_n.data_ptr(),
-        c_n=c_n.data_ptr(),
-        cells=0 if cells is None else cells.data_ptr(),
-        **_launch(gates, c0, steps, False, schedule),
-    )
+    with torch.cuda.device(gates.get_device()):  # the extension's runtime changes the thread's device
+        starts = _starts(steps, gates.device)
+        _C.persistent_forward(
+            gates=gates.data_ptr(),
+            h0=h0.data_ptr(),
+            c0=c0.data_ptr(),
+            w_hh=[w.data_ptr() for w in w_hh],
+            starts=0 if starts is None else starts.data_ptr(),
+            y=y.data_ptr(),
+            h_n=h_n.data_ptr(),
+            c_n=c_n.data_ptr(),
+            cells=0 if cells is None else cells.data_ptr(),
+            **_launch(gates, c0, steps, False, schedule),
+        )
 
 
 def recurrence_backward(
@@ -96,19 +97,20 @@ def recurrence_backward(
     schedule: int = 0,
 ) -> None:
     """B1-B7 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
-    starts = _starts(steps, gates.device)
-    _C.persistent_backward(
-        gates=gates.data_ptr(),
-        cells=cells.data_ptr(),
-        c0=c0.data_ptr(),
-        w_hh=[w.data_ptr() for w in w_hh],
-        starts=0 if starts is None else starts.data_ptr(),
-        dy=0 if dy is None else dy.data_ptr(),
-        dh=dh.data_ptr(),
-        dc=dc.data_ptr(),
-        dgates=dgates.data_ptr(),
-        **_launch(gates, c0, steps, True, schedule),
-    )
+    with torch.cuda.device(gates.get_device()):
+        starts = _starts(steps, gates.device)
+        _C.persistent_backward(
+            gates=gates.data_ptr(),
+            cells=cells.data_ptr(),
+            c0=c0.data_ptr(),
+            w_hh=[w.data_ptr() for w in w_hh],
+            starts=0 if starts is None else starts.data_ptr(),
+            dy=0 if dy is None else dy.data_ptr(),
+            dh=dh.data_ptr(),
+            dc=dc.data_ptr(),
+            dgates=dgates.data_ptr(),
+            **_launch(gates, c0, steps, True, schedule),
+        )
 
 
 def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedule: int) -> dict[str, Any]:
@@ -160,6 +162,7 @@ def _plan(kind: int, backward: bool, hidden: int, batch: int, directions: int, d
             kind=kind, backward=backward, device=device, cluster=cluster, threads=threads, shared=shared
         )
 
-    return _C.persistent_plan(
-        kind=kind, backward=backward, hidden=hidden, batch=batch, directions=directions, granted=granted
-    )
+    with torch.cuda.device(-1 if device is None else device):
+        return _C.persistent_plan(
+            kind=kind, backward=backward, hidden=hidden, batch=batch, directions=directions, granted=granted
+        )
