@@ -23,8 +23,12 @@ lint: .venv/.built
 wheel: .venv/.built
 	$(BIN)/python -m build
 
+# The architecture of the card at hand, Hopper's with the suffix that its code needs; nothing, for all, without a card.
+CARD := import torch; print(("%d%d" % torch.cuda.get_device_capability()).replace("90", "90a") \
+	if torch.cuda.is_available() else "")
+
 gpu-check:
-	$(PYTHON) setup.py build_ext --inplace
+	LSTM_FAST_CUDA_ARCHS="$${LSTM_FAST_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARD)')}" $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 .venv/.installed: requirements.txt
