@@ -21,8 +21,11 @@ from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.dispatch import KERNELS
+from lstm_fast.kernels import cpu
 from lstm_fast.products import linear, rnn_precision, sum_of_outer
 
+# Bytes of gates that inference on a CPU makes at once: malloc keeps such blocks, and gives larger ones back.
+_CHUNK = 8 << 20
 _PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 _STATES = 3  # x, h0, c0
 _INPUTS = _STATES + 2 * _PER_DIRECTION
@@ -147,6 +150,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             with torch.no_grad():
                 y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
             gates = gates.to(x.dtype)
+        elif not save and backend == "cpu" and directions == 1 and rows * 4 * hidden * x.element_size() > _CHUNK:
+            y, h_n, c_n = _in_chunks(x, h0, c0, _direction(inputs, 0), steps)
+            gates = cells = x
         else:
             products = []
             for d in range(directions):
@@ -164,6 +170,26 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not save:
         gates, cells = x.new_empty(0), x.new_empty(0)
     return y, h_n, c_n, gates, cells
+
+
+def _in_chunks(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Any], steps: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inference on a CPU, some steps after the other: the gates of all at once would be memory fresh each time."""
+    w_ih, w_hh, b_ih, b_hh, _ = weights
+    bias, w_hh = None if b_ih is None else b_ih + b_hh, [w_hh.contiguous()]
+    y, h_n, c_n = x.new_empty(x.size(0), h0.size(2)), h0.clone(), c0.clone()
+    most = max(1, _CHUNK // (4 * c0.size(2) * x.element_size()))  # rows
+    first = step = 0
+    while step < len(steps):
+        count = max(1, most // steps[step])
+        chunk = steps[step : step + count]
+        rows, batch = slice(first, first + sum(chunk)), chunk[0]
+        gates = linear(x[rows], w_ih, bias).unsqueeze(0)
+        h, c = h_n[:, :batch].clone(), c_n[:, :batch].clone()
+        cpu.recurrence_forward(gates, h, c, w_hh, chunk, y[rows], h_n[:, :batch], c_n[:, :batch], None)
+        first, step = rows.stop, step + count
+    return y, h_n, c_n
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lstm_fast import _C, LSTM
+from lstm_fast import _C, LSTM, autograd
 from lstm_fast.kernels import cpu
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -104,3 +104,26 @@ def test_backward_without_dy_is_backward_with_zeros(directions: int) -> None:
         results.append((dh, dc, dgates))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not torch.equal(results[0][0], state[0])
+
+
+@pytest.mark.parametrize("lengths", [[40] * 6, [40, 33, 33, 12, 2, 1]])
+@pytest.mark.parametrize("chunk", [1, 5_000, 20_000])
+def test_inference_in_chunks_of_steps_is_the_whole_walk(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], chunk: int
+) -> None:
+    """The gates of some steps at a time, against nn.LSTM in fp64: outputs and last states, of short sequences too."""
+    torch.manual_seed(0)
+    ours, theirs = LSTM(7, 19), nn.LSTM(7, 19).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = nn.utils.rnn.pack_padded_sequence(torch.randn(40, 6, 7), lengths)
+    hx = torch.randn(1, 6, 19), torch.randn(1, 6, 19)
+    calls: list[int] = []
+    whole = cpu.recurrence_forward
+    monkeypatch.setattr(cpu, "recurrence_forward", lambda *args: (calls.append(len(args[4])), whole(*args)))
+    monkeypatch.setattr(autograd, "_CHUNK", chunk)
+    with torch.no_grad():
+        y, (h_n, c_n) = ours(x, hx)
+        exact, (h_exact, c_exact) = theirs(x.to(torch.float64), tuple(t.double() for t in hx))
+    assert len(calls) > 1 and sum(calls) == 40
+    for found, wanted in ((y.data, exact.data), (h_n, h_exact), (c_n, c_exact)):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)

@@ -76,6 +76,10 @@ LSTM_HD void meet() {
 #pragma omp barrier
 }
 
+// A call of at most so many rows over all steps reads w_hh as it lies: to pack it takes as long. fp16 converts too
+// slowly.
+constexpr Index kFewRows = 8;
+
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -95,7 +99,8 @@ struct Forward {
           h_n(static_cast<T*>(args.h_n)),
           c_n(static_cast<T*>(args.c_n)),
           cells(static_cast<A*>(args.cells)),
-          packed(scratch<A>(s.directions * tiles * s.hidden * kTile)),
+          packs(std::is_same_v<T, Float16> || starts.back() > kFewRows),
+          packed(scratch<A>(packs ? s.directions * tiles * s.hidden * kTile : 0)),
           h(scratch<A>(s.directions * 2 * s.batch * padded)),
           c(scratch<A>(s.directions * s.batch * padded)) {}
 
@@ -107,6 +112,7 @@ struct Forward {
     const T *h0, *c0, *w_hh[2];
     T *y, *h_n, *c_n;
     A* cells;
+    const bool packs;   // whether w_hh is packed
     Scratch<A> packed;  // [D, tiles, H, 64]
     Scratch<A> h;       // [D, 2, B, padded] h_{t-1} and h_t by turns
     Scratch<A> c;       // [D, B, padded]
@@ -118,16 +124,24 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
                           Acc<T>* h) {
     using A = Acc<T>;
     const Index hidden = f.s.hidden, unit = tile * kUnits, count = std::min(kUnits, hidden - unit);
-    const A* packed = f.packed.get() + (d * f.tiles + tile) * hidden * kTile;
     alignas(64) A product[kRows * kTile];  // [rows, 4, 16]
-    multiply<Isa>(rows, h_prev + b * f.padded, f.padded, packed, hidden, product, kTile, false);
+    for (Index r = 0; r < rows; ++r) {     // while the product runs
+        const T* gates = f.gates + (d * f.start[f.s.time] + f.start[t] + b + r) * 4 * hidden + unit;
+        for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + gate * hidden, 1);
+    }
+    if (f.packs) {
+        const A* packed = f.packed.get() + (d * f.tiles + tile) * hidden * kTile;
+        multiply<Isa>(rows, h_prev + b * f.padded, f.padded, packed, hidden, product, kTile, false);
+    } else {
+        multiply_unpacked<Isa>(rows, h_prev + b * f.padded, f.padded, f.w_hh[d], hidden, tile, product);
+    }
     for (Index r = 0; r < rows; ++r) {
         const Index row = f.start[t] + b + r, state = (d * f.s.batch + b + r) * f.padded + unit;
         T* gates = f.gates + (d * f.start[f.s.time] + row) * 4 * hidden + unit;
         A* c = f.c.get() + state;
         A* h_row = h + (b + r) * f.padded + unit;
         alignas(64) A a[4][kUnits];
-        for (int gate = 0; gate < 4; ++gate) load_units(gates + gate * hidden, count, a[gate]);
+        for (int gate = 0; gate < 4; ++gate) load_units<Isa>(gates + gate * hidden, count, a[gate]);
 #pragma omp simd
         for (Index j = 0; j < kUnits; ++j) {
             const A* z = product + r * kTile + j;
@@ -140,10 +154,10 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
             c[j] = cell.c;
             h_row[j] = load(store<T>(cell.h));  // what y holds
         }
-        store_units(h_row, count, f.y + row * f.s.directions * hidden + d * hidden + unit);
+        store_units<Isa>(h_row, count, f.y + row * f.s.directions * hidden + d * hidden + unit);
         if (f.cells != nullptr) {
-            for (int gate = 0; gate < 4; ++gate) store_units(a[gate], count, gates + gate * hidden);
-            store_units(c, count, f.cells + (d * f.start[f.s.time] + row) * hidden + unit);
+            for (int gate = 0; gate < 4; ++gate) store_units<Isa>(a[gate], count, gates + gate * hidden);
+            store_units<Isa>(c, count, f.cells + (d * f.start[f.s.time] + row) * hidden + unit);
         }
     }
 }
@@ -154,17 +168,17 @@ LSTM_HD void forward_thread(const Forward<T>& f, int thread, int threads) {
     const Shape& s = f.s;
     const Team team = make_team(s, f.tiles, threads);
     const Index hidden = s.hidden, states = s.directions * s.batch;
-    for (Index i = thread; i < s.directions * f.tiles; i += team.threads) {
-        pack_units(f.w_hh[i / f.tiles], hidden, i % f.tiles, f.packed.get() + i * hidden * kTile);
+    for (Index i = thread; f.packs && i < s.directions * f.tiles; i += team.threads) {
+        pack_units<Isa>(f.w_hh[i / f.tiles], hidden, i % f.tiles, f.packed.get() + i * hidden * kTile);
     }
     for (Index i = thread; i < states; i += team.threads) {  // both turns of h: a row may join at any step
         const Index d = i / s.batch, b = i % s.batch;
         for (Index unit = 0; unit < f.padded; unit += kUnits) {
             const Index count = std::min(kUnits, hidden - unit);
-            load_units(f.c0 + i * hidden + unit, count, f.c.get() + i * f.padded + unit);
+            load_units<Isa>(f.c0 + i * hidden + unit, count, f.c.get() + i * f.padded + unit);
             for (Index turn = 0; turn < 2; ++turn) {
-                load_units(f.h0 + i * hidden + unit, count,
-                           f.h.get() + ((2 * d + turn) * s.batch + b) * f.padded + unit);
+                load_units<Isa>(f.h0 + i * hidden + unit, count,
+                                f.h.get() + ((2 * d + turn) * s.batch + b) * f.padded + unit);
             }
         }
     }
@@ -235,7 +249,7 @@ struct Backward {
 };
 
 // Row b of step t, units unit .. unit + 16: B1 to B6. da: null where dgates itself serves.
-template <typename T>
+template <typename Isa, typename T>
 LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index unit, Acc<T>* da) {
     using A = Acc<T>;
     const Index hidden = f.s.hidden, count = std::min(kUnits, hidden - unit), rows = f.start[f.s.time];
@@ -245,16 +259,16 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
     const T* gates = f.gates + (d * rows + row) * 4 * hidden + unit;
     const A* dh_row = f.dh.get() + (d * f.s.batch + b) * f.padded + unit;
     alignas(64) A gate[4][kUnits], c[kUnits], c_prev[kUnits], dh[kUnits], dc[kUnits], dy[kUnits] = {};
-    for (int k = 0; k < 4; ++k) load_units(gates + k * hidden, count, gate[k]);
-    load_units(f.cells + (d * rows + row) * hidden + unit, count, c);
+    for (int k = 0; k < 4; ++k) load_units<Isa>(gates + k * hidden, count, gate[k]);
+    load_units<Isa>(f.cells + (d * rows + row) * hidden + unit, count, c);
     if (joins) {
-        load_units(f.c0 + state, count, c_prev);
+        load_units<Isa>(f.c0 + state, count, c_prev);
     } else {
-        load_units(f.cells + (d * rows + f.start[before] + b) * hidden + unit, count, c_prev);
+        load_units<Isa>(f.cells + (d * rows + f.start[before] + b) * hidden + unit, count, c_prev);
     }
-    load_units(dh_row, kUnits, dh);
-    load_units(f.dc + state, count, dc);
-    if (f.dy != nullptr) load_units(f.dy + row * f.s.directions * hidden + d * hidden + unit, count, dy);
+    load_units<Isa>(dh_row, kUnits, dh);
+    load_units<Isa>(f.dc + state, count, dc);
+    if (f.dy != nullptr) load_units<Isa>(f.dy + row * f.s.directions * hidden + d * hidden + unit, count, dy);
 #pragma omp simd
     for (Index j = 0; j < kUnits; ++j) {
         const CellBackward<A> cell =
@@ -265,10 +279,10 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
         gate[3][j] = cell.da_o;
         dc[j] = cell.dc_prev;
     }
-    store_units(dc, count, f.dc + state);
+    store_units<Isa>(dc, count, f.dc + state);
     for (int k = 0; k < 4; ++k) {
-        store_units(gate[k], count, f.dgates + (d * rows + row) * 4 * hidden + k * hidden + unit);
-        if constexpr (!std::is_same_v<T, A>) store_units(gate[k], count, da + (b * 4 + k) * hidden + unit);
+        store_units<Isa>(gate[k], count, f.dgates + (d * rows + row) * 4 * hidden + k * hidden + unit);
+        if constexpr (!std::is_same_v<T, A>) store_units<Isa>(gate[k], count, da + (b * 4 + k) * hidden + unit);
     }
 }
 
@@ -279,7 +293,7 @@ LSTM_HD void backward_thread(const Backward<T>& f, int thread, int threads) {
     const Team team = make_team(s, f.tiles, threads);
     const Index hidden = s.hidden, states = s.directions * s.batch, tile_size = 4 * hidden * kTile;
     for (Index i = thread; i < s.directions * f.tiles; i += team.threads) {
-        pack_columns(f.w_hh[i / f.tiles], hidden, i % f.tiles, f.packed.get() + i * tile_size);
+        pack_columns<Isa>(f.w_hh[i / f.tiles], hidden, i % f.tiles, f.packed.get() + i * tile_size);
     }
     for (Index i = thread; i < states; i += team.threads) {
         for (Index unit = 0; unit < f.padded; ++unit) {
@@ -304,7 +318,7 @@ LSTM_HD void backward_thread(const Backward<T>& f, int thread, int threads) {
                 const Index end = std::min(block_row(team, s.batch, block + 1), s.steps[t]);
                 for (Index b = block_row(team, s.batch, block); b < end; ++b) {
                     for (Index unit = part.tile * kTile; unit < unit_end; unit += kUnits) {
-                        backward_units(f, d, t, b, unit, da_turn);
+                        backward_units<Isa>(f, d, t, b, unit, da_turn);
                     }
                 }
             }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../lstm_math.h"
 
@@ -76,49 +77,138 @@ LSTM_HD void multiply(Index rows, const A* a, Index lda, const A* b, Index k, A*
     }
 }
 
-// 16 units between an array and registers; of the last tile only count < 16 exist, and the others are 0.
-template <typename T>
-LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
-    if (count == kUnits) {
-        for (Index j = 0; j < kUnits; ++j) to[j] = load(from[j]);
-    } else {
-        for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? load(from[j]) : Acc<T>(0);
+// 16 units between arrays, whole vectors at a time: a load that meets several narrower stores would wait for them.
+template <typename Isa, typename A>
+LSTM_HD void copy_units(const A* from, A* to) {
+    using Vector = typename Isa::template VectorOf<A>::type;
+    constexpr Index side = sizeof(Vector) / sizeof(A);
+    for (Index j = 0; j < kUnits; j += side) {
+        Vector x;
+        std::memcpy(&x, from + j, sizeof(Vector));
+        std::memcpy(to + j, &x, sizeof(Vector));
     }
 }
 
-template <typename T>
-LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
-    if (count == kUnits) {
-        for (Index j = 0; j < kUnits; ++j) to[j] = store<T>(from[j]);
+// 16 units between an array and registers; of the last tile only count < 16 exist, and the others are 0.
+template <typename Isa, typename T>
+LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
+    if (count < kUnits) {
+        for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? load(from[j]) : Acc<T>(0);
+    } else if constexpr (std::is_same_v<T, Acc<T>>) {
+        copy_units<Isa>(from, to);
     } else {
+        for (Index j = 0; j < kUnits; ++j) to[j] = load(from[j]);
+    }
+}
+
+template <typename Isa, typename T>
+LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
+    if (count < kUnits) {
         for (Index j = 0; j < count; ++j) to[j] = store<T>(from[j]);
+    } else if constexpr (std::is_same_v<T, Acc<T>>) {
+        copy_units<Isa>(from, to);
+    } else {
+        for (Index j = 0; j < kUnits; ++j) to[j] = store<T>(from[j]);
+    }
+}
+
+// A block of one vector's lanes a side, rows[i][j] to rows[j][i]: blocks of half the side change places, ever smaller.
+template <typename Vector, int Side = sizeof(Vector) / sizeof(Vector{}[0])>
+LSTM_HD void transpose(Vector (&rows)[Side]) {
+    using Lane = std::conditional_t<sizeof(Vector{}[0]) == 4, std::int32_t, std::int64_t>;
+    typedef Lane Mask __attribute__((vector_size(sizeof(Vector))));
+#pragma GCC unroll 4
+    for (int half = Side / 2; half > 0; half /= 2) {
+        Mask low, high;  // lanes of the pair of rows: 0 .. Side of the first, then those of the second
+        for (int j = 0; j < Side; ++j) {
+            low[j] = j & half ? Side + j - half : j;
+            high[j] = j & half ? Side + j : j + half;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < Side; ++i) {
+            if (i & half) continue;
+            const Vector first = rows[i], second = rows[i + half];
+            rows[i] = __builtin_shuffle(first, second, low);
+            rows[i + half] = __builtin_shuffle(first, second, high);
+        }
     }
 }
 
 // w [4H, H] to one tile of W_hh^T for the forward product, to [H, 64]: column 16 * gate + j is unit 16 * tile + j of
 // that gate. By blocks of 16 x 16, which stay in cache whatever the stride.
-template <typename T>
+template <typename Isa, typename T>
 LSTM_HD void pack_units(const T* w, Index hidden, Index tile, Acc<T>* to) {
+    using A = Acc<T>;
+    using Vector = typename Isa::template VectorOf<A>::type;
+    constexpr int side = sizeof(Vector) / sizeof(A);
     const Index first = tile * kUnits, units = std::min(kUnits, hidden - first);
-    for (Index k = 0; k < hidden; k += kUnits) {
-        const Index count = std::min(kUnits, hidden - k);
-        for (Index gate = 0; gate < 4; ++gate) {
-            alignas(64) Acc<T> block[kUnits][kUnits] = {};
-            for (Index j = 0; j < units; ++j) load_units(w + (gate * hidden + first + j) * hidden + k, count, block[j]);
-            for (Index i = 0; i < count; ++i) {
-                for (Index j = 0; j < kUnits; ++j) to[(k + i) * kTile + gate * kUnits + j] = block[j][i];
+    for (Index gate = 0; gate < 4; ++gate) {
+        for (Index k = 0; k < hidden; k += kUnits) {
+            const Index count = std::min(kUnits, hidden - k);
+            alignas(64) A block[kUnits][kUnits] = {};
+            for (Index j = 0; j < units; ++j)
+                load_units<Isa>(w + (gate * hidden + first + j) * hidden + k, count, block[j]);
+            for (Index i = 0; i < count; i += side) {
+                for (Index j = 0; j < kUnits; j += side) {
+                    Vector rows[side];
+                    for (int r = 0; r < side; ++r) std::memcpy(&rows[r], &block[j + r][i], sizeof(Vector));
+                    transpose<Vector>(rows);
+                    for (int r = 0; r < std::min<Index>(side, count - i); ++r) {
+                        std::memcpy(to + (k + i + r) * kTile + gate * kUnits + j, &rows[r], sizeof(Vector));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// What multiply makes of a tile that pack_units packed, from w [4H, H] itself: c[rows, 64]. Slower a row, and without
+// packing: for calls of so few rows that packing would cost more. a: rows of whole vectors, 0 past H.
+template <typename Isa, typename T>
+LSTM_HD void multiply_unpacked(Index rows, const Acc<T>* a, Index lda, const T* w, Index hidden, Index tile,
+                               Acc<T>* c) {
+    using A = Acc<T>;
+    using Vector = typename Isa::template VectorOf<A>::type;
+    constexpr int side = sizeof(Vector) / sizeof(A);
+    const Index first = tile * kUnits, units = std::min(kUnits, hidden - first);
+    for (Index gate = 0; gate < 4; ++gate) {
+        for (Index j = 0; j < kUnits; j += side) {
+            const T* row[side];  // a unit past H takes the last one's, and gives 0
+            for (int i = 0; i < side; ++i) row[i] = w + (gate * hidden + first + std::min(j + i, units - 1)) * hidden;
+            for (Index r = 0; r < rows; ++r) {
+                Vector sums[side] = {};  // over k, lane by lane
+                for (Index k = 0; k < hidden; k += side) {
+                    const Index count = std::min<Index>(side, hidden - k);
+                    Vector x, y = {};
+                    std::memcpy(&x, a + r * lda + k, sizeof(Vector));
+#pragma GCC unroll 16
+                    for (int i = 0; i < side; ++i) {
+                        if (count == side) {
+                            alignas(64) A values[side];
+                            for (Index v = 0; v < side; ++v) values[v] = load(row[i][k + v]);
+                            std::memcpy(&y, values, sizeof(Vector));
+                        } else {
+                            for (Index v = 0; v < side; ++v) y[v] = v < count ? load(row[i][k + v]) : A(0);
+                        }
+                        sums[i] += x * y;
+                    }
+                }
+                transpose<Vector>(sums);
+                for (int i = 1; i < side; ++i) sums[0] += sums[i];
+                for (Index i = 0; i < side; ++i)
+                    c[r * kTile + gate * kUnits + j + i] = j + i < units ? sums[0][i] : A(0);
             }
         }
     }
 }
 
 // w [4H, H] to columns 64 * tile .. of W_hh for the backward product, to [4H, 64].
-template <typename T>
+template <typename Isa, typename T>
 LSTM_HD void pack_columns(const T* w, Index hidden, Index tile, Acc<T>* to) {
     for (Index k = 0; k < 4 * hidden; ++k) {
         for (Index j = 0; j < kTile; j += kUnits) {
             const Index column = tile * kTile + j;
-            load_units(w + k * hidden + column, std::clamp<Index>(hidden - column, 0, kUnits), to + k * kTile + j);
+            load_units<Isa>(w + k * hidden + column, std::clamp<Index>(hidden - column, 0, kUnits), to + k * kTile + j);
         }
     }
 }
