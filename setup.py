@@ -33,6 +33,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
+    "-Wno-psabi",
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 

@@ -78,14 +78,17 @@ template <>
 struct Store<double> {
     LSTM_HD static double from(double x) { return x; }
 };
+// The bits of a float, or of a vector of them, to those of bf16 in their lower half.
+template <typename Bits>
+LSTM_HD Bits round_to_bf16(Bits bits) {
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits quiet = (bits >> 16) | 0x0040u;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
 template <>
 struct Store<BFloat16> {
     LSTM_HD static BFloat16 from(float x) {
-        const std::uint32_t bits = bit_cast<std::uint32_t>(x);
-        const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        const std::uint32_t quiet = (bits >> 16) | 0x0040u;
-        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        return {static_cast<std::uint16_t>(is_nan ? quiet : rounded)};
+        return {static_cast<std::uint16_t>(round_to_bf16(bit_cast<std::uint32_t>(x)))};
     }
 };
 template <>

@@ -9,7 +9,7 @@ using namespace lstm;
 namespace {
 
 const char* keep(const std::string& words) {
-    static std::string kept;
+    static thread_local std::string kept;
     kept = words;
     return kept.c_str();
 }
@@ -93,15 +93,108 @@ extern "C" const char* ring(std::uint64_t schedule, int rounds, int buffers, std
     }));
 }
 
+// Pairs of warps that exchange numbers through shared memory, group by group, at a barrier of their own (1) or at none
+// (0): sums [128] of what each thread got in all rounds.
+extern "C" const char* exchange(std::uint64_t schedule, int barriers, std::int32_t* sums) {
+    constexpr int kRounds = 4;
+    const host::Launch launch{{1, 1, 1}, {128, 1, 1}, 1, 2 * 128 * sizeof(std::int32_t), schedule};
+    return keep(host::run(launch, [&] {
+        const int thread = static_cast<int>(threadIdx.x);
+        std::int32_t sum = 0;
+        for (int round = 0; round < kRounds; ++round) {
+            auto* buffer = reinterpret_cast<std::int32_t*>(simt::shared_memory()) + round % 2 * 128;
+            buffer[thread] = 1000 * round + thread;
+            if (barriers != 0) simt::sync_some(1 + threadIdx.x / 64, 64);
+            simt::sync_warp();
+            sum += buffer[thread ^ 32];
+        }
+        sums[thread] = sum;
+    }));
+}
+
+// Bytes that may land before anyone expects them. Block 1 arrives twice, late the second time: found [32], what
+// each lane of the second warp then reads, the sum of both messages and of what was stored before the last arrival.
+extern "C" const char* early(std::uint64_t schedule, std::int32_t* found) {
+    struct Memory {
+        simt::Barrier full;
+        std::int32_t before_last;
+        alignas(16) simt::Words words[2];
+    };
+    const host::Launch launch{{2, 1, 1}, {64, 1, 1}, 2, sizeof(Memory), schedule};
+    return keep(host::run(launch, [&] {
+        auto* memory = reinterpret_cast<Memory*>(simt::shared_memory());
+        const unsigned thread = threadIdx.x;
+        if (thread == 0) simt::init(&memory->full, 2);
+        simt::publish_barriers();
+        simt::sync_cluster();
+        if (simt::cluster_rank() == 0) {
+            if (thread < 2) simt::send(&memory->words[thread], 1, {10 + thread, 0, 0, 0}, &memory->full);
+            simt::sync_cluster();
+            return simt::sync_cluster();
+        }
+        simt::sync_cluster();
+        if (thread == 0) simt::arrive_expecting(&memory->full, 32);
+        if (thread < 32) {
+            for (int j = 0; j < 20; ++j) simt::sync_warp();
+            if (thread == 0) {
+                memory->before_last = 100;
+                simt::arrive_expecting(&memory->full, 0);
+            }
+        } else {
+            simt::wait(&memory->full, 0);
+            found[thread - 32] =
+                memory->before_last + static_cast<std::int32_t>(memory->words[0].x + memory->words[1].x);
+        }
+        simt::sync_cluster();
+    }));
+}
+
+// Two clusters of 16 blocks of 256 threads; every block gets the place in the grid of all blocks of its cluster:
+// sums [32]. And fresh [32]: whether a block's memory starts aligned and as NaN.
+extern "C" const char* large(std::uint64_t schedule, std::int32_t* sums, std::int32_t* fresh) {
+    struct Memory {
+        simt::Words words[16];
+        simt::Barrier full;
+    };
+    const host::Launch launch{{32, 1, 1}, {256, 1, 1}, 16, sizeof(Memory), schedule};
+    return keep(host::run(launch, [&] {
+        auto* memory = reinterpret_cast<Memory*>(simt::shared_memory());
+        if (threadIdx.x == 0) {
+            bool all = reinterpret_cast<std::uintptr_t>(memory) % 128 == 0;
+            for (std::size_t j = 0; j < sizeof(Memory); ++j) all = all && simt::shared_memory()[j] == 0xff;
+            fresh[blockIdx.x] = all;
+            simt::init(&memory->full, 1);
+            simt::arrive_expecting(&memory->full, sizeof(memory->words));
+        }
+        simt::publish_barriers();
+        simt::sync_cluster();
+        if (threadIdx.x < 16) {
+            simt::send(&memory->words[simt::cluster_rank()], threadIdx.x, {blockIdx.x, 0, 0, 0}, &memory->full);
+        }
+        simt::wait(&memory->full, 0);
+        std::uint32_t sum = 0;
+        for (const simt::Words& words : memory->words) sum += words.x;
+        if (threadIdx.x == 255) sums[blockIdx.x] = static_cast<std::int32_t>(sum);
+        simt::sync_cluster();
+    }));
+}
+
+// A launch of nothing, of a size that a card may not take.
+extern "C" const char* launch(unsigned blocks, unsigned threads, unsigned cluster, unsigned shared) {
+    return keep(host::run({{blocks, 1, 1}, {threads, 1, 1}, cluster, shared, 0}, [] {}));
+}
+
 // What goes wrong, by number.
 extern "C" const char* wrong(int which) {
-    const host::Launch launch{{2, 1, 1}, {64, 1, 1}, which == 7 ? 1u : 2u, 256, 0};
+    const std::uint64_t schedule = which == 13 ? 1 : 0;  // 1: messages land as late as they can
+    const host::Launch launch{{2, 1, 1}, {64, 1, 1}, which == 7 ? 1u : 2u, 256, schedule};
     return keep(host::run(launch, [&] {
         auto* barrier = reinterpret_cast<simt::Barrier*>(simt::shared_memory());
         auto* words = simt::shared_memory() + 128;
         const unsigned thread = threadIdx.x;
         const bool first = thread == 0 && simt::cluster_rank() == 0;
-        if (thread == 0 && which != 1) simt::init(barrier, 1);
+        float d[4];
+        if (thread == 0 && which != 1 && which != 20) simt::init(barrier, 1);
         simt::sync_threads();
         switch (which) {
             case 0:  // nobody arrives
@@ -119,7 +212,6 @@ extern "C" const char* wrong(int which) {
                 return;
             case 4:  // half a warp goes elsewhere
                 if (thread % 32 < 16) simt::shuffle(0, 0);
-                float d[4];
                 return simt::mma<float>(d, {0, 0, 0, 0}, 0, 0);
             case 5:  // one thread leaves
                 if (!first) simt::sync_threads();
@@ -142,6 +234,35 @@ extern "C" const char* wrong(int which) {
                 return;
             case 12:  // no such barrier
                 return simt::sync_some(16, 64);
+            case 13:  // sent, and nobody stays for it
+                if (first) simt::send(words, 1, {}, barrier);
+                return;
+            case 14:  // the cluster's very last thread sends to a block that has ended
+                if (thread == 63 && simt::cluster_rank() == 1) simt::send(words, 0, {}, barrier);
+                return;
+            case 15:  // just before shared memory
+                return simt::send(simt::shared_memory() - 16, 1, {}, barrier);
+            case 16:  // two counts at one barrier
+                return simt::sync_some(1, thread < 32 ? 64 : 32);
+            case 17:  // lanes multiply different types
+                if (thread % 2 == 0) return simt::mma<BFloat16>(d, {0, 0, 0, 0}, 0, 0);
+                return simt::mma<Float16>(d, {0, 0, 0, 0}, 0, 0);
+            case 18:  // a barrier that nobody arrives at
+                if (first) simt::init(barrier + 1, 0);
+                return;
+            case 19:  // a barrier in a thread's own memory
+                simt::Barrier own;
+                return simt::wait(&own, 0);
+            case 20:  // counted at no barrier
+                if (first) simt::send(words, 1, {}, barrier);
+                return simt::sync_cluster();
+            case 21:  // two phases end before those who wait look again
+                if (thread != 63) return simt::wait(barrier, 0);
+                simt::arrive_expecting(barrier, 0);
+                return simt::arrive_expecting(barrier, 0);
+            case 22:  // one thread leaves before a product
+                if (thread % 32 != 5) simt::sync_warp();
+                return;
         }
     }));
 }

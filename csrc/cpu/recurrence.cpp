@@ -11,6 +11,14 @@
 #endif
 
 #include "tile.h"
+#ifdef __x86_64__
+#include "pairs.h"
+#else
+namespace lstm::cpu {
+template <typename Isa, typename T>
+using Operand = Acc<T>;
+}  // namespace lstm::cpu
+#endif
 
 namespace lstm::cpu {
 namespace {
@@ -80,6 +88,16 @@ LSTM_HD void meet() {
 // slowly.
 constexpr Index kFewRows = 8;
 
+// What the product reads of a state.
+template <typename O, typename T>
+LSTM_HD O operand(T x) {
+    if constexpr (std::is_same_v<O, T>) {
+        return x;
+    } else {
+        return load(x);
+    }
+}
+
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -100,6 +118,7 @@ struct Forward {
           c_n(static_cast<T*>(args.c_n)),
           cells(static_cast<A*>(args.cells)),
           packs(std::is_same_v<T, Float16> || starts.back() > kFewRows),
+          pairs(packs && s.hidden % 2 == 0),
           packed(scratch<A>(packs ? s.directions * tiles * s.hidden * kTile : 0)),
           h(scratch<A>(s.directions * 2 * s.batch * padded)),
           c(scratch<A>(s.directions * s.batch * padded)) {}
@@ -113,6 +132,7 @@ struct Forward {
     T *y, *h_n, *c_n;
     A* cells;
     const bool packs;   // whether w_hh is packed
+    const bool pairs;   // whether products may read pairs of bf16
     Scratch<A> packed;  // [D, tiles, H, 64]
     Scratch<A> h;       // [D, 2, B, padded] h_{t-1} and h_t by turns
     Scratch<A> c;       // [D, B, padded]
@@ -120,9 +140,10 @@ struct Forward {
 
 // Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot.
 template <typename Isa, typename T>
-LSTM_HD void forward_tile(const Forward<T>& f, int d, Index t, Index b, Index rows, Index tile, const Acc<T>* h_prev,
-                          Acc<T>* h) {
+LSTM_HD void forward_tile(const Forward<T>& f, int d, Index t, Index b, Index rows, Index tile,
+                          const Operand<Isa, T>* h_prev, Operand<Isa, T>* h) {
     using A = Acc<T>;
+    using O = Operand<Isa, T>;
     const Index hidden = f.s.hidden, unit = tile * kUnits, count = std::min(kUnits, hidden - unit);
     alignas(64) A product[kRows * kTile];  // [rows, 4, 16]
     for (Index r = 0; r < rows; ++r) {     // while the product runs
@@ -130,17 +151,17 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
         for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + gate * hidden, 1);
     }
     if (f.packs) {
-        const A* packed = f.packed.get() + (d * f.tiles + tile) * hidden * kTile;
+        const O* packed = reinterpret_cast<const O*>(f.packed.get()) + (d * f.tiles + tile) * hidden * kTile;
         multiply<Isa>(rows, h_prev + b * f.padded, f.padded, packed, hidden, product, kTile, false);
-    } else {
+    } else if constexpr (std::is_same_v<O, A>) {
         multiply_unpacked<Isa>(rows, h_prev + b * f.padded, f.padded, f.w_hh[d], hidden, tile, product);
     }
     for (Index r = 0; r < rows; ++r) {
         const Index row = f.start[t] + b + r, state = (d * f.s.batch + b + r) * f.padded + unit;
         T* gates = f.gates + (d * f.start[f.s.time] + row) * 4 * hidden + unit;
         A* c = f.c.get() + state;
-        A* h_row = h + (b + r) * f.padded + unit;
-        alignas(64) A a[4][kUnits];
+        O* h_row = h + (b + r) * f.padded + unit;
+        alignas(64) A a[4][kUnits], h_new[kUnits];
         for (int gate = 0; gate < 4; ++gate) load_units<Isa>(gates + gate * hidden, count, a[gate]);
 #pragma omp simd
         for (Index j = 0; j < kUnits; ++j) {
@@ -152,9 +173,17 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
             a[2][j] = cell.g;
             a[3][j] = cell.o;
             c[j] = cell.c;
-            h_row[j] = load(store<T>(cell.h));  // what y holds
+            h_new[j] = cell.h;
         }
-        store_units<Isa>(h_row, count, f.y + row * f.s.directions * hidden + d * hidden + unit);
+        alignas(64) T h_rounded[kUnits];
+        store_units<Isa>(h_new, kUnits, h_rounded);
+        T* const y = f.y + row * f.s.directions * hidden + d * hidden + unit;
+        std::memcpy(y, h_rounded, count * sizeof(T));
+        if constexpr (std::is_same_v<O, T>) {
+            std::memcpy(h_row, h_rounded, sizeof(h_rounded));
+        } else {
+            load_units<Isa>(h_rounded, kUnits, h_row);
+        }
         if (f.cells != nullptr) {
             for (int gate = 0; gate < 4; ++gate) store_units<Isa>(a[gate], count, gates + gate * hidden);
             store_units<Isa>(c, count, f.cells + (d * f.start[f.s.time] + row) * hidden + unit);
@@ -165,11 +194,18 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
 template <typename Isa, typename T>
 LSTM_HD void forward_thread(const Forward<T>& f, int thread, int threads) {
     using A = Acc<T>;
+    using O = Operand<Isa, T>;
     const Shape& s = f.s;
     const Team team = make_team(s, f.tiles, threads);
     const Index hidden = s.hidden, states = s.directions * s.batch;
+    O* const packed = reinterpret_cast<O*>(f.packed.get());
+    O* const states_of_h = reinterpret_cast<O*>(f.h.get());
     for (Index i = thread; f.packs && i < s.directions * f.tiles; i += team.threads) {
-        pack_units<Isa>(f.w_hh[i / f.tiles], hidden, i % f.tiles, f.packed.get() + i * hidden * kTile);
+        if constexpr (std::is_same_v<O, A>) {
+            pack_units<Isa>(f.w_hh[i / f.tiles], hidden, hidden, i % f.tiles, packed + i * hidden * kTile);
+        } else {
+            pack_unit_pairs(f.w_hh[i / f.tiles], hidden, i % f.tiles, packed + i * hidden * kTile);
+        }
     }
     for (Index i = thread; i < states; i += team.threads) {  // both turns of h: a row may join at any step
         const Index d = i / s.batch, b = i % s.batch;
@@ -177,15 +213,15 @@ LSTM_HD void forward_thread(const Forward<T>& f, int thread, int threads) {
             const Index count = std::min(kUnits, hidden - unit);
             load_units<Isa>(f.c0 + i * hidden + unit, count, f.c.get() + i * f.padded + unit);
             for (Index turn = 0; turn < 2; ++turn) {
-                load_units<Isa>(f.h0 + i * hidden + unit, count,
-                                f.h.get() + ((2 * d + turn) * s.batch + b) * f.padded + unit);
+                O* to = states_of_h + ((2 * d + turn) * s.batch + b) * f.padded + unit;
+                for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? operand<O>(f.h0[i * hidden + unit + j]) : O{};
             }
         }
     }
     meet();
     for (int d = 0; d < s.directions; ++d) {
         const Part part = part_of(team, thread, d);
-        A* h[2] = {f.h.get() + 2 * d * s.batch * f.padded, f.h.get() + (2 * d + 1) * s.batch * f.padded};
+        O* h[2] = {states_of_h + 2 * d * s.batch * f.padded, states_of_h + (2 * d + 1) * s.batch * f.padded};
         for (Index step = 0; step < s.time; ++step) {
             const Index t = d == 0 ? step : s.time - 1 - step;
             for (Index tile = part.tile; tile < part.tile_end; ++tile) {
@@ -219,6 +255,7 @@ struct Backward {
 
     Backward(const Shape& shape, const BackwardArgs& args, const std::vector<Index>& starts)
         : s(shape),
+          pairs(s.hidden % 2 == 0),
           start(starts.data()),
           tiles((s.hidden + kTile - 1) / kTile),
           padded(tiles * kTile),
@@ -235,6 +272,7 @@ struct Backward {
           da(std::is_same_v<T, A> ? nullptr : scratch<A>(s.directions * 2 * s.batch * 4 * s.hidden)) {}
 
     const Shape s;
+    const bool pairs;    // whether products may read pairs of bf16
     const Index* start;  // [time + 1] first row of each step, and N
     const Index tiles;   // of one direction
     const Index padded;  // H in whole tiles
@@ -282,18 +320,25 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
     store_units<Isa>(dc, count, f.dc + state);
     for (int k = 0; k < 4; ++k) {
         store_units<Isa>(gate[k], count, f.dgates + (d * rows + row) * 4 * hidden + k * hidden + unit);
-        if constexpr (!std::is_same_v<T, A>) store_units<Isa>(gate[k], count, da + (b * 4 + k) * hidden + unit);
+        if constexpr (!std::is_same_v<T, Operand<Isa, T>>)
+            store_units<Isa>(gate[k], count, da + (b * 4 + k) * hidden + unit);
     }
 }
 
 template <typename Isa, typename T>
 LSTM_HD void backward_thread(const Backward<T>& f, int thread, int threads) {
     using A = Acc<T>;
+    using O = Operand<Isa, T>;
+    O* const packed = reinterpret_cast<O*>(f.packed.get());
     const Shape& s = f.s;
     const Team team = make_team(s, f.tiles, threads);
     const Index hidden = s.hidden, states = s.directions * s.batch, tile_size = 4 * hidden * kTile;
     for (Index i = thread; i < s.directions * f.tiles; i += team.threads) {
-        pack_columns<Isa>(f.w_hh[i / f.tiles], hidden, i % f.tiles, f.packed.get() + i * tile_size);
+        if constexpr (std::is_same_v<O, A>) {
+            pack_columns<Isa>(f.w_hh[i / f.tiles], hidden, i % f.tiles, packed + i * tile_size);
+        } else {
+            pack_column_pairs(f.w_hh[i / f.tiles], hidden, i % f.tiles, packed + i * tile_size);
+        }
     }
     for (Index i = thread; i < states; i += team.threads) {
         for (Index unit = 0; unit < f.padded; ++unit) {
@@ -308,8 +353,8 @@ LSTM_HD void backward_thread(const Backward<T>& f, int thread, int threads) {
             const Index t = d == 0 ? s.time - 1 - step : step;
             const Index unit_end = std::min(part.tile_end * kTile, hidden);
             A* da_turn = nullptr;
-            const A* da;  // [steps[t], 4H]
-            if constexpr (std::is_same_v<T, A>) {
+            const O* da;  // [steps[t], 4H]
+            if constexpr (std::is_same_v<T, O>) {
                 da = f.dgates + (d * f.start[s.time] + f.start[t]) * 4 * hidden;
             } else {
                 da = da_turn = f.da.get() + (2 * d + step % 2) * s.batch * 4 * hidden;
@@ -325,12 +370,12 @@ LSTM_HD void backward_thread(const Backward<T>& f, int thread, int threads) {
             if (!team.by_rows) meet();
             for (Index tile = part.tile; tile < part.tile_end; ++tile) {
                 for (Index gate = 0; gate < 4; ++gate) {  // B7; a quarter of the tile at a time stays in cache
-                    const A* packed = f.packed.get() + (d * f.tiles + tile) * tile_size + gate * hidden * kTile;
+                    const O* quarter = packed + (d * f.tiles + tile) * tile_size + gate * hidden * kTile;
                     for (Index block = part.block; block < team.blocks; block += part.block_stride) {
                         const Index b = block_row(team, s.batch, block);
                         const Index end = std::min(block_row(team, s.batch, block + 1), s.steps[t]);
                         if (b >= end) break;
-                        multiply<Isa>(end - b, da + (b * 4 + gate) * hidden, 4 * hidden, packed, hidden,
+                        multiply<Isa>(end - b, da + (b * 4 + gate) * hidden, 4 * hidden, quarter, hidden,
                                       dh + b * f.padded + tile * kTile, f.padded, gate > 0);
                     }
                 }
@@ -365,6 +410,12 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_
                                                                                        int threads) {
     run_thread<Isa<64, 4>>(job, thread, threads);
 }
+template <typename Job>
+__attribute__((target(LSTM_PAIRS_TARGET))) void run_pairs(const Job& job, int thread, int threads) {
+    run_thread<Pairs>(job, thread, threads);
+}
+template <typename Job>
+constexpr bool is_bf16 = std::is_same_v<Job, Forward<BFloat16>> || std::is_same_v<Job, Backward<BFloat16>>;
 #else
 using Baseline = Isa<16, 4>;
 #endif
@@ -375,9 +426,12 @@ void run_baseline(const Job& job, int thread, int threads) {
 }
 
 template <typename Job>
-auto kernel_of([[maybe_unused]] InstructionSet set) {
+auto kernel_of([[maybe_unused]] const Job& job, [[maybe_unused]] InstructionSet set) {
 #ifdef __x86_64__
-    if (set == InstructionSet::avx512) return run_avx512<Job>;
+    if constexpr (is_bf16<Job>) {
+        if (set == InstructionSet::avx512_bf16 && job.pairs) return run_pairs<Job>;
+    }
+    if (set >= InstructionSet::avx512) return run_avx512<Job>;
     if (set == InstructionSet::avx2) return run_avx2<Job>;
 #endif
     return run_baseline<Job>;
@@ -388,7 +442,7 @@ void run(const Shape& shape, const Args& args) {
     std::vector<Index> start(shape.time + 1, 0);
     for (Index t = 0; t < shape.time; ++t) start[t + 1] = start[t] + shape.steps[t];
     const Job job(shape, args, start);
-    const auto kernel = kernel_of<Job>(shape.instruction_set);
+    const auto kernel = kernel_of(job, shape.instruction_set);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(useful_threads(shape, start.back(), job.tiles))
     kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
@@ -418,6 +472,7 @@ InstructionSet best_instruction_set() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512_bf16;
     if (avx512) return InstructionSet::avx512;
     if (avx2) return InstructionSet::avx2;
 #endif

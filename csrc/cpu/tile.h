@@ -89,15 +89,45 @@ LSTM_HD void copy_units(const A* from, A* to) {
     }
 }
 
+// As many bf16 as an instruction set's vector has floats, and their bits as those of floats.
+template <typename Isa>
+struct Bf16Vectors {
+    static constexpr Index side = sizeof(typename Isa::template VectorOf<float>::type) / sizeof(float);
+    typedef std::uint16_t Narrow __attribute__((vector_size(2 * side)));
+    typedef std::uint32_t Wide __attribute__((vector_size(4 * side)));
+};
+
+template <typename Isa>
+LSTM_HD void copy_units(const BFloat16* from, float* to) {
+    using V = Bf16Vectors<Isa>;
+    for (Index j = 0; j < kUnits; j += V::side) {
+        typename V::Narrow x;
+        std::memcpy(&x, from + j, sizeof(x));
+        const typename V::Wide bits = __builtin_convertvector(x, typename V::Wide) << 16;
+        std::memcpy(to + j, &bits, sizeof(bits));
+    }
+}
+
+template <typename Isa>
+LSTM_HD void copy_units(const float* from, BFloat16* to) {
+    using V = Bf16Vectors<Isa>;
+    for (Index j = 0; j < kUnits; j += V::side) {
+        typename V::Wide bits;
+        std::memcpy(&bits, from + j, sizeof(bits));
+        const auto x = __builtin_convertvector(round_to_bf16(bits), typename V::Narrow);
+        std::memcpy(to + j, &x, sizeof(x));
+    }
+}
+
 // 16 units between an array and registers; of the last tile only count < 16 exist, and the others are 0.
 template <typename Isa, typename T>
 LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
     if (count < kUnits) {
         for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? load(from[j]) : Acc<T>(0);
-    } else if constexpr (std::is_same_v<T, Acc<T>>) {
-        copy_units<Isa>(from, to);
-    } else {
+    } else if constexpr (std::is_same_v<T, Float16>) {
         for (Index j = 0; j < kUnits; ++j) to[j] = load(from[j]);
+    } else {
+        copy_units<Isa>(from, to);
     }
 }
 
@@ -105,10 +135,10 @@ template <typename Isa, typename T>
 LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
     if (count < kUnits) {
         for (Index j = 0; j < count; ++j) to[j] = store<T>(from[j]);
-    } else if constexpr (std::is_same_v<T, Acc<T>>) {
-        copy_units<Isa>(from, to);
-    } else {
+    } else if constexpr (std::is_same_v<T, Float16>) {
         for (Index j = 0; j < kUnits; ++j) to[j] = store<T>(from[j]);
+    } else {
+        copy_units<Isa>(from, to);
     }
 }
 
@@ -134,20 +164,20 @@ LSTM_HD void transpose(Vector (&rows)[Side]) {
     }
 }
 
-// w [4H, H] to one tile of W_hh^T for the forward product, to [H, 64]: column 16 * gate + j is unit 16 * tile + j of
-// that gate. By blocks of 16 x 16, which stay in cache whatever the stride.
+// w [4H, depth] to one tile of W_hh^T for the forward product, to [depth, 64]: column 16 * gate + j is unit 16 * tile +
+// j of that gate. By blocks of 16 x 16, which stay in cache whatever the stride.
 template <typename Isa, typename T>
-LSTM_HD void pack_units(const T* w, Index hidden, Index tile, Acc<T>* to) {
+LSTM_HD void pack_units(const T* w, Index hidden, Index depth, Index tile, Acc<T>* to) {
     using A = Acc<T>;
     using Vector = typename Isa::template VectorOf<A>::type;
     constexpr int side = sizeof(Vector) / sizeof(A);
     const Index first = tile * kUnits, units = std::min(kUnits, hidden - first);
     for (Index gate = 0; gate < 4; ++gate) {
-        for (Index k = 0; k < hidden; k += kUnits) {
-            const Index count = std::min(kUnits, hidden - k);
+        for (Index k = 0; k < depth; k += kUnits) {
+            const Index count = std::min(kUnits, depth - k);
             alignas(64) A block[kUnits][kUnits] = {};
             for (Index j = 0; j < units; ++j)
-                load_units<Isa>(w + (gate * hidden + first + j) * hidden + k, count, block[j]);
+                load_units<Isa>(w + (gate * hidden + first + j) * depth + k, count, block[j]);
             for (Index i = 0; i < count; i += side) {
                 for (Index j = 0; j < kUnits; j += side) {
                     Vector rows[side];
