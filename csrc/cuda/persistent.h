@@ -44,8 +44,7 @@ struct Plan {
 enum class Kind : int { bfloat16 = 0, float16 = 1, tf32 = 2, float32 = 3 };
 LSTM_HD int element_size(Kind kind) { return kind == Kind::bfloat16 || kind == Kind::float16 ? 2 : 4; }
 
-// ---- Where a block keeps what
-// -----------------------------------------------------------------------------------------
+// ---- Where a block keeps what ---------------------------------------------------------------------------------------
 
 // The weights that a warp keeps in registers, of a kernel for up to this many groups; the rest lies in shared memory.
 struct Held {
@@ -113,8 +112,7 @@ LSTM_HD BackwardLayout backward_layout(int element, int held_tiles, const Plan& 
     return at;
 }
 
-// ---- What a walk reads and writes
-// -------------------------------------------------------------------------------------
+// ---- What a walk reads and writes -----------------------------------------------------------------------------------
 
 struct Forward {
     void* gates;                 // T [D, N, 4H], on entry x W_ih^T + b_ih + b_hh; with cells activated in place
@@ -155,8 +153,7 @@ inline void lay_out(Backward& walk, Kind kind) {
     walk.layout = backward_layout(element, held(element, most_groups(kind, walk.plan.groups)).tiles, walk.plan);
 }
 
-// ---- Who calls what
-// ---------------------------------------------------------------------------------------------------
+// ---- Who calls what -------------------------------------------------------------------------------------------------
 
 // What a device grants: clusters that run at the same time, of so many blocks with so many threads and bytes of shared
 // memory each; 0 if none.

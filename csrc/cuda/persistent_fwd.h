@@ -1,7 +1,6 @@
 // The forward walk, one thread's share. At step t of a tile, each warp multiplies its half of K for the 32 gate rows of
-// its group (A, in registers) by h of the step before (B, in shared memory); the two warps of a group
-// swap halves, so that a lane has i, f, g, o of one cell; it makes the new h, and the group sends it into every block
-// of the cluster.
+// its group (A, in registers) by h of the step before (B, in shared memory); the two warps of a group swap halves, so
+// that a lane has i, f, g, o of one cell; it makes the new h, and the group sends it into every block of the cluster.
 #pragma once
 
 #include "persistent_common.h"
@@ -57,8 +56,15 @@ struct ForwardKernel {
         T values[16 / kElement] = {};
         const int first = simt::opaque((block * kBlock + at.lane % 4 * 16) / kElement), hidden = p.sizes.hidden;
         const T* row = static_cast<const T*>(p.w_hh[at.direction]) + (Index{k} * hidden + unit) * hidden;
-        for (int j = 0; j < 16 / kElement; ++j) {
-            if (unit < hidden && first + j < hidden) values[j] = operand<kExact>(row[first + j]);
+        constexpr int kValues = 16 / kElement;
+        if (unit < hidden && first + kValues <= hidden && reinterpret_cast<std::uintptr_t>(row + first) % 16 == 0) {
+            const Words words = *reinterpret_cast<const Words*>(row + first);
+            std::memcpy(values, &words, sizeof(words));
+            for (int j = 0; j < kValues; ++j) values[j] = operand<kExact>(values[j]);
+        } else {
+            for (int j = 0; j < kValues; ++j) {
+                if (unit < hidden && first + j < hidden) values[j] = operand<kExact>(row[first + j]);
+            }
         }
         return pack(values);
     }
