@@ -125,10 +125,9 @@ SIMT void send(void* to, unsigned rank, Words value, Barrier* barrier) {
 // ---- Matrix product, warp-wide --------------------------------------------------------------------------------------
 
 // d [16, 8] += a [16, K] b [K, 8] in fp32, rounded towards zero, K = 32 bytes of T; float means TF32, whose low 13 bits
-// are ignored. Lane
-// 4 r + q holds: d[0], d[1] of row r, columns 2 q, 2 q + 1; d[2], d[3] of row r + 8. Words a[0], a[2] of row r and
-// a[1], a[3] of row r + 8; b0, b1 of column r. Which K a word stands for is the caller's choice, the same for a and b:
-// word q of the K's first half for a[0], a[1] and b0, of its second half for a[2], a[3] and b1.
+// are ignored. Lane 4 r + q holds: d[0], d[1] of row r, columns 2 q, 2 q + 1; d[2], d[3] of row r + 8. Words a[0], a[2]
+// of row r and a[1], a[3] of row r + 8; b0, b1 of column r. Which K a word stands for is the caller's choice, the same
+// for a and b: word q of the K's first half for a[0], a[1] and b0, of its second half for a[2], a[3] and b1.
 template <typename T>
 SIMT void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
 
