@@ -209,7 +209,8 @@ std::optional<PlanTuple> persistent_plan(int kind, bool backward, int hidden, in
     return PlanTuple{plan.cluster, plan.groups, plan.tiles, plan.clusters, plan.shared};
 }
 
-int persistent_granted(int kind, bool backward, int device, int cluster, int threads, int shared) {
+int persistent_granted([[maybe_unused]] int kind, [[maybe_unused]] bool backward, [[maybe_unused]] int device,
+                       [[maybe_unused]] int cluster, [[maybe_unused]] int threads, [[maybe_unused]] int shared) {
 #ifdef LSTM_FAST_WITH_CLUSTERS
     const auto ask = backward ? lstm::persistent::cuda::resident_backward : lstm::persistent::cuda::resident_forward;
     return ask(static_cast<Kind>(kind), device, cluster, threads, shared);
@@ -276,7 +277,8 @@ void persistent_backward(Address gates, Address cells, Address c0, const std::ve
 }
 
 // int32 values into the device's memory, without a wait.
-void upload(const std::vector<std::int32_t>& values, Address to, int device, Address stream) {
+void upload([[maybe_unused]] const std::vector<std::int32_t>& values, [[maybe_unused]] Address to,
+            [[maybe_unused]] int device, [[maybe_unused]] Address stream) {
 #ifdef LSTM_FAST_WITH_CLUSTERS
     const std::string error = lstm::persistent::cuda::upload(values.data(), static_cast<int>(values.size()),
                                                              pointer(to), device, pointer(stream));
