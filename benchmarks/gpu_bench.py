@@ -2,7 +2,8 @@
 
 Before the clock each result is compared with nn.LSTM in fp64: our error may be at most twice nn.LSTM's own in the same
 dtype. Then interleaved pairs; medians, p20 and p80 of the ratios. Each row is a line of JSON, written as soon as it is
-known: a run that is stopped loses nothing.
+known; what the file already holds isn't measured again. Exit code 0 if all is well, 1 if a row is wrong or failed, 3
+if a kernel's fault took the card from this process: another can go on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from benchmarks.compare import task
 from lstm_fast.kernels import persistent
 
 PAIRS = 20
+LOST = 3  # the exit code
 LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
 
 
@@ -48,6 +51,7 @@ GROUPS = {
 
 
 STEP = {"forward": (1.5, 0.6), "backward": (3.0, 1.2)}  # microseconds a step, at most and hoped for
+STEP_SHAPE = (1024, 16, 512)  # T, B, H for which that is asked
 
 
 class Shape(NamedTuple):
@@ -60,7 +64,7 @@ class Shape(NamedTuple):
 
 def shapes() -> Iterator[Shape]:
     """The most telling first: what the budget leaves out is at the end."""
-    yield Shape("bf16", 1024, 16, 512)
+    yield Shape("bf16", *STEP_SHAPE)
     for group in ("fp16", "tf32", "packed", "bidirectional", "inference"):
         yield Shape(group, 256, 16, 512)
     for B, H in ((16, 256), (64, 512), (16, 768), (2, 512), (128, 256), (128, 512), (64, 768), (2, 256), (16, 1024)):
@@ -93,15 +97,17 @@ def build(shape: Shape, device: str = "cuda") -> tuple[Any, nn.LSTM, lstm_fast.L
 
 
 def errors(x: Any, theirs: nn.LSTM, ours: nn.Module) -> tuple[float, float]:
-    """Of ours and of theirs, against nn.LSTM in fp64: the worst of output and weight gradients."""
+    """Of ours and of theirs, against nn.LSTM in fp64: the worst of both modes' output and the weight gradients."""
 
     def run(module: nn.Module, sequence: Any) -> list[Tensor]:
         module.zero_grad()
+        inferred = task(module, sequence, "inference")()
         y = module(sequence)[0]
         y = y if isinstance(y, Tensor) else y.data
         torch.manual_seed(1)
         y.backward(torch.randn(y.shape, device=y.device).to(y.dtype))
-        return [t.detach().double() for t in (y, *(p.grad for p in module.parameters() if p.grad is not None))]
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        return [t.detach().double() for t in (inferred, y, *grads)]
 
     exact = run(copy.deepcopy(theirs).double(), x.to(torch.float64))
     worst = []
@@ -157,7 +163,12 @@ def launches(theirs: nn.LSTM, x: Any) -> dict[str, Any]:
         torch.cuda.synchronize()
     kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels.sort(key=lambda e: -e.count)
-    return {"launches": sum(e.count for e in kernels), "commonest": [e.key[:80] for e in kernels[:3]]}
+    chunks = {w.untyped_storage().data_ptr() for w in theirs.parameters()}
+    return {
+        "launches": sum(e.count for e in kernels),
+        "commonest": [e.key[:80] for e in kernels[:3]],
+        "weights_compact": len(chunks) == 1,  # else torch copies them together on each call
+    }
 
 
 def run_row(shape: Shape) -> dict[str, Any]:
@@ -186,8 +197,18 @@ def attempt(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, A
     try:
         return call(*arguments)
     except Exception as error:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a card that is lost
+            torch.cuda.empty_cache()
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def lost() -> bool:
+    """Whether a fault on the card ended this process's use of it."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def phases(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
@@ -203,8 +224,9 @@ def phases(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-def run_modules(T: int = 1024, B: int = 16, H: int = 512) -> dict[str, Any]:
+def run_modules() -> dict[str, Any]:
     """The phases of both modules, bf16, input product included."""
+    T, B, H = STEP_SHAPE
     x, theirs, ours = build(Shape("bf16", T, B, H))
     mine, rival = phases(ours, x), phases(theirs, x)
     found: dict[str, Any] = {"T": T, "B": B, "H": H, "dtype": "bf16"}
@@ -214,15 +236,16 @@ def run_modules(T: int = 1024, B: int = 16, H: int = 512) -> dict[str, Any]:
     return found
 
 
-def run_kernels(T: int = 1024, B: int = 16, H: int = 512) -> dict[str, Any]:
+def run_kernels(device: str = "cuda") -> dict[str, Any]:
     """Microseconds a step of the kernels alone, without the input product: inference, forward and backward."""
-    place: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    T, B, H = STEP_SHAPE
+    place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     state = [torch.randn(1, B, H, **place) for _ in range(4)]
     w = [torch.randn(4 * H, H, **place) / H**0.5]
     start = torch.randn(1, T * B, 4 * H, **place)
     y, dy, dgates = torch.empty(T * B, H, **place), torch.randn(T * B, H, **place), torch.empty_like(start)
-    cells = torch.empty(1, T * B, H, device="cuda")
-    dh, dc = torch.zeros(1, B, H, device="cuda"), torch.zeros(1, B, H, device="cuda")
+    cells = torch.empty(1, T * B, H, device=device)
+    dh, dc = torch.zeros(1, B, H, device=device), torch.zeros(1, B, H, device=device)
     gates, steps = start.clone(), [B] * T
 
     def forward(saved: Tensor | None) -> None:
@@ -295,27 +318,41 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.backends.cudnn.allow_tf32 = True
     end = time.monotonic() + args.seconds
-    wrong = False
-    with args.output.open("w") as file:
+    records = read(args.output)
+    with args.output.open("a") as file:
 
         def write(record: dict[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
             file.flush()
+            records.append(record)
 
         for name, call in (("kernels", run_kernels), ("modules", run_modules)):
-            record = {name: attempt(call)}
-            wrong = wrong or "failed" in record[name]
-            write(record)
-            print(steps(record), flush=True)
-        for shape in shapes():
-            if time.monotonic() > end:
-                write({"left_out": shape._asdict()})
+            if any(name in record for record in records):
                 continue
+            write({name: attempt(call)})
+            print(steps(records[-1]), flush=True)
+            if "failed" in records[-1][name] and lost():
+                return LOST
+        for shape in left_out([record["row"] for record in records if "row" in record]):
+            if time.monotonic() > end:
+                break
             row = {**shape._asdict(), **attempt(run_row, shape)}
-            wrong = wrong or "wrong" in row or "failed" in row
             write({"row": row})
             print(table([row]).splitlines()[0], flush=True)
-    return 1 if wrong else 0
+            if "failed" in row and lost():
+                return LOST
+    return 1 if any("wrong" in found or "failed" in found for record in records for found in record.values()) else 0
+
+
+def read(output: Path) -> list[dict[str, Any]]:
+    """The records of a file of rows, if there is one."""
+    return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+
+
+def left_out(rows: list[dict[str, Any]]) -> list[Shape]:
+    """The shapes without a row."""
+    known = {tuple(row.get(name) for name in Shape._fields) for row in rows}
+    return [shape for shape in shapes() if shape not in known]
 
 
 if __name__ == "__main__":

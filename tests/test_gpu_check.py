@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -89,25 +91,59 @@ def test_a_process_that_hangs_is_stopped():
     assert code is None and output == "begun\n" and time.monotonic() - begun < 30
 
 
-def fake_bench(monkeypatch, code: int | None, records: list[dict]):
+def test_ctrl_c_stops_the_part_too(monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, *arguments, **options):
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().communicate(*arguments, **options)
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run(["sleep", "60"], 60)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def fake_bench(monkeypatch, *ends: tuple[int | None, list[dict]]):
+    """What gpu-check makes of bench processes, each of which ends with a code after it wrote some records."""
+    waiting = list(ends)
+
     def run(command, seconds, **_):
-        Path(command[command.index("--output") + 1]).write_text("".join(json.dumps(r) + "\n" for r in records))
+        code, records = waiting.pop(0)
+        with Path(command[command.index("--output") + 1]).open("a") as file:
+            file.write("".join(json.dumps(r) + "\n" for r in records))
         return code, "what it said"
 
     monkeypatch.setattr(gpu_check, "run", run)
-    return gpu_check.run_bench()
+    found = gpu_check.run_bench()
+    assert not waiting
+    return found
 
 
 def test_the_bench_keeps_what_a_stopped_run_had_measured(monkeypatch):
-    left_out = {"group": "tf32", "T": 256}
-    records = [{"kernels": KERNELS}, {"modules": MODULES}, {"row": FULL_ROW}, {"left_out": left_out}]
-    found = fake_bench(monkeypatch, 0, records)
-    assert found["ok"] and found["rows"] == [FULL_ROW] and found["left_out"] == [left_out]
+    rows = [{**FULL_ROW, **shape._asdict()} for shape in gpu_bench.shapes()]
+    records = [{"kernels": KERNELS}, {"modules": MODULES}, {"row": rows[0]}]
+    found = fake_bench(monkeypatch, (0, records))
+    left_out = [shape._asdict() for shape in gpu_bench.shapes()][1:]
+    assert found["ok"] and found["rows"] == rows[:1] and found["left_out"] == left_out
     summary = found["summary"]
     assert "0.91 us/step" in summary and "2.00x over 1 rows (floor 2.0, aim 5.0)" in summary
-    assert "1.50 us/step, nn.LSTM 3.00, 2.00x (floor 3.0, aim 1.2)" in summary and "tf32 256" in summary
-    stopped = fake_bench(monkeypatch, None, records[:3])
-    assert not stopped["ok"] and stopped["rows"] == [FULL_ROW] and "stopped at its limit of 120 s" in stopped["summary"]
+    assert "1.50 us/step, nn.LSTM 3.00, 2.00x (floor 3.0, aim 1.2)" in summary and "tf32 256 16 512 persist" in summary
+    assert "left out" not in fake_bench(monkeypatch, (0, [{"row": row} for row in rows]))["summary"]
+    stopped = fake_bench(monkeypatch, (None, records))
+    assert not stopped["ok"] and stopped["rows"] == rows[:1]
+    assert "stopped at its limit of 120 s; the last it said: what it said" in stopped["summary"]
+
+
+def test_a_bench_that_lost_the_card_is_taken_up_again(monkeypatch):
+    found = fake_bench(monkeypatch, (gpu_bench.LOST, [{"row": FULL_ROW}]), (1, [{"kernels": KERNELS}]))
+    assert not found["ok"] and found["rows"] == [FULL_ROW] and found["kernels"] == KERNELS
+    monkeypatch.setitem(gpu_check.SECONDS, "bench", 0.01)
+    monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (time.sleep(0.02), (gpu_bench.LOST, "lost"))[1])
+    assert "lost" in gpu_check.run_bench()["summary"]
 
 
 def test_a_table_row_names_case_and_figures():
@@ -153,31 +189,64 @@ def test_errors_are_of_both_against_fp64(group):
     assert math.isnan(gpu_bench.errors(x, theirs, ours)[0])
 
 
-def run_bench_main(monkeypatch, tmp_path, run_row, seconds: float = 60) -> tuple[int, list[dict]]:
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs the bench's main with a row as the test says, over one file: returns exit code and records."""
     output = tmp_path / "rows.jsonl"
     monkeypatch.setattr(gpu_bench, "run_kernels", lambda: KERNELS)
     monkeypatch.setattr(gpu_bench, "run_modules", lambda: MODULES)
-    monkeypatch.setattr(gpu_bench, "run_row", run_row)
-    code = gpu_bench.main(["--output", str(output), "--seconds", str(seconds)])
-    return code, [json.loads(line) for line in output.read_text().splitlines()]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # main's own setting, undone afterwards
+
+    def run(run_row, seconds: float = 60, lost: bool = False) -> tuple[int, list[dict]]:
+        monkeypatch.setattr(gpu_bench, "run_row", run_row)
+        monkeypatch.setattr(gpu_bench, "lost", lambda: lost)
+        code = gpu_bench.main(["--output", str(output), "--seconds", str(seconds)])
+        return code, gpu_bench.read(output)
+
+    return run
 
 
-def test_a_row_that_fails_leaves_the_others(monkeypatch, tmp_path):
-    def run_row(shape):
-        if shape.group == "fp16":
-            raise RuntimeError("out of memory")
-        return FULL_ROW
+def well_measured(shape):
+    return {**FULL_ROW, **shape._asdict()}
 
-    code, records = run_bench_main(monkeypatch, tmp_path, run_row)
+
+def fp16_fails(shape):
+    if shape.group == "fp16":
+        raise RuntimeError("out of memory")
+    return well_measured(shape)
+
+
+def test_a_row_that_fails_leaves_the_others(bench):
+    code, records = bench(fp16_fails)
     rows = [record["row"] for record in records if "row" in record]
     assert code == 1 and records[:2] == [{"kernels": KERNELS}, {"modules": MODULES}]
-    assert len(rows) == len(list(gpu_bench.shapes())) and rows[0] == FULL_ROW
+    assert len(rows) == len(list(gpu_bench.shapes())) and rows[0]["ratio"] == 2.0
     assert rows[1]["failed"] == "RuntimeError: out of memory" and rows[1]["group"] == "fp16"
 
 
-def test_out_of_time_the_other_rows_are_named(monkeypatch, tmp_path):
-    code, records = run_bench_main(monkeypatch, tmp_path, lambda shape: FULL_ROW, seconds=-1)
-    assert code == 0 and [record["left_out"]["T"] for record in records[2:]] == [s.T for s in gpu_bench.shapes()]
+def test_out_of_time_no_row_begins(bench):
+    assert bench(well_measured, seconds=-1) == (0, [{"kernels": KERNELS}, {"modules": MODULES}])
+    assert gpu_bench.left_out([]) == list(gpu_bench.shapes())
+
+
+def test_a_lost_card_ends_the_process_and_the_next_goes_on(bench):
+    code, records = bench(fp16_fails, lost=True)
+    assert code == gpu_bench.LOST and len(records) == 4 and "failed" in records[-1]["row"]
+    code, records = bench(well_measured)
+    assert code == 1 and len(records) == 2 + len(list(gpu_bench.shapes()))  # the failed row isn't forgotten
+    assert [tuple(r["row"][name] for name in gpu_bench.Shape._fields) for r in records[2:]] == list(gpu_bench.shapes())
+
+
+def test_lost_is_what_the_card_says(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not gpu_bench.lost()
+
+    def gone():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    monkeypatch.setattr(torch.cuda, "empty_cache", gone)
+    assert gpu_bench.lost() and "unspecified launch failure" in gpu_bench.attempt(gone)["failed"]
 
 
 @pytest.mark.parametrize("group, found", [("bf16", {"error": float("nan")}), ("tf32", {"error": 1.0})])
@@ -188,6 +257,80 @@ def test_wrong_results_are_never_timed(monkeypatch, group, found):
     monkeypatch.setattr(gpu_bench, "errors", lambda *_: (found["error"], 1e-3))
     row = gpu_bench.run_row(gpu_bench.Shape(group, 8, 2, 4))
     assert "wrong" in row and "ratio" not in row
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A card's clock and memory, which a CPU hasn't: calls run, and each takes 2 ms more than the one before."""
+    calls = []
+
+    def elapsed(call):
+        call()
+        calls.append(call)
+        return 2.0 * len(calls)
+
+    monkeypatch.setattr(gpu_bench, "elapsed", elapsed)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    return calls
+
+
+def on_cpu(monkeypatch):
+    """The bench's modules on a CPU, ours with the backend that is there."""
+    build = gpu_bench.build
+    monkeypatch.setattr(gpu_bench, "build", lambda shape: build(shape._replace(backend="cpu"), device="cpu"))
+
+
+@pytest.mark.parametrize("group", ["bf16", "tf32", "packed", "bidirectional", "inference"])
+def test_a_row_is_measured(monkeypatch, clock, group):
+    on_cpu(monkeypatch)
+    monkeypatch.setattr(gpu_bench.persistent, "unavailable", lambda: None)
+    monkeypatch.setattr(gpu_bench.persistent, "refuses", lambda *_: None)
+    monkeypatch.setattr(gpu_bench, "launches", lambda *_: {"launches": 7})
+    row = gpu_bench.run_row(gpu_bench.Shape(group, 6, 4, 8))
+    assert len(clock) == 2 * gpu_bench.PAIRS == 2 * row["pairs"]
+    assert row["theirs_ms"] - row["ours_ms"] == 2.0 and row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
+    assert row["us_per_step"] == 1e3 * row["ours_ms"] / 6
+    assert row["mode"] == ("inference" if group == "inference" else "forward+backward")
+    assert row["peak_mib"] == row["nn_lstm_peak_mib"] == 2.0 and row["nn_lstm"] == {"launches": 7}
+    assert group in gpu_bench.table([row])
+    json.dumps(row)
+
+
+def test_a_refused_row_says_why(monkeypatch):
+    monkeypatch.setattr(gpu_bench.persistent, "unavailable", lambda: "no code for this card")
+    assert gpu_bench.run_row(gpu_bench.Shape("bf16", 6, 4, 8))["refused"] == "no code for this card"
+
+
+def test_the_modules_steps_are_measured(monkeypatch, clock):
+    on_cpu(monkeypatch)
+    monkeypatch.setattr(gpu_bench, "STEP_SHAPE", (5, 4, 8))
+    found = gpu_bench.run_modules()
+    assert all(found[name]["us_per_step"] == 1e3 * found[name]["ours_ms"] / 5 for name in ("inference", "forward"))
+    assert gpu_bench.steps({"modules": found}).count("nn.LSTM") == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and the kernels run on it")
+def test_the_kernels_steps_are_measured(monkeypatch, clock):
+    """By the kernels' own source on the host."""
+    monkeypatch.setattr(gpu_bench, "STEP_SHAPE", (3, 2, 16))
+    found = gpu_bench.run_kernels(device="cpu")
+    assert len(clock) == 3 * (3 + gpu_bench.PAIRS) and found["backward"]["us_per_step"] > 0
+    assert gpu_bench.steps({"kernels": found}).count("us/step") == 3
+
+
+def test_what_nn_lstm_launches_is_counted(monkeypatch):
+    kinds = torch.autograd.DeviceType
+    events = [("gemm" * 30, 3, kinds.CUDA), ("rnn", 65, kinds.CUDA), ("cudaLaunchKernel", 68, kinds.CPU)]
+    profile = mock.MagicMock()
+    averages = [mock.Mock(key=key, count=count, device_type=kind) for key, count, kind in events]
+    profile.__enter__.return_value.key_averages.return_value = averages
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = gpu_bench.launches(torch.nn.LSTM(3, 5), torch.randn(100, 2, 3))
+    assert found == {"launches": 68, "commonest": ["rnn", "gemm" * 20], "weights_compact": False}
 
 
 def test_phases_are_those_of_a_training_step():
@@ -229,9 +372,14 @@ def test_failed_and_skipped_tests_are_named(monkeypatch):
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (1, "\n".join(lines)))
     found = gpu_check.run_tests()
     assert not found["ok"] and found["skipped"] == lines[:1] and found["failed"] == lines[1:2]
-    assert found["summary"] == "1 failed"
+    assert found["summary"] == "1 failed" and found["output"].endswith("1 failed")
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (None, "..."))
     assert "stopped at its limit of 200 s" in gpu_check.run_tests()["summary"]
+    commands = []
+    monkeypatch.setattr(gpu_check, "run", lambda command, *_, **__: (commands.append(command), (0, "3 passed"))[1])
+    assert gpu_check.run_tests() == {"ok": True, "summary": "3 passed", "failed": [], "skipped": []}
+    names = [Path(part).name for part in commands[0] if part.endswith(".py")]
+    assert set(names[:3]) == {"test_gpu.py", "test_gpu_check.py", "test_gpu_persistent.py"} and len(set(names)) > 20
 
 
 def test_environment_names_driver_and_triton():
