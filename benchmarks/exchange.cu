@@ -14,7 +14,7 @@ using namespace lstm::simt;
 
 namespace {
 
-constexpr int kSteps = 2000, kRuns = 9, kThreads = 256;
+constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512;
 
 void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
@@ -62,7 +62,7 @@ SIMT Barrier* barriers(unsigned bytes) {
 }
 
 // Block 0 sends 16 bytes to block 1, which answers: two messages a step.
-__global__ void __launch_bounds__(kThreads) ping_pong(Times* times) {
+__global__ void __launch_bounds__(32) ping_pong(Times* times) {
     Barrier* const full = barriers(16);
     const unsigned rank = cluster_rank();
     unsigned char* const words = shared_memory() + 128;
@@ -79,20 +79,27 @@ __global__ void __launch_bounds__(kThreads) ping_pong(Times* times) {
     sync_cluster();
 }
 
-// Every block sends its slice of h (8 sequences, 16-bit) to all blocks and waits for theirs: `hidden` messages a block.
-__global__ void __launch_bounds__(kThreads) exchange(Times* times, int cluster, int hidden) {
-    Barrier* const full = barriers(static_cast<unsigned>(hidden) * 16);
-    const unsigned rank = cluster_rank();
-    const int slice = hidden / cluster;
+// Every block sends its slice of h (8 sequences, `groups` times 8 units of 16 bits) to all blocks and waits for theirs,
+// in the recurrence's messages: two warps a group, a warp's lanes for 4 sequences and 8 blocks at a time.
+__global__ void __launch_bounds__(kMostThreads) exchange(Times* times, int cluster, int groups) {
+    const int row = cluster * groups * 16 + 64;  // bytes; an odd number of 64, so that banks differ
+    const unsigned bytes = static_cast<unsigned>(cluster * groups) * 128;
+    Barrier* const full = barriers(bytes);
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int first = static_cast<int>(cluster_rank()) * groups, stride = static_cast<int>(blockDim.x) / 64;
+    unsigned char* const h = shared_memory() + 128 + (2 * (lane % 4) + warp % 2) * row;
     Stopwatch watch(times);
     for (int step = 0; step < kSteps; ++step) {
-        unsigned char* const h = shared_memory() + 128 + step % 2 * hidden * 16;
-        for (int j = static_cast<int>(threadIdx.x); j < hidden; j += kThreads) {
-            unsigned char* const to = h + (static_cast<int>(rank) * slice + j % slice) * 16;
-            send(to, static_cast<unsigned>(j / slice), Words{1, 2, 3, 4}, full + step % 2);
+        Barrier* const here = full + step % 2;
+        for (int group = warp / 2; group < groups; group += stride) {
+            unsigned char* const to = h + step % 2 * 8 * row + (first + group) * 16;
+            for (int rank = lane / 4; rank < cluster; rank += 8) {
+                send(to, static_cast<unsigned>(rank), Words{1, 2, 3, 4}, here);
+            }
         }
-        wait(full + step % 2, static_cast<unsigned>(step) / 2 % 2);
-        if (threadIdx.x == 0) arrive_expecting(full + step % 2, static_cast<unsigned>(hidden) * 16);
+        wait(here, static_cast<unsigned>(step) / 2 % 2);
+        if (threadIdx.x == 0) arrive_expecting(here, bytes);
+        sync_warp();  // no lane is still waiting when its warp's next messages let the others go on
     }
     watch.stop();
     sync_cluster();
@@ -155,21 +162,22 @@ class Launcher {
     }
 
     template <typename... Arguments>
-    cudaError_t clustered(void (*kernel)(Arguments...), int cluster, int shared, Arguments... arguments) {
+    cudaError_t clustered(void (*kernel)(Arguments...), int cluster, int threads, int shared, Arguments... arguments) {
         cudaLaunchAttribute attribute{};
-        cudaLaunchConfig_t config = configure(attribute, cluster, shared, kernel);
+        cudaLaunchConfig_t config = configure(attribute, cluster, threads, shared, kernel);
         return cudaLaunchKernelEx(&config, kernel, arguments...);
     }
 
     template <typename Kernel>
-    static cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, int cluster, int shared, Kernel kernel) {
+    static cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, int cluster, int threads, int shared,
+                                        Kernel kernel) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(cluster));
-        config.blockDim = dim3(kThreads);
+        config.blockDim = dim3(static_cast<unsigned>(threads));
         config.dynamicSmemBytes = static_cast<std::size_t>(shared);
         config.attrs = &attribute;
         config.numAttrs = 1;
@@ -189,7 +197,7 @@ class Launcher {
 int resident(int cluster) {
     int count = 0;
     cudaLaunchAttribute attribute{};
-    const cudaLaunchConfig_t config = Launcher::configure(attribute, cluster, 200 * 1024, exchange);
+    const cudaLaunchConfig_t config = Launcher::configure(attribute, cluster, kMostThreads, 200 * 1024, exchange);
     if (cudaOccupancyMaxActiveClusters(&count, exchange, &config) != cudaSuccess) {
         cudaGetLastError();
         return 0;
@@ -208,12 +216,14 @@ int main() {
     }
     std::printf("}, \"steps\": [");
     Launcher launch;
-    launch.measure("message", 16, 2, 2.0, [&] { return launch.clustered(ping_pong, 2, 1024, launch.times()); });
+    launch.measure("message", 16, 2, 2.0, [&] { return launch.clustered(ping_pong, 2, 32, 1024, launch.times()); });
     for (int cluster = 2; cluster <= 16; cluster *= 2) {
         if (resident(cluster) == 0) continue;
         for (int hidden : {256, 512, 768}) {
             launch.measure("exchange", hidden, cluster, 1.0, [&] {
-                return launch.clustered(exchange, cluster, 128 + 2 * 16 * hidden, launch.times(), cluster, hidden);
+                const int groups = hidden / 8 / cluster, threads = std::min(64 * groups, kMostThreads);
+                const int shared = 128 + 2 * 8 * (2 * hidden + 64);
+                return launch.clustered(exchange, cluster, threads, shared, launch.times(), cluster, groups);
             });
         }
     }

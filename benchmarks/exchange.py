@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,9 @@ SECONDS = 30  # for the build, and for the run
 
 def measure() -> dict[str, Any]:
     """``ok``, ``summary``, and where it ran its ``steps``: clocks and ns of a message, an exchange, a grid step."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    search = os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    nvcc = shutil.which("nvcc", path=search)  # where setup.py finds it
     if nvcc is None:
         return {"ok": True, "summary": "skipped: nvcc is not installed"}
     major, minor = torch.cuda.get_device_capability()
