@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "../lstm_math.h"
 
@@ -142,25 +143,31 @@ LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
     }
 }
 
-// A block of one vector's lanes a side, rows[i][j] to rows[j][i]: blocks of half the side change places, ever smaller.
-template <typename Vector, int Side = sizeof(Vector) / sizeof(Vector{}[0])>
-LSTM_HD void transpose(Vector (&rows)[Side]) {
-    using Lane = std::conditional_t<sizeof(Vector{}[0]) == 4, std::int32_t, std::int64_t>;
+// Two rows of a block trade lanes, those with bit Half in their number for those without.
+template <int Half, typename Vector, int... Lanes>
+LSTM_HD void trade_lanes(Vector& first, Vector& second, std::integer_sequence<int, Lanes...>) {
+    constexpr int side = sizeof...(Lanes);  // lane j of the second row is number side + j of the pair
+    const Vector a = first, b = second;
+#ifdef __clang__
+    first = __builtin_shufflevector(a, b, (Lanes & Half ? side + Lanes - Half : Lanes)...);
+    second = __builtin_shufflevector(a, b, (Lanes & Half ? side + Lanes : Lanes + Half)...);
+#else
+    using Lane = std::conditional_t<sizeof(Vector) == 4 * side, std::int32_t, std::int64_t>;
     typedef Lane Mask __attribute__((vector_size(sizeof(Vector))));
-#pragma GCC unroll 4
-    for (int half = Side / 2; half > 0; half /= 2) {
-        Mask low, high;  // lanes of the pair of rows: 0 .. Side of the first, then those of the second
-        for (int j = 0; j < Side; ++j) {
-            low[j] = j & half ? Side + j - half : j;
-            high[j] = j & half ? Side + j : j + half;
-        }
+    first = __builtin_shuffle(a, b, Mask{(Lanes & Half ? side + Lanes - Half : Lanes)...});
+    second = __builtin_shuffle(a, b, Mask{(Lanes & Half ? side + Lanes : Lanes + Half)...});
+#endif
+}
+
+// A block of one vector's lanes a side, rows[i][j] to rows[j][i]: blocks of half the side change places, ever smaller.
+template <typename Vector, int Side, int Half = Side / 2>
+LSTM_HD void transpose(Vector (&rows)[Side]) {
+    if constexpr (Half > 0) {
 #pragma GCC unroll 16
         for (int i = 0; i < Side; ++i) {
-            if (i & half) continue;
-            const Vector first = rows[i], second = rows[i + half];
-            rows[i] = __builtin_shuffle(first, second, low);
-            rows[i + half] = __builtin_shuffle(first, second, high);
+            if (!(i & Half)) trade_lanes<Half>(rows[i], rows[i + Half], std::make_integer_sequence<int, Side>());
         }
+        transpose<Vector, Side, Half / 2>(rows);
     }
 }
 
@@ -182,7 +189,7 @@ LSTM_HD void pack_units(const T* w, Index hidden, Index depth, Index tile, Acc<T
                 for (Index j = 0; j < kUnits; j += side) {
                     Vector rows[side];
                     for (int r = 0; r < side; ++r) std::memcpy(&rows[r], &block[j + r][i], sizeof(Vector));
-                    transpose<Vector>(rows);
+                    transpose(rows);
                     for (int r = 0; r < std::min<Index>(side, count - i); ++r) {
                         std::memcpy(to + (k + i + r) * kTile + gate * kUnits + j, &rows[r], sizeof(Vector));
                     }
@@ -223,7 +230,7 @@ LSTM_HD void multiply_unpacked(Index rows, const Acc<T>* a, Index lda, const T* 
                         sums[i] += x * y;
                     }
                 }
-                transpose<Vector>(sums);
+                transpose(sums);
                 for (int i = 1; i < side; ++i) sums[0] += sums[i];
                 for (Index i = 0; i < side; ++i)
                     c[r * kTile + gate * kUnits + j + i] = j + i < units ? sums[0][i] : A(0);
