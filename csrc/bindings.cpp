@@ -229,7 +229,7 @@ void run_persistent(const Walk& walk, int kind, std::optional<int> device, std::
 #ifdef LSTM_FAST_WITH_CLUSTERS
         error = lstm::persistent::cuda::run(walk, static_cast<Kind>(kind), *device, pointer(queue));
 #else
-        error = "lstm_fast._C was built without code for compute capability 9.0";
+        error = "lstm_fast._C was built without clusters";
 #endif
     }
     if (!error.empty()) throw std::runtime_error("the persistent kernel could not run: " + error);
@@ -283,7 +283,7 @@ void upload([[maybe_unused]] const std::vector<std::int32_t>& values, [[maybe_un
     const std::string error = lstm::persistent::cuda::upload(values.data(), static_cast<int>(values.size()),
                                                              pointer(to), device, pointer(stream));
 #else
-    const std::string error = "lstm_fast._C was built without code for compute capability 9.0";
+    const std::string error = "lstm_fast._C was built without clusters";
 #endif
     if (!error.empty()) throw std::runtime_error("the starts of the steps could not be copied: " + error);
 }

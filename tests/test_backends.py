@@ -161,14 +161,16 @@ def test_same_bits_on_every_run(backend):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "backend", ["reference", "cpu", "triton", "persistent", pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def test_inference_equals_training_and_nan_stays_in_its_row(backend):
+@pytest.mark.parametrize("hidden", [17, 18])
+def test_inference_equals_training_and_nan_stays_in_its_row(backend, dtype, hidden):
     device = device_of(backend)
     torch.manual_seed(0)
-    module = lstm_fast.LSTM(5, 17, device=device, backend=backend)
-    x = torch.randn(4, 6, 5, device=device)
+    module = lstm_fast.LSTM(5, hidden, device=device, dtype=DTYPES[dtype], backend=backend)
+    x = torch.randn(4, 6, 5, device=device, dtype=DTYPES[dtype])
     trained = module(x)[0].detach()
     with torch.no_grad():
         assert torch.equal(module(x)[0], trained)

@@ -104,3 +104,41 @@ def test_an_unknown_name_is_refused_at_construction():
     assert "backend='cpu'" in repr(lstm_fast.LSTMCell(3, 5, backend="cpu"))
     with pytest.raises(TypeError, match=r"module should be an lstm_fast.LSTM or LSTMCell, got: Linear"):
         lstm_fast.explain(nn.Linear(3, 5), X)
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu_kernels(monkeypatch):
+    """A machine whose GPU kernels serve everything, but for the persistent ones past 768 hidden units."""
+    for name in ("persistent", "cuda", "triton"):
+        monkeypatch.setattr(dispatch.KERNELS[name], "unavailable", lambda: None)
+        monkeypatch.setattr(dispatch.KERNELS[name], "refuses", lambda device, dtype, hidden: None)
+    monkeypatch.setattr(
+        dispatch.KERNELS["persistent"],
+        "refuses",
+        lambda device, dtype, hidden: f"{hidden} hidden units fit no cluster" if hidden > 768 else None,
+    )
+
+
+def choose_on_gpu(hidden, backend="auto", **call):
+    call = {"proj_size": 0, "traced": False, "transformed": False, **call}
+    return dispatch.choose(backend, GPU, torch.bfloat16, hidden, **call)
+
+
+def test_on_a_gpu_what_fits_a_cluster_is_persistent_and_the_rest_is_torchs(gpu_kernels):
+    assert choose_on_gpu(768).backend == "persistent"
+    assert choose_on_gpu(1024) == ("torch", "persistent: 1024 hidden units fit no cluster")
+    assert "no kernel for projections" in choose_on_gpu(64, proj_size=3).reason
+    with pytest.raises(RuntimeError, match='backend="persistent" cannot serve this call: 1024 hidden units'):
+        choose_on_gpu(1024, backend="persistent")
+
+
+def test_a_compiled_graph_on_a_gpu_takes_gate_kernels_before_the_reference(gpu_kernels, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose_on_gpu(768).backend == "persistent"
+    backend, reason = choose_on_gpu(1024)
+    assert backend == "cuda" and "1024 hidden units fit no cluster" in reason
+    monkeypatch.setattr(dispatch.KERNELS["cuda"], "unavailable", lambda: "it was not built")
+    assert choose_on_gpu(1024).backend == "triton"

@@ -77,8 +77,8 @@ struct BackwardLayout {
     int tiles;    // of 16 hidden units, each warp's at most
     int in_smem;  // of those, how many lie in shared memory
     int row;      // bytes from one column of the gates' gradient to the next
-    int weights, da, slots,
-        end;  // Words [warps, in_smem, blocks, 2, 32]; T [2, 8, row]; float [tiles, 2, C, G, 64]
+    // Words [warps, in_smem, blocks, 2, 32]; T [2, 8, row]; float [tiles, 2, C, G, 64]
+    int weights, da, slots, end;
 };
 
 LSTM_HD int offset_of_steps(const Plan& plan) { return 16 * plan.tiles; }

@@ -29,7 +29,7 @@ def unavailable() -> str | None:
     """None where this process can run the kernels, else what is missing."""
     missing = cuda.unavailable()
     if missing is None and not _C.build_info()["clusters"]:
-        return "lstm_fast._C was built without code for compute capability 9.0 (LSTM_FAST_CUDA_ARCHS)"
+        return "lstm_fast._C was built without clusters (LSTM_FAST_CUDA_ARCHS without 90a, or nvcc before 12.8)"
     return missing
 
 
