@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/recurrence.h"
+#include "cpu/layer.h"
 #include "cuda/persistent.h"
 #include "gates.h"
 
@@ -56,44 +56,63 @@ py::dict build_info() {
 
 // ---- CPU -----------------------------------------------------------------------------------------------------------
 
-lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::int64_t hidden, std::size_t directions,
-                           int dtype, int threads, int instruction_set) {
+// Sizes are I, H, dtype, threads and instruction set.
+lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::size_t directions,
+                           const std::array<std::int64_t, 5>& sizes) {
     return {steps.data(),
             static_cast<std::int64_t>(steps.size()),
             steps.front(),
-            hidden,
+            sizes[0],
+            sizes[1],
             static_cast<int>(directions),
-            static_cast<lstm::Dtype>(dtype),
-            threads,
-            static_cast<lstm::cpu::InstructionSet>(instruction_set)};
+            static_cast<lstm::Dtype>(sizes[2]),
+            static_cast<int>(sizes[3]),
+            static_cast<lstm::cpu::InstructionSet>(sizes[4])};
 }
 
-void cpu_recurrence_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh,
-                            const std::vector<std::int64_t>& steps, Address y, Address h_n, Address c_n, Address cells,
-                            std::int64_t hidden, int dtype, int threads, int instruction_set) {
-    lstm::cpu::recurrence_forward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads, instruction_set),
-                                  {pointer(gates),
-                                   pointer(h0),
-                                   pointer(c0),
-                                   {pointer(w_hh.front()), pointer(w_hh.back())},
-                                   pointer(y),
-                                   pointer(h_n),
-                                   pointer(c_n),
-                                   pointer(cells)});
+using Weights = std::vector<std::array<Address, 4>>;  // w_ih, w_hh, b_ih, b_hh of each direction
+
+lstm::cpu::Weights cpu_weights(const std::array<Address, 4>& w) {
+    return {pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3])};
 }
 
-void cpu_recurrence_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh,
-                             const std::vector<std::int64_t>& steps, Address dy, Address dh, Address dc, Address dgates,
-                             std::int64_t hidden, int dtype, int threads, int instruction_set) {
-    lstm::cpu::recurrence_backward(cpu_shape(steps, hidden, w_hh.size(), dtype, threads, instruction_set),
-                                   {pointer(gates),
-                                    pointer(cells),
-                                    pointer(c0),
-                                    {pointer(w_hh.front()), pointer(w_hh.back())},
-                                    pointer(dy),
-                                    pointer(dh),
-                                    pointer(dc),
-                                    pointer(dgates)});
+// x, h0, c0, y, h_n, c_n, gates, cells
+void cpu_layer_forward(const std::vector<std::int64_t>& steps, const std::array<std::int64_t, 5>& sizes,
+                       const Weights& weights, const std::array<Address, 8>& tensors) {
+    const auto& [x, h0, c0, y, h_n, c_n, gates, cells] = tensors;
+    lstm::cpu::layer_forward(cpu_shape(steps, weights.size(), sizes),
+                             {pointer(x),
+                              pointer(h0),
+                              pointer(c0),
+                              {cpu_weights(weights.front()), cpu_weights(weights.back())},
+                              pointer(y),
+                              pointer(h_n),
+                              pointer(c_n),
+                              pointer(gates),
+                              pointer(cells)});
+}
+
+// x, h0, c0, y, gates, cells, dy, dh, dc, dx
+void cpu_layer_backward(const std::vector<std::int64_t>& steps, const std::array<std::int64_t, 5>& sizes,
+                        const Weights& weights, const std::vector<std::array<Address, 3>>& gradients,
+                        const std::array<Address, 10>& tensors) {
+    const auto& [x, h0, c0, y, gates, cells, dy, dh, dc, dx] = tensors;
+    const auto of = [](const std::array<Address, 3>& g) {
+        return lstm::cpu::WeightGradients{pointer(g[0]), pointer(g[1]), pointer(g[2])};
+    };
+    lstm::cpu::layer_backward(cpu_shape(steps, weights.size(), sizes),
+                              {pointer(x),
+                               pointer(h0),
+                               pointer(c0),
+                               {cpu_weights(weights.front()), cpu_weights(weights.back())},
+                               pointer(y),
+                               pointer(gates),
+                               pointer(cells),
+                               pointer(dy),
+                               pointer(dh),
+                               pointer(dc),
+                               pointer(dx),
+                               {of(gradients.front()), of(gradients.back())}});
 }
 
 void bind_cpu(py::module_& m) {
@@ -103,12 +122,9 @@ void bind_cpu(py::module_& m) {
         sets.append(std::array{"baseline", "avx2", "avx512", "avx512_bf16"}[set]);
     }
     m.attr("CPU_INSTRUCTION_SETS") = sets;
-    m.def("cpu_recurrence_forward", cpu_recurrence_forward, Released(), py::kw_only(), "gates"_a, "h0"_a, "c0"_a,
-          "w_hh"_a, "steps"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "hidden"_a, "dtype"_a, "threads"_a,
-          "instruction_set"_a);
-    m.def("cpu_recurrence_backward", cpu_recurrence_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a,
-          "w_hh"_a, "steps"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "hidden"_a, "dtype"_a, "threads"_a,
-          "instruction_set"_a);
+    m.def("cpu_layer_forward", cpu_layer_forward, Released(), "steps"_a, "sizes"_a, "weights"_a, "tensors"_a);
+    m.def("cpu_layer_backward", cpu_layer_backward, Released(), "steps"_a, "sizes"_a, "weights"_a, "gradients"_a,
+          "tensors"_a);
 }
 
 // ---- The gate kernel: on the host for tests, and with CUDA ---------------------------------------------------------

@@ -5,37 +5,18 @@ CPU_INSTRUCTION_SETS: list[str]
 DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
-def cpu_recurrence_forward(
-    *,
-    gates: int,
-    h0: int,
-    c0: int,
-    w_hh: list[int],
+def cpu_layer_forward(
     steps: list[int],
-    y: int,
-    h_n: int,
-    c_n: int,
-    cells: int,
-    hidden: int,
-    dtype: int,
-    threads: int,
-    instruction_set: int,
+    sizes: tuple[int, int, int, int, int],
+    weights: list[list[int]],
+    tensors: list[int],
 ) -> None: ...
-def cpu_recurrence_backward(
-    *,
-    gates: int,
-    cells: int,
-    c0: int,
-    w_hh: list[int],
+def cpu_layer_backward(
     steps: list[int],
-    dy: int,
-    dh: int,
-    dc: int,
-    dgates: int,
-    hidden: int,
-    dtype: int,
-    threads: int,
-    instruction_set: int,
+    sizes: tuple[int, int, int, int, int],
+    weights: list[list[int]],
+    gradients: list[list[int]],
+    tensors: list[int],
 ) -> None: ...
 
 class ForwardGates:

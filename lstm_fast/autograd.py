@@ -1,8 +1,8 @@
 """One layer as a differentiable operation: the only checks of shapes and dtypes, the only save_for_backward.
 
 Eager calls go through ``LayerFunction``; compilers, exporters and dispatch modes see the registered operators
-``lstm_fast::layer`` and ``lstm_fast::layer_backward``. Both reach ``_forward`` and ``_backward`` below, which
-hoist the products over all steps into one GEMM each and give the recurrence to a kernel.
+``lstm_fast::layer`` and ``lstm_fast::layer_backward``. Both reach ``_forward`` and ``_backward`` below, which give the
+layer to a kernel (lstm_fast/kernels/__init__.py).
 
 The 13 tensor inputs, in order: x, h0, c0, then for the forward and for the reverse direction w_ih, w_hh, b_ih, b_hh,
 w_hr (None where absent). D directions, N rows over all steps (N = T*B when dense), R features of h.
@@ -21,17 +21,12 @@ from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.dispatch import KERNELS
-from lstm_fast.kernels import cpu
-from lstm_fast.products import linear, rnn_precision, sum_of_outer
+from lstm_fast.kernels import Weights
 
-# Bytes of gates that inference on a CPU makes at once: malloc keeps such blocks, and gives larger ones back.
-_CHUNK = 8 << 20
 _PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 _STATES = 3  # x, h0, c0
 _INPUTS = _STATES + 2 * _PER_DIRECTION
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def transforms_active() -> bool:
@@ -140,56 +135,20 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
     steps = _steps(batch_sizes, x, c0)
     directions, _, hidden = c0.shape
-    rows = x.size(0)
-    with _without_autocast(x), rnn_precision(x):
-        if rows == 0:
+    saved = None
+    with _without_autocast(x):
+        if not steps:
             y, h_n, c_n = x.new_empty(0, directions * h0.size(2)), h0.clone(), c0.clone()
-            gates = x.new_empty(directions, 0, 4 * hidden)
-            cells = x.new_empty(directions, 0, hidden, dtype=reference.accumulate_dtype(x.dtype))
+            acc = reference.accumulate_dtype(x.dtype)
+            saved = x.new_empty(directions, 0, 4 * hidden), x.new_empty(directions, 0, hidden, dtype=acc)
         elif backend == "reference":
             with torch.no_grad():
                 y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
-            gates = gates.to(x.dtype)
-        elif not save and backend == "cpu" and directions == 1 and rows * 4 * hidden * x.element_size() > _CHUNK:
-            y, h_n, c_n = _in_chunks(x, h0, c0, _direction(inputs, 0), steps)
-            gates = cells = x
+            saved = gates.to(x.dtype), cells
         else:
-            products = []
-            for d in range(directions):
-                w_ih, _, b_ih, b_hh, _ = _direction(inputs, d)
-                products.append(linear(x, w_ih, None if b_ih is None else b_ih + b_hh))
-            gates = products[0].unsqueeze(0) if directions == 1 else torch.stack(products)  # [D, N, 4H]
-            y = torch.empty(rows, directions * hidden, dtype=x.dtype, device=x.device)
-            h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
-            cells = None
-            if save:
-                acc = reference.accumulate_dtype(x.dtype)
-                cells = torch.empty(directions, rows, hidden, dtype=acc, device=x.device)
-            w_hh = [_direction(inputs, d)[1].contiguous() for d in range(directions)]
-            KERNELS[backend].recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)
-    if not save:
-        gates, cells = x.new_empty(0), x.new_empty(0)
+            y, h_n, c_n, saved = KERNELS[backend].layer_forward(x, h0, c0, _directions(inputs), steps, save)
+    gates, cells = saved if save and saved is not None else (x.new_empty(0), x.new_empty(0))
     return y, h_n, c_n, gates, cells
-
-
-def _in_chunks(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Any], steps: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inference on a CPU, some steps after the other: the gates of all at once would be memory fresh each time."""
-    w_ih, w_hh, b_ih, b_hh, _ = weights
-    bias, w_hh = None if b_ih is None else b_ih + b_hh, [w_hh.contiguous()]
-    y, h_n, c_n = x.new_empty(x.size(0), h0.size(2)), h0.clone(), c0.clone()
-    most = max(1, _CHUNK // (4 * c0.size(2) * x.element_size()))  # rows
-    first = step = 0
-    while step < len(steps):
-        count = max(1, most // steps[step])
-        chunk = steps[step : step + count]
-        rows, batch = slice(first, first + sum(chunk)), chunk[0]
-        gates = linear(x[rows], w_ih, bias).unsqueeze(0)
-        h, c = h_n[:, :batch].clone(), c_n[:, :batch].clone()
-        cpu.recurrence_forward(gates, h, c, w_hh, chunk, y[rows], h_n[:, :batch], c_n[:, :batch], None)
-        first, step = rows.stop, step + count
-    return y, h_n, c_n
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -197,43 +156,24 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     dy, dh_n, dc_n, *inputs, batch_sizes, y, gates, cells, backend, needs = args
     x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
     steps = _steps(batch_sizes, x, c0)
-    grads: list[Tensor | None] = [None] * _INPUTS
-    with torch.no_grad(), _without_autocast(x), rnn_precision(x):
-        if backend == "reference" and steps:
+    grads: Sequence[Tensor | None]
+    with torch.no_grad(), _without_autocast(x):
+        if not steps:
+            grads = [None if t is None else torch.zeros_like(t) for t in inputs]
+        elif backend == "reference":
             inputs = [x, h0, c0, *inputs[_STATES:]]
-            found = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
-            grads = [g if need else None for g, need in zip(found, needs, strict=True)]
+            grads = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
         else:
-            dh, dc = _state_gradient(dh_n, h0), _state_gradient(dc_n, c0)
-            dgates = torch.empty_like(gates)
-            if steps:
-                w_hh = [_direction(inputs, d)[1].contiguous() for d in range(c0.size(0))]
-                dy = None if dy is None else dy.contiguous()
-                KERNELS[backend].recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
-            grads[1], grads[2] = dh.to(h0.dtype), dc.to(c0.dtype)
-            if needs[0]:
-                dx = [linear(dgates[d], _direction(inputs, d)[0].t()) for d in range(c0.size(0))]  # B7
-                grads[0] = dx[0] if len(dx) == 1 else dx[0].add_(dx[1])
-            for d in range(c0.size(0)):
-                first = _STATES + d * _PER_DIRECTION
-                columns = slice(d * h0.size(2), (d + 1) * h0.size(2))
-                grads[first : first + _PER_DIRECTION] = _weight_gradients(
-                    dgates[d], x, y[:, columns], h0[d], steps, d == 1, needs[first : first + _PER_DIRECTION]
-                )
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
-
-
-def _weight_gradients(
-    da: Tensor, x: Tensor, y: Tensor, h0: Tensor, steps: list[int], reverse: bool, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """B8 for one direction, one GEMM each; the two bias gradients are equal and apart in memory."""
-    dw_ih = sum_of_outer(da, x) if needs[0] else None
-    dw_hh = None
-    if needs[1]:
-        h_previous = reference.previous(y, h0, steps, reverse) if steps else y
-        dw_hh = sum_of_outer(da, h_previous)
-    db = da.sum(0) if needs[2] or needs[3] else None
-    return [dw_ih, dw_hh, db, None if db is None else db.clone(), None]
+            dy, dh, dc = None if dy is None else dy.contiguous(), _state_gradient(dh_n, h0), _state_gradient(dc_n, c0)
+            of_weights = [needs[i : i + _PER_DIRECTION] for i in _firsts(c0)]
+            dx, found = KERNELS[backend].layer_backward(
+                *(x, h0, c0, _directions(inputs), steps, y, (gates, cells), dy, dh, dc, needs[0], of_weights)
+            )
+            grads = [dx, dh.to(h0.dtype), dc.to(c0.dtype)]
+            for dw_ih, dw_hh, db, dw_hr in found:
+                grads += [dw_ih, dw_hh, db, None if db is None else db.clone(), dw_hr]  # apart in memory
+            grads += [None] * (_INPUTS - len(grads))
+    return tuple(x.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True))
 
 
 def _state_gradient(grad: Tensor | None, state: Tensor) -> Tensor:
@@ -243,9 +183,13 @@ def _state_gradient(grad: Tensor | None, state: Tensor) -> Tensor:
     return grad.to(acc, copy=True, memory_format=torch.contiguous_format)
 
 
-def _direction(inputs: Sequence[Any], d: int) -> Sequence[Any]:
-    first = _STATES + d * _PER_DIRECTION
-    return inputs[first : first + _PER_DIRECTION]
+def _firsts(c0: Tensor) -> range:
+    """Where each direction's weights begin among the inputs."""
+    return range(_STATES, _STATES + c0.size(0) * _PER_DIRECTION, _PER_DIRECTION)
+
+
+def _directions(inputs: Sequence[Any]) -> list[Weights]:
+    return [tuple(inputs[i : i + _PER_DIRECTION]) for i in _firsts(inputs[2])]
 
 
 def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -256,8 +200,7 @@ def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Te
         y = x.new_zeros(0, h0.size(0) * h0.size(2)) + none
         return y, h0 + none, c0 + none, y, y
     outs = []
-    for d in range(c0.size(0)):
-        w_ih, w_hh, b_ih, b_hh, w_hr = _direction(inputs, d)
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(_directions(inputs)):
         outs.append(reference.layer(x, h0[d], c0[d], w_ih, w_hh, b_ih, b_hh, w_hr, steps, d == 1))
     y, h_n, c_n, gates, cells = zip(*outs, strict=True)
     return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
@@ -271,8 +214,7 @@ def _reference_backward(
     dy, dh_n, dc_n = grads
     features = h0.size(2)
     found = []
-    for d in range(c0.size(0)):
-        w_ih, w_hh, _, _, w_hr = _direction(inputs, d)
+    for d, (w_ih, w_hh, _, _, w_hr) in enumerate(_directions(inputs)):
         columns = slice(d * features, (d + 1) * features)
         found.append(
             reference.layer_backward(

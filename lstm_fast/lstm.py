@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fast.autograd import Weights, layer, transforms_active
+from lstm_fast.autograd import layer, transforms_active
 from lstm_fast.dispatch import Choice, check_backend, choose
+from lstm_fast.kernels import Weights
 
 State = tuple[Tensor, Tensor]
 

@@ -1,12 +1,13 @@
 """The C++ recurrence on a CPU in each instruction set this one runs, and on any number of threads."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lstm_fast import _C, LSTM, autograd
+from lstm_fast import _C, LSTM
 from lstm_fast.kernels import cpu
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -53,24 +54,23 @@ def test_every_instruction_set_agrees_with_torch(dtype: torch.dtype, hidden: int
         assert error < 16 * torch.finfo(dtype).eps
 
 
-def recurrence(steps: list[int], directions: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
-    """Everything that both calls write, from seeded inputs, into memory full of NaN."""
+def layer(steps: list[int], directions: int, inputs: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    """Everything that both calls write, from seeded inputs."""
     torch.manual_seed(1)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rows, batch, features = sum(steps), steps[0], directions * hidden
-    gates = torch.randn(directions, rows, 4 * hidden).to(dtype)
+    x = torch.randn(rows, inputs).to(dtype)
     h0, c0 = (torch.randn(directions, batch, hidden).to(dtype) for _ in range(2))
-    w_hh = [(torch.randn(4 * hidden, hidden) / hidden**0.5).to(dtype) for _ in range(directions)]
+    shapes = ((4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
+    weights = [(*((torch.randn(s) / hidden**0.5).to(dtype) for s in shapes), None) for _ in range(directions)]
+    y, h_n, c_n, saved = cpu.layer_forward(x, h0, c0, weights, steps, True)
+    assert saved is not None
     dy = torch.randn(rows, features).to(dtype)
     dh, dc = (torch.randn(directions, batch, hidden, dtype=acc) for _ in range(2))
-    y, h_n, c_n = torch.empty(rows, features, dtype=dtype), torch.empty_like(h0), torch.empty_like(c0)
-    cells, dgates = torch.empty(directions, rows, hidden, dtype=acc), torch.empty_like(gates)
-    written = [y, h_n, c_n, cells, dgates]
-    for tensor in written:
-        tensor.fill_(torch.nan)
-    cpu.recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)
-    cpu.recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
-    return [*written, gates, dh, dc]
+    needs = [[True, True, True, True, False]] * directions
+    dx, gradients = cpu.layer_backward(x, h0, c0, weights, steps, y, saved, dy, dh, dc, True, needs)
+    found = [y, h_n, c_n, *saved, dh, dc, dx, *(g for direction in gradients for g in direction[:3])]
+    return [t for t in found if t is not None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +82,7 @@ def test_any_number_of_threads_gives_the_same_bits(steps: list[int], directions:
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(recurrence(steps, directions, 450, dtype))
+        results.append(layer(steps, directions, 70, 450, dtype))
     assert all(bool(t.isfinite().all()) for t in results[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -91,39 +91,82 @@ def test_any_number_of_threads_gives_the_same_bits(steps: list[int], directions:
 @pytest.mark.parametrize("directions", [1, 2])
 def test_backward_without_dy_is_backward_with_zeros(directions: int) -> None:
     torch.manual_seed(2)
-    steps, hidden = [3, 3, 1], 20
-    shape = (directions, sum(steps))
-    gates, cells = torch.rand(*shape, 4 * hidden), torch.randn(*shape, hidden)
-    c0 = torch.randn(directions, 3, hidden)
-    w_hh = [torch.randn(4 * hidden, hidden) for _ in range(directions)]
-    state = torch.randn(2, directions, 3, hidden)
-    results = []
-    for dy in (None, torch.zeros(sum(steps), directions * hidden)):
-        dh, dc, dgates = state[0].clone(), state[1].clone(), torch.full_like(gates, torch.nan)
-        cpu.recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
-        results.append((dh, dc, dgates))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert not torch.equal(results[0][0], state[0])
+    ours = LSTM(6, 20, bidirectional=directions == 2, backend="cpu")
+    x = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 3, 6), [3, 2, 2])
+    y, (h_n, c_n) = ours(x)
+    loss = h_n.sin().sum() + c_n.sum()
+    without = torch.autograd.grad(loss, ours.parameters(), retain_graph=True)
+    zeros = torch.autograd.grad(loss + 0 * y.data.sum(), ours.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(without, zeros, strict=True))
+    assert any(bool(g.any()) for g in without)
 
 
-@pytest.mark.parametrize("lengths", [[40] * 6, [40, 33, 33, 12, 2, 1]])
-@pytest.mark.parametrize("chunk", [1, 5_000, 20_000])
-def test_inference_in_chunks_of_steps_is_the_whole_walk(
-    monkeypatch: pytest.MonkeyPatch, lengths: list[int], chunk: int
-) -> None:
-    """The gates of some steps at a time, against nn.LSTM in fp64: outputs and last states, of short sequences too."""
+@pytest.mark.parametrize("needed", range(7))
+def test_each_gradient_alone_is_what_it_is_with_the_others(needed: int) -> None:
+    """Nothing that is not asked for is computed, and nothing else changes."""
     torch.manual_seed(0)
-    ours, theirs = LSTM(7, 19), nn.LSTM(7, 19).double()
+    ours = LSTM(6, 20, backend="cpu")
+    tensors = [torch.randn(5, 3, 6), torch.randn(1, 3, 20), torch.randn(1, 3, 20), *ours.parameters()]
+    everything = []
+    for wanted in (range(7), [needed]):
+        for index, tensor in enumerate(tensors):
+            tensor.requires_grad_(index in wanted)
+        y, (h_n, c_n) = ours(tensors[0], (tensors[1], tensors[2]))
+        loss = y.sin().sum() + h_n.sum() + c_n.sum()
+        everything.append(torch.autograd.grad(loss, [tensors[i] for i in wanted]))
+    assert torch.equal(everything[0][needed], everything[1][0])
+
+
+@pytest.mark.parametrize("lengths", [[400] * 6, [400, 330, 330, 12, 2, 1]], ids=["dense", "packed"])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_many_chunks_of_steps_are_one_walk(directions: int, lengths: list[int]) -> None:
+    """Long enough that both walks go by chunks, against nn.LSTM in fp64; errors stay within twice those of nn.LSTM."""
+    torch.manual_seed(0)
+    sizes = {"input_size": 7, "hidden_size": 130, "bidirectional": directions == 2}
+    ours, theirs, oracle = LSTM(**sizes, backend="cpu"), nn.LSTM(**sizes), nn.LSTM(**sizes).double()
     theirs.load_state_dict(ours.state_dict())
-    x = nn.utils.rnn.pack_padded_sequence(torch.randn(40, 6, 7), lengths)
-    hx = torch.randn(1, 6, 19), torch.randn(1, 6, 19)
-    calls: list[int] = []
-    whole = cpu.recurrence_forward
-    monkeypatch.setattr(cpu, "recurrence_forward", lambda *args: (calls.append(len(args[4])), whole(*args)))
-    monkeypatch.setattr(autograd, "_CHUNK", chunk)
-    with torch.no_grad():
-        y, (h_n, c_n) = ours(x, hx)
-        exact, (h_exact, c_exact) = theirs(x.to(torch.float64), tuple(t.double() for t in hx))
-    assert len(calls) > 1 and sum(calls) == 40
-    for found, wanted in ((y.data, exact.data), (h_n, h_exact), (c_n, c_exact)):
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
+    oracle.load_state_dict(ours.state_dict())
+    data, found = torch.randn(400, 6, 7), []
+    dy = torch.randn(sum(lengths), directions * 130)
+    for module in (ours, theirs, oracle):
+        dtype = module.weight_hh_l0.dtype
+        x = nn.utils.rnn.pack_padded_sequence(data.to(dtype).requires_grad_(), lengths)
+        y, (h_n, c_n) = module(x)
+        loss = (y.data * dy).sum() + h_n.sum() + c_n.sum()
+        found.append([y.data, h_n, c_n, *torch.autograd.grad(loss, [x.data, *module.parameters()])])
+    for a, b, exact in zip(*found, strict=True):
+        mine, others = ((t.double() - exact).norm() / exact.norm() for t in (a, b))
+        assert mine <= 2 * others + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("hidden", [64, 100])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.usefixtures("instruction_set")
+def test_few_rows_read_weights_as_they_lie(rows: int, hidden: int) -> None:
+    """On both sides of the number of rows from which on weights are packed."""
+    torch.manual_seed(0)
+    ours, oracle = LSTM(70, hidden), nn.LSTM(70, hidden).double()
+    oracle.load_state_dict(ours.state_dict())
+    x, h, c = torch.randn(1, rows, 70), torch.randn(1, rows, hidden), torch.randn(1, rows, hidden)
+    weights = [torch.randn(1, rows, hidden) for _ in range(3)]
+    got = outputs_and_gradients(ours, [x, h, c], weights)
+    want = outputs_and_gradients(oracle, [t.double() for t in (x, h, c)], [t.double() for t in weights])
+    for a, exact in zip(got, want, strict=True):
+        assert (a.double() - exact).abs().max() / exact.abs().max() < 16 * torch.finfo(torch.float32).eps
+
+
+def test_calls_side_by_side_have_their_own_memory() -> None:
+    """Threads of Python run the C++ calls at the same time, each in a block of its own."""
+    torch.manual_seed(0)
+    modules = [LSTM(40, hidden, backend="cpu") for hidden in (30, 60, 90, 120)]
+    x = torch.randn(50, 4, 40)
+
+    def run(module: LSTM) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = module(x)[0]
+        return result
+
+    alone = [run(module) for module in modules]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, modules * 50))
+    assert all(torch.equal(a, b) for a, b in zip(alone * 50, together, strict=True))

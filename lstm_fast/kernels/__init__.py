@@ -1,21 +1,41 @@
 """One thin file a backend: tensors in, pointers out, nothing decided.
 
 Gates are stacked i, f, g, o. T is the storage dtype; Acc is float64 for float64, else float32. N rows over all steps
-(T*B when dense), B sequences, H hidden units, D directions. Row (t, b) is ``start(t) + b``. Each backend has:
+(T*B when dense), B sequences, I input features, H hidden units, D directions. Row (t, b) is ``start(t) + b``.
+``steps``: active sequences of each step, never growing, all above 0. Direction 1 walks from the last to the first step.
+Each backend has:
 
 ``unavailable() -> str | None``
     None if it can run in this process, else what is missing.
 ``refuses(device, dtype, hidden) -> str | None``
     None if it serves tensors of that kind with H = ``hidden``, else why not.
-``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
-    F1-F6 over all steps. ``steps``: active sequences of each step, never growing, all above 0. ``gates`` [D, N, 4H] T:
-    on entry the input product with both biases; on return the activated gates, unless ``cells`` is None. ``h0``,
-    ``c0`` [D, B, H] T; ``w_hh``: D tensors [4H, H] T. Written: ``y`` [N, D*H] T, direction d in columns d*H to (d+1)*H;
-    ``h_n``, ``c_n`` [D, B, H] T; ``cells`` [D, N, H] Acc, or None for inference. Direction 1 walks from the last to
-    the first step.
-``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)``
-    B1-B7 over all steps. ``dy`` [N, D*H] T, or None for zero. ``dh``, ``dc`` [D, B, H] Acc: on entry the gradients of
-    h_n and c_n, on return those of h0 and c0. Written: ``dgates`` [D, N, 4H] T, the gradient of the pre-activations.
+``layer_forward(x, h0, c0, weights, steps, save) -> y, h_n, c_n, saved``
+    F1-F6 over all steps. ``x`` [N, I], ``h0``, ``c0`` [D, B, H] T; ``weights``: for each direction w_ih [4H, I], w_hh
+    [4H, H], b_ih and b_hh [4H] or None, and None. Returns ``y`` [N, D*H] T, direction d in columns d*H to (d+1)*H;
+    ``h_n``, ``c_n`` [D, B, H] T; with ``save``, what backward needs: the activated gates [D, N, 4H] T and c_t of every
+    step [D, N, H] Acc; else None.
+``layer_backward(x, h0, c0, weights, steps, y, saved, dy, dh, dc, needs_x, needs) -> dx, gradients``
+    B1-B8 over all steps. ``dy`` [N, D*H] T, or None for zero. ``dh``, ``dc`` [D, B, H] Acc: on entry the gradients of
+    h_n and c_n, on return those of h0 and c0. Returns the gradients of x, and for each direction of w_ih, w_hh, either
+    bias and w_hr; None where ``needs_x``, or ``needs`` of that direction, a flag for each of its weights, is false.
 
-All tensors are contiguous, nothing but what is named as written is written, and results are the same bits on every run.
+Those but the CPU's know the recurrence alone, and leave the other products to ``hoisted.py``:
+
+``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
+    F1-F6 over all steps. ``gates`` [D, N, 4H] T: on entry the input product with both biases; on return the activated
+    gates, unless ``cells`` is None. ``w_hh``: D tensors [4H, H] T. Written: ``y``, ``h_n``, ``c_n``, and ``cells``
+    [D, N, H] Acc, or None for inference.
+``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)``
+    B1-B7 over all steps. Written: ``dgates`` [D, N, 4H] T, the gradient of the pre-activations.
+
+All tensors but weights are contiguous, nothing but what is named as written is written, and results are the same bits
+on every run.
 """
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh, w_hr
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of w_ih, w_hh, either bias, w_hr
+Saved = tuple[Tensor, Tensor] | None  # gates and cells

@@ -1,9 +1,15 @@
-"""The C++ recurrence on a CPU: all steps and directions in one call (csrc/cpu/recurrence.h is its contract)."""
+"""A whole layer on a CPU in one C++ call forward and one backward (csrc/cpu/layer.h is its contract)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lstm_fast.kernels import Gradients, Saved, Weights
+from lstm_fast.reference import accumulate_dtype
 
 _problem: str | None = None
 try:
@@ -26,62 +32,74 @@ def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None
     return None
 
 
-def recurrence_forward(
-    gates: Tensor,
+def layer_forward(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Weights], steps: list[int], save: bool
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """F1 to F6 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
+    rows, (directions, _, hidden) = x.size(0), c0.shape
+    y = x.new_empty(rows, directions * hidden)
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    gates = cells = None
+    if save:
+        gates = x.new_empty(directions, rows, 4 * hidden)
+        cells = x.new_empty(directions, rows, hidden, dtype=accumulate_dtype(x.dtype))
+    weights = _contiguous(weights)
+    _C.cpu_layer_forward(
+        steps,
+        _sizes(x, hidden),
+        [_addresses(*direction[:4]) for direction in weights],
+        _addresses(x, h0, c0, y, h_n, c_n, gates, cells),
+    )
+    return y, h_n, c_n, None if gates is None or cells is None else (gates, cells)
+
+
+def layer_backward(
+    x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_hh: list[Tensor],
+    weights: Sequence[Weights],
     steps: list[int],
     y: Tensor,
-    h_n: Tensor,
-    c_n: Tensor,
-    cells: Tensor | None,
-) -> None:
-    """All steps of all D directions, F1 to F6; every tensor contiguous, shapes in csrc/cpu/recurrence.h."""
-    _C.cpu_recurrence_forward(
-        gates=gates.data_ptr(),
-        h0=h0.data_ptr(),
-        c0=c0.data_ptr(),
-        w_hh=[w.data_ptr() for w in w_hh],
-        steps=steps,
-        y=y.data_ptr(),
-        h_n=h_n.data_ptr(),
-        c_n=c_n.data_ptr(),
-        cells=0 if cells is None else cells.data_ptr(),
-        hidden=c0.size(2),
-        dtype=_C.DTYPES[_name(gates.dtype)],
-        threads=torch.get_num_threads(),
-        instruction_set=len(_C.CPU_INSTRUCTION_SETS) - 1,
-    )
-
-
-def recurrence_backward(
-    gates: Tensor,
-    cells: Tensor,
-    c0: Tensor,
-    w_hh: list[Tensor],
-    steps: list[int],
+    saved: Saved,
     dy: Tensor | None,
     dh: Tensor,
     dc: Tensor,
-    dgates: Tensor,
-) -> None:
-    """B1 to B7 over all steps; ``dh`` and ``dc`` [D, B, H] become the gradients of h0 and c0 in place."""
-    _C.cpu_recurrence_backward(
-        gates=gates.data_ptr(),
-        cells=cells.data_ptr(),
-        c0=c0.data_ptr(),
-        w_hh=[w.data_ptr() for w in w_hh],
-        steps=steps,
-        dy=0 if dy is None else dy.data_ptr(),
-        dh=dh.data_ptr(),
-        dc=dc.data_ptr(),
-        dgates=dgates.data_ptr(),
-        hidden=c0.size(2),
-        dtype=_C.DTYPES[_name(gates.dtype)],
-        threads=torch.get_num_threads(),
-        instruction_set=len(_C.CPU_INSTRUCTION_SETS) - 1,
+    needs_x: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[Gradients]]:
+    """B1 to B8 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
+    assert saved is not None
+    gates, cells = saved
+    weights = _contiguous(weights)
+    dx = torch.empty_like(x) if needs_x else None
+    gradients = []
+    for (w_ih, w_hh, _, _, _), (need_ih, need_hh, *need_bias) in zip(weights, needs, strict=True):
+        dw_ih = torch.empty_like(w_ih) if need_ih else None
+        dw_hh = torch.empty_like(w_hh) if need_hh else None
+        db = x.new_empty(w_hh.size(0)) if any(need_bias[:2]) else None
+        gradients.append((dw_ih, dw_hh, db))
+    _C.cpu_layer_backward(
+        steps,
+        _sizes(x, c0.size(2)),
+        [_addresses(*direction[:4]) for direction in weights],
+        [_addresses(*found) for found in gradients],
+        _addresses(x, h0, c0, y, gates, cells, dy, dh, dc, dx),
     )
+    return dx, [(dw_ih, dw_hh, db, None) for dw_ih, dw_hh, db in gradients]
+
+
+def _contiguous(weights: Sequence[Weights]) -> list[Any]:
+    return [[None if t is None else t.contiguous() for t in direction] for direction in weights]
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _sizes(x: Tensor, hidden: int) -> tuple[int, int, int, int, int]:
+    """I, H, the dtype's code, threads, and the best instruction set."""
+    dtype = _C.DTYPES[_name(x.dtype)]
+    return x.size(1), hidden, dtype, torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import stepwise
+from lstm_fast.kernels import hoisted, stepwise
 
 _problem: str | None = None
 try:
@@ -78,6 +78,8 @@ def bind_backward(
 
 recurrence_forward = partial(stepwise.recurrence_forward, bind_forward)
 recurrence_backward = partial(stepwise.recurrence_backward, bind_backward)
+layer_forward = partial(hoisted.layer_forward, recurrence_forward)
+layer_backward = partial(hoisted.layer_backward, recurrence_backward)
 
 
 @cache

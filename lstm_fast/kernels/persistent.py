@@ -6,15 +6,15 @@ On CPU tensors the kernels' own source runs on the host, one fibre a CUDA thread
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import cuda
-from lstm_fast.products import rnn_tf32
+from lstm_fast.kernels import cuda, hoisted
+from lstm_fast.precision import rnn_tf32
 
 with suppress(ImportError):  # cuda.unavailable says so
     from lstm_fast import _C
@@ -166,3 +166,7 @@ def _plan(kind: int, backward: bool, hidden: int, batch: int, directions: int, d
         return _C.persistent_plan(
             kind=kind, backward=backward, hidden=hidden, batch=batch, directions=directions, granted=granted
         )
+
+
+layer_forward = partial(hoisted.layer_forward, recurrence_forward)
+layer_backward = partial(hoisted.layer_backward, recurrence_backward)

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import stepwise
+from lstm_fast.kernels import hoisted, stepwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNITS = (32, 256)  # fewest and most of one program
@@ -76,6 +76,8 @@ def bind_backward(
 
 recurrence_forward = partial(stepwise.recurrence_forward, bind_forward)
 recurrence_backward = partial(stepwise.recurrence_backward, bind_backward)
+layer_forward = partial(hoisted.layer_forward, recurrence_forward)
+layer_backward = partial(hoisted.layer_backward, recurrence_backward)
 
 
 def _tiling(hidden: int, element_size: int) -> tuple[int, int, int]:

@@ -1,0 +1,248 @@
+// The forward walk. By chunks of steps: first x W_ih^T of the chunk's rows into a buffer that stays in cache, then step
+// by step h W_hh^T on top of it and the gates while both are hot.
+#pragma once
+
+#include "team.h"
+
+namespace lstm::cpu {
+
+constexpr Index kForwardBytes = 1 << 19;  // of a chunk's pre-activations
+
+template <typename T>
+struct Forward {
+    using A = Acc<T>;
+    using Type = T;
+
+    Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
+        : walk(shape, kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A))),
+          s(walk.s),
+          tiles(tiles_of(s.hidden, kUnits)),
+          padded(tiles * kUnits),
+          x(static_cast<const T*>(args.x)),
+          h0(static_cast<const T*>(args.h0)),
+          c0(static_cast<const T*>(args.c0)),
+          y(static_cast<T*>(args.y)),
+          h_n(static_cast<T*>(args.h_n)),
+          c_n(static_cast<T*>(args.c_n)),
+          gates(static_cast<T*>(args.gates)),
+          cells(static_cast<A*>(args.cells)),
+          unpacked(walk.few()),
+          w_ih(arena.take<A>(unpacked ? 0 : s.directions * tiles * tile_size(s.input))),
+          w_hh(arena.take<A>(unpacked ? 0 : s.directions * tiles * tile_size(s.hidden))),
+          bias(arena.take<A>(s.directions * tiles * kTile)),
+          converted(std::is_same_v<T, A> ? nullptr : arena.take<A>(s.directions * walk.chunk_rows * s.input)),
+          a(arena.take<A>(s.directions * tiles * walk.chunk_rows * kTile)),
+          h(arena.take<A>(s.directions * 2 * s.batch * padded)),
+          c(arena.take<A>(s.directions * s.batch * padded)) {
+        for (int d = 0; d < s.directions; ++d) {
+            const Weights& w = args.weights[d];
+            weights[d] = {static_cast<const T*>(w.w_ih), static_cast<const T*>(w.w_hh), static_cast<const T*>(w.b_ih),
+                          static_cast<const T*>(w.b_hh)};
+        }
+    }
+
+    // The chunk's pre-activations of one tile: [rows of the chunk, 4, 16].
+    A* of_tile(int d, Index tile) const { return a + (d * tiles + tile) * walk.chunk_rows * kTile; }
+
+    struct Weight {
+        const T *w_ih, *w_hh, *b_ih, *b_hh;
+    };
+
+    const Walk walk;
+    const Shape& s;
+    const Index tiles;   // of 16 hidden units, in one direction
+    const Index padded;  // H in whole tiles
+    const T *x, *h0, *c0;
+    Weight weights[2];
+    T *y, *h_n, *c_n, *gates;
+    A* cells;
+    const bool unpacked;  // whether weights are read as they lie
+    A* w_ih;              // [D, tiles, I, 64] packed
+    A* w_hh;              // [D, tiles, H, 64] packed
+    A* bias;              // [D, tiles, 4, 16]
+    A* converted;         // [D, rows of a chunk, I] x, where products don't read T
+    A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations
+    A* h;                 // [D, 2, B, padded] h_{t-1} and h_t by turns
+    A* c;                 // [D, B, padded]
+};
+
+// a[rows, 64] (+)= left[rows, k] w^T, for one tile of w [4H, k], packed or as it lies.
+template <typename Isa, typename T>
+LSTM_HD void multiply_by_tile(const Forward<T>& f, Index rows, const Operand<Isa, T>* left, Index ld, const T* w,
+                              const Acc<T>* packed, int d, Index tile, Index k, Acc<T>* a, bool accumulate) {
+    using O = Operand<Isa, T>;
+    if (!f.unpacked) {
+        const O* const b = reinterpret_cast<const O*>(packed) + (d * f.tiles + tile) * tile_size(k);
+        multiply<Isa>(rows, left, ld, b, kTile, k, a, kTile, accumulate);
+    } else {
+        multiply_unpacked<Isa>(rows, left, ld, gate_rows(w, f.s.hidden, k, tile), k, k, a, kTile, accumulate);
+    }
+}
+
+// Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot.
+template <typename Isa, typename T>
+LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index t, Index b, Index rows, Index tile,
+                          const Operand<Isa, T>* h_prev, Operand<Isa, T>* h) {
+    using A = Acc<T>;
+    using O = Operand<Isa, T>;
+    const Index hidden = f.s.hidden, unit = tile * kUnits, count = std::min(kUnits, hidden - unit);
+    const Index first = f.walk.start[t] + b;
+    A* const products = f.of_tile(d, tile) + (first - chunk.base) * kTile;  // [rows, 4, 16]
+    const A* const bias = f.bias + (d * f.tiles + tile) * kTile;
+    multiply_by_tile<Isa>(f, rows, h_prev + b * f.padded, f.padded, f.weights[d].w_hh, f.w_hh, d, tile, hidden,
+                          products, true);
+    for (Index r = 0; r < rows; ++r) {
+        const A* const z = products + r * kTile;
+        A* const c = f.c + (d * f.s.batch + b + r) * f.padded + unit;
+        alignas(64) A a[4][kUnits], h_new[kUnits];
+#pragma omp simd
+        for (Index j = 0; j < kUnits; ++j) {
+            const CellForward<A> cell = cell_forward(z[j] + bias[j], z[16 + j] + bias[16 + j], z[32 + j] + bias[32 + j],
+                                                     z[48 + j] + bias[48 + j], c[j]);
+            a[0][j] = cell.i;
+            a[1][j] = cell.f;
+            a[2][j] = cell.g;
+            a[3][j] = cell.o;
+            c[j] = cell.c;
+            h_new[j] = cell.h;
+        }
+        alignas(64) T h_rounded[kUnits];
+        store_units<Isa>(h_new, kUnits, h_rounded);
+        std::memcpy(f.y + (first + r) * f.s.directions * hidden + d * hidden + unit, h_rounded, count * sizeof(T));
+        O* const h_row = h + (b + r) * f.padded + unit;
+        if constexpr (std::is_same_v<O, T>) {
+            std::memcpy(h_row, h_rounded, sizeof(h_rounded));
+        } else {
+            load_units<Isa>(h_rounded, kUnits, h_row);
+        }
+        if (f.gates != nullptr) {
+            const Index row = d * f.walk.rows() + first + r;
+            for (int gate = 0; gate < 4; ++gate)
+                store_units<Isa>(a[gate], count, f.gates + row * 4 * hidden + gate * hidden + unit);
+            store_units<Isa>(c, count, f.cells + row * hidden + unit);
+        }
+    }
+}
+
+// The tiles of this thread, and the states, as the products read them.
+template <typename Isa, typename T>
+LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) {
+    using A = Acc<T>;
+    using O = Operand<Isa, T>;
+    const Shape& s = f.s;
+    for (Index i = thread; i < s.directions * f.tiles; i += team.threads) {
+        const typename Forward<T>::Weight& w = f.weights[i / f.tiles];
+        const Index tile = i % f.tiles, unit = tile * kUnits, count = std::min(kUnits, s.hidden - unit);
+        if (!f.unpacked) {
+            pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, s.input,
+                           reinterpret_cast<O*>(f.w_ih) + i * tile_size(s.input));
+            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, s.hidden, tile), s.hidden, s.hidden,
+                           reinterpret_cast<O*>(f.w_hh) + i * tile_size(s.hidden));
+        }
+        for (Index gate = 0; gate < 4; ++gate) {
+            A* const bias = f.bias + i * kTile + gate * kUnits;
+            for (Index j = 0; j < kUnits; ++j) {
+                const Index row = gate * s.hidden + unit + j;
+                bias[j] = w.b_ih != nullptr && j < count ? load(w.b_ih[row]) + load(w.b_hh[row]) : A(0);
+            }
+        }
+    }
+    for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
+        const Index d = i / s.batch, b = i % s.batch;
+        for (Index unit = 0; unit < f.padded; unit += kUnits) {
+            const Index count = std::min(kUnits, s.hidden - unit);
+            load_units<Isa>(f.c0 + i * s.hidden + unit, count, f.c + i * f.padded + unit);
+            for (Index turn = 0; turn < 2; ++turn) {  // a row may join at any step
+                O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.padded + unit;
+                for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? operand<O>(f.h0[i * s.hidden + unit + j]) : O{};
+            }
+        }
+    }
+}
+
+// x W_ih^T of this thread's part of a chunk.
+template <typename Isa, typename T>
+LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const Part& part, const Chunk& chunk) {
+    using O = Operand<Isa, T>;
+    const Index input = f.s.input;
+    const O* x;  // of the chunk's first row
+    if constexpr (std::is_same_v<O, T>) {
+        x = f.x + chunk.base * input;
+    } else {
+        x = f.converted + d * f.walk.chunk_rows * input;
+    }
+    for (Index tile = part.tile; tile < part.tile_end; ++tile) {
+        const auto take = [&](Index first, Index rows) LSTM_INLINED {
+            multiply_by_tile<Isa>(f, rows, x + first * input, input, f.weights[d].w_ih, f.w_ih, d, tile, input,
+                                  f.of_tile(d, tile) + first * kTile, false);
+        };
+        if (part.all_rows(team)) {
+            take(0, chunk.rows);
+            continue;
+        }
+        for (Index t = chunk.first; t < chunk.first + chunk.steps; ++t) {
+            for_blocks(team, part, f.s, t,
+                       [&](Index b, Index rows) LSTM_INLINED { take(f.walk.start[t] - chunk.base + b, rows); });
+        }
+    }
+}
+
+template <typename Isa, typename T>
+LSTM_HD void convert_input(const Forward<T>& f, const Team& team, int thread, int d, const Chunk& chunk) {
+    for (Index row = thread; row < chunk.rows; row += team.threads) {
+        const T* const from = f.x + (chunk.base + row) * f.s.input;
+        Acc<T>* const to = f.converted + (d * f.walk.chunk_rows + row) * f.s.input;
+        for (Index j = 0; j < f.s.input; j += kUnits) {
+            alignas(64) Acc<T> units[kUnits];
+            const Index count = std::min(kUnits, f.s.input - j);
+            load_units<Isa>(from + j, count, units);
+            std::memcpy(to + j, units, count * sizeof(units[0]));
+        }
+    }
+}
+
+template <typename Isa, typename T>
+LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
+    using O = Operand<Isa, T>;
+    const Shape& s = f.s;
+    const Team team = make_team(s, threads);
+    prepare_forward<Isa>(f, team, thread);
+    meet();
+    for (Index index = 0; index < f.walk.chunks(); ++index) {
+        const Chunk chunks[2] = {{f.walk, index, false}, {f.walk, index, true}};
+        if constexpr (!std::is_same_v<O, T>) {
+            for (int d = 0; d < s.directions; ++d) convert_input<Isa>(f, team, thread, d, chunks[d]);
+            meet();
+        }
+        for (int d = 0; d < s.directions; ++d)
+            input_products<Isa>(f, team, d, part_of(team, thread, d, f.tiles), chunks[d]);
+        for (Index i = 0; i < chunks[0].steps; ++i) {
+            for (int d = 0; d < s.directions; ++d) {
+                const Part part = part_of(team, thread, d, f.tiles);
+                const Index t = chunks[d].step(i), turn = (index * f.walk.steps_of_chunk + i) % 2;
+                O* const h = reinterpret_cast<O*>(f.h) + 2 * d * s.batch * f.padded;
+                for (Index n = part.tile; n < part.tile_end; ++n) {
+                    // there and back: the tiles of the last step's end are still in cache
+                    const Index tile = turn == 0 ? n : part.tile + part.tile_end - 1 - n;
+                    for_blocks(team, part, s, t, [&](Index b, Index rows) LSTM_INLINED {
+                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, h + turn * s.batch * f.padded,
+                                          h + (1 - turn) * s.batch * f.padded);
+                    });
+                }
+            }
+            if (!team.by_rows) meet();
+        }
+        meet();  // before others' rows are overwritten
+    }
+    for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
+        const Index d = i / s.batch, b = i % s.batch;
+        Index last = 0;  // the step where sequence b ends its walk
+        if (d == 0)
+            last = std::partition_point(s.steps, s.steps + s.time, [b](Index n) { return n > b; }) - s.steps - 1;
+        std::memcpy(f.h_n + i * s.hidden, f.y + (f.walk.start[last] + b) * s.directions * s.hidden + d * s.hidden,
+                    s.hidden * sizeof(T));
+        store_row<Isa>(f.c + i * f.padded, s.hidden, f.c_n + i * s.hidden, false);
+    }
+}
+
+}  // namespace lstm::cpu

@@ -1,0 +1,92 @@
+#include "layer.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "backward.h"
+#include "forward.h"
+
+namespace lstm::cpu {
+namespace {
+
+// A Job's part of one thread, compiled for each instruction set.
+template <typename Job>
+void run_baseline(const Job& job, int thread, int threads) {
+    run_thread<Baseline>(job, thread, threads);
+}
+#ifdef __x86_64__
+template <typename Job>
+__attribute__((target(LSTM_AVX2_TARGET))) void run_avx2(const Job& job, int thread, int threads) {
+    run_thread<Avx2>(job, thread, threads);
+}
+template <typename Job>
+__attribute__((target(LSTM_AVX512_TARGET))) void run_avx512(const Job& job, int thread, int threads) {
+    run_thread<Avx512>(job, thread, threads);
+}
+template <typename Job>
+__attribute__((target(LSTM_PAIRS_TARGET))) void run_pairs(const Job& job, int thread, int threads) {
+    run_thread<Pairs>(job, thread, threads);
+}
+#endif
+
+template <typename Job>
+auto kernel_of([[maybe_unused]] InstructionSet set) {
+#ifdef __x86_64__
+    if constexpr (std::is_same_v<typename Job::Type, BFloat16>) {
+        if (set == InstructionSet::avx512_bf16) return run_pairs<Job>;
+    }
+    if (set >= InstructionSet::avx512) return run_avx512<Job>;
+    if (set == InstructionSet::avx2) return run_avx2<Job>;
+#endif
+    return run_baseline<Job>;
+}
+
+template <typename Job, typename Args>
+void run(const Shape& shape, const Args& args) {
+    Arena count;
+    Job(shape, args, count);
+    Arena arena(count.used());
+    const Job job(shape, args, arena);
+    const auto kernel = kernel_of<Job>(shape.instruction_set);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(useful_threads(shape, job.walk.rows(), job.tiles))
+    kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
+#else
+    kernel(job, 0, 1);
+#endif
+}
+
+template <template <typename> class Job, typename Args>
+void run_dtype(const Shape& shape, const Args& args) {
+    switch (shape.dtype) {
+        case Dtype::float32:
+            return run<Job<float>>(shape, args);
+        case Dtype::float64:
+            return run<Job<double>>(shape, args);
+        case Dtype::bfloat16:
+            return run<Job<BFloat16>>(shape, args);
+        case Dtype::float16:
+            return run<Job<Float16>>(shape, args);
+    }
+}
+
+}  // namespace
+
+InstructionSet best_instruction_set() {
+#ifdef __x86_64__
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512_bf16;
+    if (avx512) return InstructionSet::avx512;
+    if (avx2) return InstructionSet::avx2;
+#endif
+    return InstructionSet::baseline;
+}
+
+void layer_forward(const Shape& shape, const ForwardArgs& args) { run_dtype<Forward>(shape, args); }
+
+void layer_backward(const Shape& shape, const BackwardArgs& args) { run_dtype<Backward>(shape, args); }
+
+}  // namespace lstm::cpu

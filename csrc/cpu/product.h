@@ -1,0 +1,244 @@
+// The one product that everything is made of: a few rows times a tile of 64 columns, and how tiles are packed for it.
+//
+// An operand is A, the accumulation type, or bf16 where the processor multiplies pairs of it (OperandOf). A packed tile
+// is [k, 64]; of bf16 [k / 2, 64, 2], two neighbours in k side by side, with 0 behind an odd k.
+#pragma once
+
+#include "vectors.h"
+
+namespace lstm::cpu {
+
+constexpr int kRows = 6;       // most rows of one block: 6 x 4 accumulators fit the 32 registers of AVX-512 and NEON
+constexpr Index kDepth = 512;  // longest sum in registers: a tile of so many rows stays in the second cache
+
+// Elements of a packed tile of depth k.
+LSTM_HD Index tile_size(Index k) { return (k + k % 2) * kTile; }
+
+// How a product finds element (row, p) of its left side: a[row * lda + p], or, down the columns, a[p * lda + row].
+enum class Along { rows, columns };
+
+// c[rows, 64] = a[rows, k] b[k, 64], or += if accumulate. ldb, ldc: elements from one row to the next. Each element is
+// one sum in the order of k from 0, so that it does not depend on how rows are put into blocks.
+template <typename Isa, int Rows, Along along, typename A>
+LSTM_HD void multiply_rows(const A* a, Index lda, const A* b, Index ldb, Index k, A* c, Index ldc, bool accumulate) {
+    constexpr Index side = lanes<Isa, A>;
+    for (Index column = 0; column < kTile; column += Isa::vectors * side) {
+        Vector<Isa, A> sum[Rows][Isa::vectors] = {};
+        for (Index p = 0; p < k; ++p) {
+            Vector<Isa, A> row[Isa::vectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < Isa::vectors; ++v)
+                std::memcpy(&row[v], b + p * ldb + column + v * side, sizeof(row[v]));
+#pragma GCC unroll 6
+            for (int r = 0; r < Rows; ++r) {
+                const A x = along == Along::rows ? a[r * lda + p] : a[p * lda + r];
+#pragma GCC unroll 4
+                for (int v = 0; v < Isa::vectors; ++v) sum[r][v] += x * row[v];
+            }
+        }
+        for (int r = 0; r < Rows; ++r) {
+            Vector<Isa, A> before[Isa::vectors] = {};
+            if (accumulate) std::memcpy(before, c + r * ldc + column, sizeof(before));
+            for (int v = 0; v < Isa::vectors; ++v) sum[r][v] += before[v];
+            std::memcpy(c + r * ldc + column, sum[r], sizeof(sum[r]));
+        }
+    }
+}
+
+#ifdef __x86_64__
+// The same with pairs. Down the columns, a[p * lda + 2 * row] is the pair of p and p + 1, p even.
+template <typename Isa, int Rows, Along along>
+__attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_rows(const BFloat16* a, Index lda, const BFloat16* b,
+                                                                     Index ldb, Index k, float* c, Index ldc,
+                                                                     bool accumulate) {
+    __m512 sum[Rows][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_ps();
+    }
+    for (Index p = 0; p < k; p += 2) {
+        __m512i row[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) row[v] = _mm512_loadu_si512(b + p * ldb + 32 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < Rows; ++r) {
+            std::int32_t pair = 0;
+            if (along == Along::columns) {
+                std::memcpy(&pair, a + p * lda + 2 * r, sizeof(pair));
+            } else if (p + 1 < k) {
+                std::memcpy(&pair, a + r * lda + p, sizeof(pair));
+            } else {
+                pair = a[r * lda + p].bits;
+            }
+            const __m512i x = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)x, (__m512bh)row[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            float* const to = c + r * ldc + 16 * v;
+            _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]) : sum[r][v]);
+        }
+    }
+}
+#endif
+
+// multiply_rows for any number of rows, in blocks of nearly the same size, and for any k.
+template <typename Isa, Along along = Along::rows, typename O, typename A>
+LSTM_HD void multiply(Index rows, const O* a, Index lda, const O* b, Index ldb, Index k, A* c, Index ldc,
+                      bool accumulate) {
+    static_assert(kRows == 6, "one case for each number of rows");
+    const Index blocks = (rows + kRows - 1) / kRows, of_row = along == Along::rows ? lda : sizeof(A) / sizeof(O);
+    const Index of_depth = along == Along::rows ? 1 : lda;
+    Index p = 0;
+    do {  // once for k = 0 too, which is a sum of nothing
+        const Index depth = std::min(kDepth, k - p);
+        for (Index block = 0; block < blocks; ++block) {
+            const Index first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+            const O* const a_block = a + first * of_row + p * of_depth;
+            const O* const b_block = b + p * ldb;
+            A* const c_block = c + first * ldc;
+#define LSTM_CASE(n)                                                                               \
+    case n:                                                                                        \
+        multiply_rows<Isa, n, along>(a_block, lda, b_block, ldb, depth, c_block, ldc, accumulate); \
+        break;
+            switch (count) { LSTM_CASE(1) LSTM_CASE(2) LSTM_CASE(3) LSTM_CASE(4) LSTM_CASE(5) LSTM_CASE(6) }
+#undef LSTM_CASE
+        }
+        p += kDepth;
+        accumulate = true;
+    } while (p < k);
+}
+
+// ---- Packing -------------------------------------------------------------------------------------------------------
+
+// Up to 64 rows of a matrix, in four groups of up to 16, each group together in memory.
+template <typename T>
+struct Groups {
+    const T* first[4];
+    Index count[4];
+};
+
+// Rows of `depth` elements, `stride` apart, become columns: the tile [depth, 64], 0 where a group has no row. By blocks
+// of 16 x 16, which stay in cache whatever the stride.
+template <typename Isa, typename T>
+LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Index stride, Acc<T>* to) {
+    using A = Acc<T>;
+    constexpr int side = lanes<Isa, A>;
+    for (Index group = 0; group < 4; ++group) {
+        for (Index k = 0; k < depth; k += kUnits) {
+            const Index count = std::min(kUnits, depth - k);
+            alignas(64) A block[kUnits][kUnits] = {};
+            for (Index j = 0; j < groups.count[group]; ++j)
+                load_units<Isa>(groups.first[group] + j * stride + k, count, block[j]);
+            for (Index i = 0; i < count; i += side) {
+                for (Index j = 0; j < kUnits; j += side) {
+                    Vector<Isa, A> rows[side];
+                    for (int r = 0; r < side; ++r) std::memcpy(&rows[r], &block[j + r][i], sizeof(rows[r]));
+                    transpose(rows);
+                    for (int r = 0; r < std::min<Index>(side, count - i); ++r) {
+                        std::memcpy(to + (k + i + r) * kTile + group * kUnits + j, &rows[r], sizeof(rows[r]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// `columns` <= 64 columns of k rows, the p-th at row(p), to [k, 64] with 0 behind.
+template <typename Isa, typename T, typename Row>
+LSTM_HD void pack_columns(Index k, Index columns, const Row& row, Acc<T>* to) {
+    for (Index p = 0; p < k; ++p) {
+        const T* const from = row(p);
+        for (Index j = 0; j < kTile; j += kUnits)
+            load_units<Isa>(from + j, std::clamp<Index>(columns - j, 0, kUnits), to + p * kTile + j);
+    }
+}
+
+#ifdef __x86_64__
+template <typename Isa>
+LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, Index stride, BFloat16* to) {
+    if (depth % 2 == 0 && stride % 2 == 0) {  // a pair lies there as one 32-bit word, whose value no copy looks at
+        Groups<float> words;
+        for (int group = 0; group < 4; ++group) {
+            words.first[group] = reinterpret_cast<const float*>(groups.first[group]);
+            words.count[group] = groups.count[group];
+        }
+        return pack_rows<Isa>(words, depth / 2, stride / 2, reinterpret_cast<float*>(to));
+    }
+    for (Index k = 0; k < depth + depth % 2; ++k) {
+        for (Index column = 0; column < kTile; ++column) {
+            const Index group = column / kUnits, j = column % kUnits;
+            const bool there = k < depth && j < groups.count[group];
+            to[(k / 2 * kTile + column) * 2 + k % 2] = there ? groups.first[group][j * stride + k] : BFloat16{0};
+        }
+    }
+}
+
+template <typename Isa, typename T, typename Row>
+LSTM_HD void pack_columns(Index k, Index columns, const Row& row, BFloat16* to) {
+    constexpr BFloat16 zeros[kTile] = {};
+    for (Index p = 0; p < k; p += 2) {
+        const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : zeros;
+        BFloat16* const pairs = to + p * kTile;
+        for (Index j = 0; j < kTile; ++j) {
+            pairs[2 * j] = j < columns ? even[j] : BFloat16{0};
+            pairs[2 * j + 1] = j < columns ? odd[j] : BFloat16{0};
+        }
+    }
+}
+#endif
+
+// ---- Without packing -----------------------------------------------------------------------------------------------
+
+// What multiply makes of a tile that pack_rows packed, from the rows themselves, for calls of so few rows that packing
+// would cost more: c[rows, 64] (+)= a[rows, k] w^T. A sum runs over k lane by lane.
+template <typename Isa, typename O, typename T>
+LSTM_HD void multiply_unpacked(Index rows, const O* a, Index lda, const Groups<T>& groups, Index k, Index stride,
+                               Acc<T>* c, Index ldc, bool accumulate) {
+    using A = Acc<T>;
+    constexpr int side = lanes<Isa, A>, most = 8;  // rows of w at a time, each with its pointer in a register
+    const Index whole = k - k % side;
+    for (Index r = 0; r < rows; ++r) {
+        const O* const x = a + r * lda;
+        alignas(64) A x_tail[side] = {}, w_tail[side] = {};
+        for (Index p = whole; p < k; ++p) x_tail[p - whole] = load(x[p]);
+        for (Index group = 0; group < 4; ++group) {
+            for (Index j = 0; j < kUnits; j += side) {
+                Vector<Isa, A> sums[side] = {};
+                const Index there = std::clamp<Index>(groups.count[group] - j, 0, side);
+                for (Index i = 0; i < there; i += std::min(side, most)) {
+                    constexpr int together = std::min(side, most);
+                    const T* w[together];  // past the last row, that one again: it is not kept
+                    for (int n = 0; n < together; ++n)
+                        w[n] = groups.first[group] + (j + std::min<Index>(i + n, there - 1)) * stride;
+                    Vector<Isa, A> sum[together] = {};
+                    for (Index p = 0; p < whole; p += side) {
+                        const auto z = load_vector<Isa>(x + p);
+#pragma GCC unroll 8
+                        for (int n = 0; n < together; ++n) sum[n] += z * load_vector<Isa>(w[n] + p);
+                    }
+                    if (whole < k) {
+                        const auto z = load_vector<Isa>(x_tail);
+                        for (int n = 0; n < together; ++n) {
+                            for (Index p = whole; p < k; ++p) w_tail[p - whole] = load(w[n][p]);
+                            sum[n] += z * load_vector<Isa>(w_tail);
+                        }
+                    }
+                    for (int n = 0; n < together && i + n < there; ++n) sums[i + n] = sum[n];
+                }
+                transpose(sums);
+                for (int i = 1; i < side; ++i) sums[0] += sums[i];
+                A* const to = c + r * ldc + group * kUnits + j;
+                if (accumulate) sums[0] += load_vector<Isa>(to);
+                store_vector<Isa, A>(sums[0], to);
+            }
+        }
+    }
+}
+
+}  // namespace lstm::cpu

@@ -1,0 +1,131 @@
+// What the forward and the backward walk share: memory, rows, and how threads divide them.
+#pragma once
+
+#include <vector>
+
+#include "arena.h"
+#include "layer.h"
+#include "product.h"
+
+namespace lstm::cpu {
+
+// A call of at most so many rows over all steps reads its weights as they lie: to pack them takes as long.
+constexpr Index kFewRows = 8;
+
+LSTM_HD Index tiles_of(Index columns, Index tile = kTile) { return (columns + tile - 1) / tile; }
+
+// How threads share one direction: each takes row blocks and walks alone through all tiles; or, when there are fewer
+// blocks than threads, each takes tiles and they meet at every step.
+struct Team {
+    int threads;
+    bool by_rows;
+    Index blocks;  // row blocks of one direction, each of at most kRows rows
+};
+
+LSTM_HD Index row_blocks(const Shape& s) { return tiles_of(s.batch, kRows); }
+
+// Threads worth waking: each has to save more than it costs, and a meeting at every step costs more.
+inline int useful_threads(const Shape& s, Index rows, Index tiles) {
+    const double row_work =
+        4.0 * s.hidden * (s.input + s.hidden + 32);  // multiply-adds; the gates count as 32 a column
+    const double work = row_work * rows * s.directions / 1e6, step_work = row_work * s.batch / 2e5;
+    const Index threads = std::clamp<Index>(static_cast<Index>(std::min(work, 1e6)), 1, std::max(s.threads, 1));
+    if (s.directions * row_blocks(s) >= threads) return static_cast<int>(threads);
+    return static_cast<int>(
+        std::clamp<Index>(static_cast<Index>(std::min(step_work, 1e6)), 1, std::min(threads, tiles)));
+}
+
+LSTM_HD Team make_team(const Shape& s, int threads) {
+    Index blocks = row_blocks(s);
+    const bool by_rows = s.directions * blocks >= threads;
+    if (by_rows) {
+        while (s.directions * blocks % threads != 0) ++blocks;
+        blocks = std::min(blocks, s.batch);
+    }
+    return {threads, by_rows, blocks};
+}
+
+// One thread's part of a direction, of `tiles` tiles.
+struct Part {
+    Index block, block_stride, tile, tile_end;
+
+    bool all_rows(const Team& team) const { return block == 0 && (block_stride == 1 || team.blocks == 1); }
+};
+
+LSTM_HD Part part_of(const Team& team, int thread, int direction, Index tiles) {
+    if (team.by_rows) {
+        const Index first = (thread + team.threads - direction * team.blocks % team.threads) % team.threads;
+        return {first, team.threads, 0, tiles};
+    }
+    return {0, 1, tiles * thread / team.threads, tiles * (thread + 1) / team.threads};
+}
+
+LSTM_HD void meet() {
+#pragma omp barrier
+}
+
+// Steps and rows of a call, and the chunks of steps in which it is walked.
+struct Walk {
+    Walk(const Shape& shape, Index rows_of_chunk) : s(shape), start(shape.time + 1, 0) {
+        for (Index t = 0; t < s.time; ++t) start[t + 1] = start[t] + s.steps[t];
+        steps_of_chunk = std::clamp<Index>(rows_of_chunk / s.batch, 1, s.time);
+        chunk_rows = std::min(steps_of_chunk * s.batch, start.back());
+    }
+
+    const Shape s;
+    std::vector<Index> start;  // [time + 1] first row of each step, and N
+    Index steps_of_chunk;
+    Index chunk_rows;  // at most
+
+    Index rows() const { return start.back(); }
+    Index chunks() const { return tiles_of(s.time, steps_of_chunk); }
+    bool few() const { return rows() <= kFewRows; }
+
+    // The step before t in direction d's walk, if sequence b was in it; else -1.
+    Index before(int d, Index t, Index b) const {
+        const Index t_before = d == 0 ? t - 1 : t + 1;
+        return t_before < 0 || t_before >= s.time || b >= s.steps[t_before] ? -1 : t_before;
+    }
+};
+
+// Chunk number `index` of a walk through t = 0 .. time-1, or back: steps first .. last, both in it.
+struct Chunk {
+    Chunk(const Walk& walk, Index index, bool back) {
+        const Index begin = index * walk.steps_of_chunk;
+        steps = std::min(walk.steps_of_chunk, walk.s.time - begin);
+        first = back ? walk.s.time - begin - steps : begin;
+        base = walk.start[first];
+        rows = walk.start[first + steps] - base;
+        backwards = back;
+    }
+
+    Index step(Index i) const { return backwards ? first + steps - 1 - i : first + i; }  // the i-th of the walk
+
+    Index first, steps;
+    Index base, rows;  // first row, and how many
+    bool backwards;
+};
+
+// Row blocks of one step that a part holds: calls take(first sequence, how many).
+template <typename Take>
+LSTM_HD void for_blocks(const Team& team, const Part& part, const Shape& s, Index t, const Take& take) {
+    for (Index block = part.block; block < team.blocks; block += part.block_stride) {
+        const Index first = s.batch * block / team.blocks;
+        const Index end = std::min(s.batch * (block + 1) / team.blocks, s.steps[t]);
+        if (first >= end) break;
+        take(first, end - first);
+    }
+}
+
+// Rows 16 * tile .. of each gate of w [4H, depth].
+template <typename T>
+LSTM_HD Groups<T> gate_rows(const T* w, Index hidden, Index depth, Index tile) {
+    Groups<T> groups;
+    for (Index gate = 0; gate < 4; ++gate) {
+        groups.first[gate] = w + (gate * hidden + tile * kUnits) * depth;
+        groups.count[gate] = std::min(kUnits, hidden - tile * kUnits);
+    }
+    return groups;
+}
+
+}  // namespace lstm::cpu

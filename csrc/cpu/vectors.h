@@ -1,0 +1,200 @@
+// Instruction sets, and vectors of hidden units between arrays and registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "../lstm_math.h"
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+// A lambda is compiled for the instruction set of the function around it only if it is inlined there.
+#define LSTM_INLINED __attribute__((always_inline))
+
+namespace lstm::cpu {
+
+using Index = std::int64_t;
+
+constexpr Index kTile = 64;   // columns of a packed tile
+constexpr Index kUnits = 16;  // hidden units of a forward tile: 16 columns for each of the gates i, f, g, o
+
+// An instruction set: bytes of a vector, and how many vectors side by side one pass over k accumulates for each row.
+template <int Bytes, int Vectors>
+struct Isa {
+    template <typename A>
+    struct VectorOf {
+        typedef A type __attribute__((vector_size(Bytes)));
+    };
+    typedef std::uint16_t Narrow __attribute__((vector_size(Bytes / 2)));  // as many as a vector has floats
+    typedef std::uint32_t Wide __attribute__((vector_size(Bytes)));
+    static constexpr int vectors = Vectors;
+};
+
+template <typename Isa, typename A>
+using Vector = typename Isa::template VectorOf<A>::type;
+template <typename Isa, typename A>
+constexpr Index lanes = sizeof(Vector<Isa, A>) / sizeof(A);
+
+#ifdef __x86_64__
+#define LSTM_AVX2_TARGET "avx2,fma,f16c"
+#define LSTM_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl," LSTM_AVX2_TARGET
+#define LSTM_PAIRS_TARGET "avx512bf16," LSTM_AVX512_TARGET
+using Baseline = Isa<16, 2>;
+using Avx2 = Isa<32, 2>;
+using Avx512 = Isa<64, 4>;
+struct Pairs : Avx512 {};  // AVX-512 whose products of bf16 read pairs of neighbours in k
+#else
+using Baseline = Isa<16, 4>;
+#endif
+
+// What the product of a state of type T reads: T's accumulation type, or bf16 itself.
+template <typename Isa, typename T>
+struct OperandOf {
+    using type = Acc<T>;
+};
+#ifdef __x86_64__
+template <>
+struct OperandOf<Pairs, BFloat16> {
+    using type = BFloat16;
+};
+#endif
+template <typename Isa, typename T>
+using Operand = typename OperandOf<Isa, T>::type;
+
+#ifdef __x86_64__
+// fp16 by the processor's own conversions, from AVX2 on.
+__attribute__((target(LSTM_AVX2_TARGET))) inline __m256 load_halves(const Float16* from, Avx2) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+__attribute__((target(LSTM_AVX2_TARGET))) inline void store_halves(__m256 from, Float16* to, Avx2) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(from, _MM_FROUND_TO_NEAREST_INT));
+}
+__attribute__((target(LSTM_AVX512_TARGET))) inline __m512 load_halves(const Float16* from, Avx512) {
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+__attribute__((target(LSTM_AVX512_TARGET))) inline void store_halves(__m512 from, Float16* to, Avx512) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, from, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+// What a product reads of x.
+template <typename O, typename T>
+LSTM_HD O operand(T x) {
+    if constexpr (std::is_same_v<O, T>) {
+        return x;
+    } else {
+        return load(x);
+    }
+}
+
+// A vector from as many elements and back. Nothing narrower is stored and read again: a load that meets several
+// narrower stores would wait for them.
+template <typename Isa, typename T>
+LSTM_HD Vector<Isa, Acc<T>> load_vector(const T* from) {
+    Vector<Isa, Acc<T>> x;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        typename Isa::Narrow narrow;
+        std::memcpy(&narrow, from, sizeof(narrow));
+        const typename Isa::Wide bits = __builtin_convertvector(narrow, typename Isa::Wide) << 16;
+        std::memcpy(&x, &bits, sizeof(x));
+    } else if constexpr (!std::is_same_v<T, Float16>) {
+        std::memcpy(&x, from, sizeof(x));
+    } else if constexpr (std::is_same_v<Isa, Baseline>) {
+        for (Index j = 0; j < lanes<Isa, float>; ++j) x[j] = load(from[j]);
+    } else {
+#ifdef __x86_64__
+        x = load_halves(from, Isa());
+#endif
+    }
+    return x;
+}
+
+template <typename Isa, typename T>
+LSTM_HD void store_vector(const Vector<Isa, Acc<T>>& from, T* to) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        typename Isa::Wide bits;
+        std::memcpy(&bits, &from, sizeof(bits));
+        const auto narrow = __builtin_convertvector(round_to_bf16(bits), typename Isa::Narrow);
+        std::memcpy(to, &narrow, sizeof(narrow));
+    } else if constexpr (!std::is_same_v<T, Float16>) {
+        std::memcpy(to, &from, sizeof(from));
+    } else if constexpr (std::is_same_v<Isa, Baseline>) {
+        for (Index j = 0; j < lanes<Isa, float>; ++j) to[j] = store<Float16>(from[j]);
+    } else {
+#ifdef __x86_64__
+        store_halves(from, to, Isa());
+#endif
+    }
+}
+
+// 16 units; of the last tile only count < 16 exist, and the others are 0.
+template <typename Isa, typename T>
+LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
+    if (count < kUnits) {
+        for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? load(from[j]) : Acc<T>(0);
+    } else {
+        for (Index j = 0; j < kUnits; j += lanes<Isa, Acc<T>>) {
+            store_vector<Isa>(load_vector<Isa>(from + j), to + j);
+        }
+    }
+}
+
+template <typename Isa, typename T>
+LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
+    if (count < kUnits) {
+        for (Index j = 0; j < count; ++j) to[j] = store<T>(from[j]);
+    } else {
+        for (Index j = 0; j < kUnits; j += lanes<Isa, Acc<T>>) {
+            store_vector<Isa, T>(load_vector<Isa>(from + j), to + j);
+        }
+    }
+}
+
+// Any number of elements from one type to another, or, if add, on top of what is there.
+template <typename Isa, typename T>
+LSTM_HD void store_row(const Acc<T>* from, Index count, T* to, bool add) {
+    alignas(64) Acc<T> x[kUnits], sum[kUnits];
+    for (Index j = 0; j < count; j += kUnits) {
+        const Index units = std::min(kUnits, count - j);
+        for (Index i = 0; i < kUnits; ++i) x[i] = i < units ? from[j + i] : Acc<T>(0);
+        if (add) {
+            load_units<Isa>(to + j, units, sum);
+            for (Index i = 0; i < kUnits; ++i) x[i] += sum[i];
+        }
+        store_units<Isa>(x, units, to + j);
+    }
+}
+
+// Two rows of a block trade lanes, those with bit Half in their number for those without.
+template <int Half, typename Vector, int... Lanes>
+LSTM_HD void trade_lanes(Vector& first, Vector& second, std::integer_sequence<int, Lanes...>) {
+    constexpr int side = sizeof...(Lanes);  // lane j of the second row is number side + j of the pair
+    const Vector a = first, b = second;
+#ifdef __clang__
+    first = __builtin_shufflevector(a, b, (Lanes & Half ? side + Lanes - Half : Lanes)...);
+    second = __builtin_shufflevector(a, b, (Lanes & Half ? side + Lanes : Lanes + Half)...);
+#else
+    using Lane = std::conditional_t<sizeof(Vector) == 4 * side, std::int32_t, std::int64_t>;
+    typedef Lane Mask __attribute__((vector_size(sizeof(Vector))));
+    first = __builtin_shuffle(a, b, Mask{(Lanes & Half ? side + Lanes - Half : Lanes)...});
+    second = __builtin_shuffle(a, b, Mask{(Lanes & Half ? side + Lanes : Lanes + Half)...});
+#endif
+}
+
+// A block of one vector's lanes a side, rows[i][j] to rows[j][i]: blocks of half the side change places, ever smaller.
+template <typename Vector, int Side, int Half = Side / 2>
+LSTM_HD void transpose(Vector (&rows)[Side]) {
+    if constexpr (Half > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < Side; ++i) {
+            if (!(i & Half)) trade_lanes<Half>(rows[i], rows[i + Half], std::make_integer_sequence<int, Side>());
+        }
+        transpose<Vector, Side, Half / 2>(rows);
+    }
+}
+
+}  // namespace lstm::cpu
