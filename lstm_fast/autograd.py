@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.dispatch import KERNELS
-from lstm_fast.kernels import Weights
+from lstm_fast.kernels import Saved, Weights
 
 _PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 _STATES = 3  # x, h0, c0
@@ -69,40 +69,41 @@ def layer(
     elif save:
         result = LayerFunction.apply(*inputs, batch_sizes, backend, save)
     else:
-        result = _forward(*inputs, batch_sizes, backend, save)
+        return _forward(*inputs, batch_sizes, backend, save)[:3]
     return result[0], result[1], result[2]
 
 
 def _check(inputs: Sequence[Tensor | None]) -> None:
     x, h0, c0 = inputs[0], inputs[1], inputs[2]
     assert x is not None and h0 is not None and c0 is not None
-    directions, _, hidden = c0.shape
-    if h0.shape[:2] != c0.shape[:2]:
+    directions, batch, hidden = c0.shape
+    if h0.shape[:2] != (directions, batch):
         raise RuntimeError(f"h_0 and c_0 should agree in their first two sizes, got {[*h0.shape]} and {[*c0.shape]}")
-    projected = h0.size(2)
-    shapes = ((4 * hidden, x.size(1)), (4 * hidden, projected), (4 * hidden,), (4 * hidden,), (projected, hidden))
+    dtype, device, gates, projected = x.dtype, x.device, 4 * hidden, h0.size(2)
     for name, state in (("hidden", h0), ("cell", c0)):
-        _check_kind(name, state, x)
+        if state.dtype != dtype or state.device != device:
+            raise _wrong_kind(name, state, x)
+    shapes = ((gates, x.size(1)), (gates, projected), (gates,), (gates,), (projected, hidden))
     for index, weight in enumerate(inputs[_STATES : _STATES + directions * _PER_DIRECTION]):
         if weight is None:
             continue
-        name, shape = _NAMES[index % _PER_DIRECTION], shapes[index % _PER_DIRECTION]
-        if weight.shape != shape:
+        if weight.shape != shapes[index % _PER_DIRECTION]:
+            name, shape = _NAMES[index % _PER_DIRECTION], shapes[index % _PER_DIRECTION]
             raise RuntimeError(f"{name} should have size {[*shape]}, got {[*weight.shape]}")
-        _check_kind("parameter", weight, x)
+        if weight.dtype != dtype or weight.device != device:
+            raise _wrong_kind("parameter", weight, x)
 
 
-def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:
+def _wrong_kind(name: str, tensor: Tensor, x: Tensor) -> RuntimeError:
     if tensor.device != x.device:
-        raise RuntimeError(
+        return RuntimeError(
             f"Input and {name} tensors are not at the same device, "
             f"found input tensor at {x.device} and {name} tensor at {tensor.device}"
         )
-    if tensor.dtype != x.dtype:
-        raise RuntimeError(
-            f"Input and {name} tensors are not of the same dtype, "
-            f"found input tensor of {x.dtype} and {name} tensor of {tensor.dtype}"
-        )
+    return RuntimeError(
+        f"Input and {name} tensors are not of the same dtype, "
+        f"found input tensor of {x.dtype} and {name} tensor of {tensor.dtype}"
+    )
 
 
 def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor) -> list[int]:
@@ -128,8 +129,8 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n, and for backward gates [D, N, 4H] and cells [D, N, H] (empty unless ``save``)."""
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """y, h_n, c_n, and with ``save`` gates [D, N, 4H] and cells [D, N, H] for backward."""
     *inputs, batch_sizes, backend, save = args
     _check(inputs)
     x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
@@ -147,16 +148,15 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             saved = gates.to(x.dtype), cells
         else:
             y, h_n, c_n, saved = KERNELS[backend].layer_forward(x, h0, c0, _directions(inputs), steps, save)
-    gates, cells = saved if save and saved is not None else (x.new_empty(0), x.new_empty(0))
-    return y, h_n, c_n, gates, cells
+    return y, h_n, c_n, saved if save else None
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    """The gradients of the 13 inputs; an empty tensor for each that ``needs`` does not ask for."""
+def _backward(*args: Any) -> Sequence[Tensor | None]:
+    """The gradients of the 13 inputs, or at least of those that ``needs`` asks for."""
     dy, dh_n, dc_n, *inputs, batch_sizes, y, gates, cells, backend, needs = args
     x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
     steps = _steps(batch_sizes, x, c0)
-    grads: Sequence[Tensor | None]
+    grads: list[Tensor | None]
     with torch.no_grad(), _without_autocast(x):
         if not steps:
             grads = [None if t is None else torch.zeros_like(t) for t in inputs]
@@ -173,7 +173,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
             for dw_ih, dw_hh, db, dw_hr in found:
                 grads += [dw_ih, dw_hh, db, None if db is None else db.clone(), dw_hr]  # apart in memory
             grads += [None] * (_INPUTS - len(grads))
-    return tuple(x.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True))
+    return grads
 
 
 def _state_gradient(grad: Tensor | None, state: Tensor) -> Tensor:
@@ -238,7 +238,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *tensors, batch_sizes, backend, _ = inputs
     y, _, _, gates, cells = output
     ctx.save_for_backward(*tensors, batch_sizes, y, gates, cells)
-    ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)
     ctx.backend = backend
 
@@ -267,11 +266,31 @@ class LayerFunction(torch.autograd.Function):
     """``_forward`` for eager autograd; its backward is differentiable through the reference."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _forward(*args)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # with a setup_context, each call would cost 20 us more
+        y, h_n, c_n, saved = _forward(*args)
+        assert saved is not None
+        _setup_context(ctx, args, (y, h_n, c_n, *saved))
+        return y, h_n, c_n
 
-    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward_from_context)
+
+
+def _forward_op(*args: Any) -> tuple[Tensor, ...]:
+    """``_forward`` as an operator, which can't return None."""
+    y, h_n, c_n, saved = _forward(*args)
+    return y, h_n, c_n, *(saved or (y.new_empty(0), y.new_empty(0)))
+
+
+def _backward_op(*args: Any) -> tuple[Tensor, ...]:
+    """``_backward`` as an operator, with empty tensors where ``needs`` asks for none."""
+    x, needs = args[_STATES], args[-1]
+    found = zip(_backward(*args), needs, strict=True)
+    return tuple(x.new_empty(0) if g is None or not need else g for g, need in found)
+
+
+def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[_STATES:])
+    _setup_context(ctx, inputs, output)
 
 
 _WEIGHTS_SCHEMA = ", ".join(
@@ -281,14 +300,14 @@ _WEIGHTS_SCHEMA = ", ".join(
 )
 _layer_op = torch.library.custom_op(
     "lstm_fast::layer",
-    _forward,
+    _forward_op,
     mutates_args=(),
     schema=f"(Tensor x, Tensor h0, Tensor c0, {_WEIGHTS_SCHEMA}, Tensor? batch_sizes, str backend, bool save)"
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
 )
 _layer_backward_op = torch.library.custom_op(
     "lstm_fast::layer_backward",
-    _backward,
+    _backward_op,
     mutates_args=(),
     schema=f"(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, {_WEIGHTS_SCHEMA},"
     " Tensor? batch_sizes, Tensor y, Tensor gates, Tensor cells, str backend, bool[] needs) -> ("
@@ -327,4 +346,4 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-_layer_op.register_autograd(_backward_from_context, setup_context=_setup_context)
+_layer_op.register_autograd(_backward_from_context, setup_context=_setup_op_context)

@@ -15,6 +15,7 @@ from lstm_fast.dispatch import Choice, check_backend, choose
 from lstm_fast.kernels import Weights
 
 State = tuple[Tensor, Tensor]
+_PLACES = {"weight_ih": 0, "weight_hh": 1, "bias_ih_l": 2, "bias_hh_l": 3, "weight_hr": 4}  # in Weights
 
 
 def _traced() -> bool:
@@ -160,8 +161,10 @@ class LSTM(_Fused, nn.RNNBase):
             hx = self._batched_state(hx, batched)
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         if hx is None:
+            self.check_input(x, None)
             hx = self._zero_state(x, x.size(0) if self.batch_first else x.size(1))
-        self.check_forward_args(x, hx, None)
+        else:
+            self.check_forward_args(x, hx, None)
         x = x.transpose(0, 1) if self.batch_first else x  # [T, B, I]
         steps, batch = x.size(0), x.size(1)
         if steps == 0:
@@ -195,7 +198,8 @@ class LSTM(_Fused, nn.RNNBase):
         for k in range(self.num_layers):
             rows = slice(k * directions, (k + 1) * directions)
             weights = [self._weights(names, dtype) for names in self._all_weights[rows]]
-            x, h_n, c_n = layer(x, h_0[rows], c_0[rows], weights, batch_sizes, backend)
+            h, c = (h_0, c_0) if self.num_layers == 1 else (h_0[rows], c_0[rows])
+            x, h_n, c_n = layer(x, h, c, weights, batch_sizes, backend)
             states.append((h_n, c_n))
             if self.dropout > 0 and self.training and k < self.num_layers - 1:
                 x = nn.functional.dropout(x, self.dropout, True)
@@ -205,14 +209,12 @@ class LSTM(_Fused, nn.RNNBase):
 
     def _weights(self, names: list[str], dtype: torch.dtype) -> Weights:
         """One direction's parameters as they are at this call: parametrised, pruned, replaced or not."""
-        found = {name[: name.index("_l")]: getattr(self, name).to(dtype) for name in names}
-        return (
-            found["weight_ih"],
-            found["weight_hh"],
-            found.get("bias_ih"),
-            found.get("bias_hh"),
-            found.get("weight_hr"),
-        )
+        found: list[Tensor | None] = [None] * 5
+        for name in names:
+            weight = self._parameters.get(name)  # where it mostly is: getattr takes as long as a small product
+            weight = getattr(self, name) if weight is None else weight
+            found[_PLACES[name[:9]]] = weight if weight.dtype == dtype else weight.to(dtype)
+        return tuple(found)  # type: ignore[return-value]
 
     def _compute_dtype(self, x: Tensor, hx: Any, packed: bool) -> torch.dtype:
         return self._under_autocast(self.weight_ih_l0.dtype, x, hx, stepwise=packed)

@@ -12,8 +12,11 @@ from lstm_fast.kernels import Gradients, Saved, Weights
 from lstm_fast.reference import accumulate_dtype
 
 _problem: str | None = None
+_CODES: dict[torch.dtype, int] = {}  # of the dtypes it serves
 try:
     import lstm_fast._C as _C
+
+    _CODES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
 except ImportError as error:
     _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
 
@@ -27,8 +30,8 @@ def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None
     """None if the kernel serves tensors of this device and dtype, else why not."""
     if device.type != "cpu":
         return f"it serves tensors on the CPU, not on {device.type}"
-    if _name(dtype) not in _C.DTYPES:
-        return f"it serves {', '.join(_C.DTYPES)}, not {_name(dtype)}"
+    if dtype not in _CODES:
+        return f"it serves {', '.join(_C.DTYPES)}, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -98,9 +101,4 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
 
 def _sizes(x: Tensor, hidden: int) -> tuple[int, int, int, int, int]:
     """I, H, the dtype's code, threads, and the best instruction set."""
-    dtype = _C.DTYPES[_name(x.dtype)]
-    return x.size(1), hidden, dtype, torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return x.size(1), hidden, _CODES[x.dtype], torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
