@@ -120,6 +120,16 @@ LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index columns, Acc<T>
     }
 }
 
+// 16 units where they lie, or, where they don't lie as 16 of the accumulation type, their copy.
+template <typename Isa, typename T>
+LSTM_HD const Acc<T>* staged(const T* units, Index count, Acc<T>* copy) {
+    if constexpr (std::is_same_v<T, Acc<T>>) {
+        if (count == kUnits) return units;
+    }
+    load_units<Isa>(units, count, copy);
+    return copy;
+}
+
 // Row b of step t, units unit .. unit + 16: B1 to B6.
 template <typename Isa, typename T>
 LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index unit, Operand<Isa, T>* da) {
@@ -127,31 +137,32 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
     const Index hidden = f.s.hidden, count = std::min(kUnits, hidden - unit), rows = f.walk.rows();
     const Index row = f.walk.start[t] + b, state = (d * f.s.batch + b) * hidden + unit;
     const Index before = f.walk.before(d, t, b);
-    const T* gates = f.gates + (d * rows + row) * 4 * hidden + unit;
-    const A* dh_row = f.dh + (d * f.s.batch + b) * f.padded + unit;
-    alignas(64) A gate[4][kUnits], c[kUnits], c_prev[kUnits], dh[kUnits], dc[kUnits], dy[kUnits] = {};
-    for (int k = 0; k < 4; ++k) load_units<Isa>(gates + k * hidden, count, gate[k]);
-    load_units<Isa>(f.cells + (d * rows + row) * hidden + unit, count, c);
-    if (before < 0) {
-        load_units<Isa>(f.c0 + state, count, c_prev);
-    } else {
-        load_units<Isa>(f.cells + (d * rows + f.walk.start[before] + b) * hidden + unit, count, c_prev);
-    }
-    load_units<Isa>(dh_row, kUnits, dh);
-    load_units<Isa>(f.dc + state, count, dc);
-    if (f.dy != nullptr) load_units<Isa>(f.dy + row * f.s.directions * hidden + d * hidden + unit, count, dy);
+    const T* const gates = f.gates + (d * rows + row) * 4 * hidden + unit;
+    alignas(64) A kept[4][kUnits], c_kept[kUnits], prev_kept[kUnits], dc_kept[kUnits], dy_kept[kUnits] = {};
+    const A* const i = staged<Isa>(gates, count, kept[0]);
+    const A* const forget = staged<Isa>(gates + hidden, count, kept[1]);
+    const A* const g = staged<Isa>(gates + 2 * hidden, count, kept[2]);
+    const A* const o = staged<Isa>(gates + 3 * hidden, count, kept[3]);
+    const A* const c = staged<Isa>(f.cells + (d * rows + row) * hidden + unit, count, c_kept);
+    const A* const c_prev =
+        before < 0 ? staged<Isa>(f.c0 + state, count, prev_kept)
+                   : staged<Isa>(f.cells + (d * rows + f.walk.start[before] + b) * hidden + unit, count, prev_kept);
+    const A* const dy =
+        f.dy == nullptr ? dy_kept : staged<Isa>(f.dy + (row * f.s.directions + d) * hidden + unit, count, dy_kept);
+    const A* const dh = f.dh + (d * f.s.batch + b) * f.padded + unit;
+    const A* const dc = staged<Isa>(f.dc + state, count, dc_kept);
+    alignas(64) A out[4][kUnits], dc_out[kUnits];
 #pragma omp simd
     for (Index j = 0; j < kUnits; ++j) {
-        const CellBackward<A> cell =
-            cell_backward(gate[0][j], gate[1][j], gate[2][j], gate[3][j], c[j], c_prev[j], dh[j] + dy[j], dc[j]);
-        gate[0][j] = cell.da_i;
-        gate[1][j] = cell.da_f;
-        gate[2][j] = cell.da_g;
-        gate[3][j] = cell.da_o;
-        dc[j] = cell.dc_prev;
+        const CellBackward<A> cell = cell_backward(i[j], forget[j], g[j], o[j], c[j], c_prev[j], dh[j] + dy[j], dc[j]);
+        out[0][j] = cell.da_i;
+        out[1][j] = cell.da_f;
+        out[2][j] = cell.da_g;
+        out[3][j] = cell.da_o;
+        dc_out[j] = cell.dc_prev;
     }
-    store_units<Isa>(dc, count, f.dc + state);
-    for (int k = 0; k < 4; ++k) store_units<Isa>(gate[k], count, da + k * hidden + unit);
+    store_units<Isa>(dc_out, count, f.dc + state);
+    for (int k = 0; k < 4; ++k) store_units<Isa>(out[k], count, da + k * hidden + unit);
 }
 
 // Tiles `first` and on of what the chunk's gradients are multiplied by: x, or the state before each row.
@@ -196,12 +207,18 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
             if ((tile + block) % team.threads != thread) continue;
             const Index first = std::max(block * kInputRows, chunk.base);
             const Index rows = std::min((block + 1) * kInputRows, chunk.base + chunk.rows) - first;
+            const O* const left = da + (first - chunk.base) * f.ld;
+            T* const dx = f.dx + first * input + tile * kTile;
+            if constexpr (!Backward<T>::rounded) {
+                if (count == kTile) {
+                    multiply<Isa>(rows, left, f.ld, right.b, right.ldb, 4 * f.s.hidden, dx, input, f.s.directions > 1);
+                    continue;
+                }
+            }
             alignas(64) A products[kInputRows * kTile];
-            multiply<Isa>(rows, da + (first - chunk.base) * f.ld, f.ld, right.b, right.ldb, 4 * f.s.hidden, products,
-                          kTile, false);  // B7
+            multiply<Isa>(rows, left, f.ld, right.b, right.ldb, 4 * f.s.hidden, products, kTile, false);  // B7
             for (Index r = 0; r < rows; ++r)
-                store_row<Isa>(products + r * kTile, count, f.dx + (first + r) * input + tile * kTile,
-                               f.s.directions > 1);
+                store_row<Isa>(products + r * kTile, count, dx + r * input, f.s.directions > 1);
         }
     }
 }
@@ -323,8 +340,8 @@ LSTM_HD void walk_back(const Backward<T>& f, const Chunk (&chunks)[2], const Tea
                 O* const da = reinterpret_cast<O*>(f.da) + (d * f.walk.chunk_rows + local) * f.ld;
                 if (!product) {
                     for_blocks(team, part, s, t, [&](Index first, Index rows) LSTM_INLINED {
+                        const Index end = std::min(part.tile_end * kTile, s.hidden);
                         for (Index b = first; b < first + rows; ++b) {
-                            const Index end = std::min(part.tile_end * kTile, s.hidden);
                             for (Index unit = part.tile * kTile; unit < end; unit += kUnits)
                                 backward_units<Isa>(f, d, t, b, unit, da + b * f.ld);
                         }

@@ -1,12 +1,16 @@
 // The forward walk. By chunks of steps: first x W_ih^T of the chunk's rows into a buffer that stays in cache, then step
-// by step h W_hh^T on top of it and the gates while both are hot.
+// by step h W_hh^T on top of it and the gates while both are hot. Where all weights stay in cache and the batch is
+// large enough, it is one product a step instead, of [x_t, h_{t-1}] with both weights: longer sums, and nothing to read
+// again.
 #pragma once
 
 #include "team.h"
 
 namespace lstm::cpu {
 
-constexpr Index kForwardBytes = 1 << 19;  // of a chunk's pre-activations
+constexpr Index kForwardBytes = 1 << 18;  // of a chunk's pre-activations
+constexpr Index kJoinedBytes = 5 << 17;   // of the weights of one product
+constexpr Index kJoinedBatch = 4;
 
 template <typename T>
 struct Forward {
@@ -27,12 +31,15 @@ struct Forward {
           gates(static_cast<T*>(args.gates)),
           cells(static_cast<A*>(args.cells)),
           unpacked(walk.few()),
-          w_ih(arena.take<A>(unpacked ? 0 : s.directions * tiles * tile_size(s.input))),
-          w_hh(arena.take<A>(unpacked ? 0 : s.directions * tiles * tile_size(s.hidden))),
+          joined(!unpacked && s.batch >= kJoinedBatch && s.input % 2 == 0 &&
+                 4 * s.hidden * (s.input + s.hidden) * static_cast<Index>(sizeof(T)) <= kJoinedBytes),
+          h_first(joined ? s.input : 0),
+          ld(h_first + padded),
+          packed(arena.take<A>(unpacked ? 0 : s.directions * tiles * packed_size())),
           bias(arena.take<A>(s.directions * tiles * kTile)),
-          converted(std::is_same_v<T, A> ? nullptr : arena.take<A>(s.directions * walk.chunk_rows * s.input)),
-          a(arena.take<A>(s.directions * tiles * walk.chunk_rows * kTile)),
-          h(arena.take<A>(s.directions * 2 * s.batch * padded)),
+          converted(std::is_same_v<T, A> || joined ? nullptr : arena.take<A>(s.directions * walk.chunk_rows * s.input)),
+          a(arena.take<A>(joined ? 0 : s.directions * tiles * walk.chunk_rows * kTile)),
+          h(arena.take<A>(s.directions * 2 * s.batch * ld)),
           c(arena.take<A>(s.directions * s.batch * padded)) {
         for (int d = 0; d < s.directions; ++d) {
             const Weights& w = args.weights[d];
@@ -40,6 +47,9 @@ struct Forward {
                           static_cast<const T*>(w.b_hh)};
         }
     }
+
+    // Elements of one tile of both weights.
+    Index packed_size() const { return tile_size(s.input) + tile_size(s.hidden); }
 
     // The chunk's pre-activations of one tile: [rows of the chunk, 4, 16].
     A* of_tile(int d, Index tile) const { return a + (d * tiles + tile) * walk.chunk_rows * kTile; }
@@ -57,40 +67,47 @@ struct Forward {
     T *y, *h_n, *c_n, *gates;
     A* cells;
     const bool unpacked;  // whether weights are read as they lie
-    A* w_ih;              // [D, tiles, I, 64] packed
-    A* w_hh;              // [D, tiles, H, 64] packed
+    const bool joined;    // whether x and h are multiplied together
+    const Index h_first;  // where h begins in a row of states
+    const Index ld;       // from one row of states to the next
+    A* packed;            // [D, tiles, I + H, 64]
     A* bias;              // [D, tiles, 4, 16]
     A* converted;         // [D, rows of a chunk, I] x, where products don't read T
-    A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations
-    A* h;                 // [D, 2, B, padded] h_{t-1} and h_t by turns
+    A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
+    A* h;                 // [D, 2, B, ld] states h_{t-1} and h_t by turns; joined: [x_t, h_{t-1}] and the next
     A* c;                 // [D, B, padded]
 };
 
-// a[rows, 64] (+)= left[rows, k] w^T, for one tile of w [4H, k], packed or as it lies.
-template <typename Isa, typename T>
-LSTM_HD void multiply_by_tile(const Forward<T>& f, Index rows, const Operand<Isa, T>* left, Index ld, const T* w,
-                              const Acc<T>* packed, int d, Index tile, Index k, Acc<T>* a, bool accumulate) {
-    using O = Operand<Isa, T>;
-    if (!f.unpacked) {
-        const O* const b = reinterpret_cast<const O*>(packed) + (d * f.tiles + tile) * tile_size(k);
-        multiply<Isa>(rows, left, ld, b, kTile, k, a, kTile, accumulate);
-    } else {
-        multiply_unpacked<Isa>(rows, left, ld, gate_rows(w, f.s.hidden, k, tile), k, k, a, kTile, accumulate);
-    }
+// Of one tile: W_ih's part [I, 64], then that of W_hh [H, 64].
+template <typename O, typename T>
+LSTM_HD O* packed_tile(const Forward<T>& f, int d, Index tile) {
+    return reinterpret_cast<O*>(f.packed) + (d * f.tiles + tile) * f.packed_size();
 }
 
 // Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot.
 template <typename Isa, typename T>
 LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index t, Index b, Index rows, Index tile,
-                          const Operand<Isa, T>* h_prev, Operand<Isa, T>* h) {
+                          const Operand<Isa, T>* before, Operand<Isa, T>* after) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
-    const Index hidden = f.s.hidden, unit = tile * kUnits, count = std::min(kUnits, hidden - unit);
+    const Index hidden = f.s.hidden, input = f.s.input, unit = tile * kUnits, count = std::min(kUnits, hidden - unit);
     const Index first = f.walk.start[t] + b;
-    A* const products = f.of_tile(d, tile) + (first - chunk.base) * kTile;  // [rows, 4, 16]
     const A* const bias = f.bias + (d * f.tiles + tile) * kTile;
-    multiply_by_tile<Isa>(f, rows, h_prev + b * f.padded, f.padded, f.weights[d].w_hh, f.w_hh, d, tile, hidden,
-                          products, true);
+    const O* const packed = packed_tile<const O>(f, d, tile);
+    const O* const states = before + b * f.ld;
+    alignas(64) A both[kRows * kTile];
+    A* products = both;  // [rows, 4, 16]
+    if (f.joined) {
+        multiply<Isa>(rows, states, f.ld, packed, kTile, input + hidden, products, kTile, false);
+    } else {
+        products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
+        if (f.unpacked) {
+            multiply_unpacked<Isa>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, hidden, tile), hidden,
+                                   hidden, products, kTile, true);
+        } else {
+            multiply<Isa>(rows, states, f.ld, packed + tile_size(input), kTile, hidden, products, kTile, true);
+        }
+    }
     for (Index r = 0; r < rows; ++r) {
         const A* const z = products + r * kTile;
         A* const c = f.c + (d * f.s.batch + b + r) * f.padded + unit;
@@ -106,14 +123,15 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
             c[j] = cell.c;
             h_new[j] = cell.h;
         }
-        alignas(64) T h_rounded[kUnits];
-        store_units<Isa>(h_new, kUnits, h_rounded);
-        std::memcpy(f.y + (first + r) * f.s.directions * hidden + d * hidden + unit, h_rounded, count * sizeof(T));
-        O* const h_row = h + (b + r) * f.padded + unit;
+        T* const y = f.y + (first + r) * f.s.directions * hidden + d * hidden + unit;
+        O* const h_row = after + (b + r) * f.ld + f.h_first + unit;
+        store_units<Isa>(h_new, count, y);
         if constexpr (std::is_same_v<O, T>) {
-            std::memcpy(h_row, h_rounded, sizeof(h_rounded));
+            store_units<Isa>(h_new, kUnits, h_row);
         } else {
-            load_units<Isa>(h_rounded, kUnits, h_row);
+            alignas(64) T rounded[kUnits];
+            store_units<Isa>(h_new, kUnits, rounded);
+            load_units<Isa>(rounded, kUnits, h_row);
         }
         if (f.gates != nullptr) {
             const Index row = d * f.walk.rows() + first + r;
@@ -134,10 +152,10 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         const typename Forward<T>::Weight& w = f.weights[i / f.tiles];
         const Index tile = i % f.tiles, unit = tile * kUnits, count = std::min(kUnits, s.hidden - unit);
         if (!f.unpacked) {
-            pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, s.input,
-                           reinterpret_cast<O*>(f.w_ih) + i * tile_size(s.input));
+            O* const packed = packed_tile<O>(f, 0, i);
+            pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, s.input, packed);
             pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, s.hidden, tile), s.hidden, s.hidden,
-                           reinterpret_cast<O*>(f.w_hh) + i * tile_size(s.hidden));
+                           packed + tile_size(s.input));
         }
         for (Index gate = 0; gate < 4; ++gate) {
             A* const bias = f.bias + i * kTile + gate * kUnits;
@@ -153,7 +171,7 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
             const Index count = std::min(kUnits, s.hidden - unit);
             load_units<Isa>(f.c0 + i * s.hidden + unit, count, f.c + i * f.padded + unit);
             for (Index turn = 0; turn < 2; ++turn) {  // a row may join at any step
-                O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.padded + unit;
+                O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.ld + f.h_first + unit;
                 for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? operand<O>(f.h0[i * s.hidden + unit + j]) : O{};
             }
         }
@@ -173,8 +191,15 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
     }
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
-            multiply_by_tile<Isa>(f, rows, x + first * input, input, f.weights[d].w_ih, f.w_ih, d, tile, input,
-                                  f.of_tile(d, tile) + first * kTile, false);
+            Acc<T>* const products = f.of_tile(d, tile) + first * kTile;
+            if (f.unpacked) {
+                multiply_unpacked<Isa>(rows, x + first * input, input,
+                                       gate_rows(f.weights[d].w_ih, f.s.hidden, input, tile), input, input, products,
+                                       kTile, false);
+            } else {
+                multiply<Isa>(rows, x + first * input, input, packed_tile<const O>(f, d, tile), kTile, input, products,
+                              kTile, false);
+            }
         };
         if (part.all_rows(team)) {
             take(0, chunk.rows);
@@ -201,34 +226,52 @@ LSTM_HD void convert_input(const Forward<T>& f, const Team& team, int thread, in
     }
 }
 
+// Joined: x of step t, this thread's part, into the states that the step will read.
+template <typename Isa, typename T>
+LSTM_HD void join_input(const Forward<T>& f, const Team& team, int d, const Part& part, Index t,
+                        Operand<Isa, T>* states) {
+    using O = Operand<Isa, T>;
+    const Index input = f.s.input, first = input * part.tile / f.tiles, end = input * part.tile_end / f.tiles;
+    for_blocks(team, part, f.s, t, [&](Index block, Index rows) LSTM_INLINED {
+        for (Index b = block; b < block + rows; ++b) {
+            const T* const from = f.x + (f.walk.start[t] + b) * input;
+            for (Index j = first; j < end; ++j) states[b * f.ld + j] = operand<O>(from[j]);
+        }
+    });
+}
+
 template <typename Isa, typename T>
 LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
     const Team team = make_team(s, threads);
+    const auto states = [&](int d, Index turn) { return reinterpret_cast<O*>(f.h) + (2 * d + turn) * s.batch * f.ld; };
     prepare_forward<Isa>(f, team, thread);
+    for (int d = 0; f.joined && d < s.directions; ++d)
+        join_input<Isa>(f, team, d, part_of(team, thread, d, f.tiles), d == 0 ? 0 : s.time - 1, states(d, 0));
     meet();
     for (Index index = 0; index < f.walk.chunks(); ++index) {
         const Chunk chunks[2] = {{f.walk, index, false}, {f.walk, index, true}};
         if constexpr (!std::is_same_v<O, T>) {
-            for (int d = 0; d < s.directions; ++d) convert_input<Isa>(f, team, thread, d, chunks[d]);
+            for (int d = 0; !f.joined && d < s.directions; ++d) convert_input<Isa>(f, team, thread, d, chunks[d]);
             meet();
         }
-        for (int d = 0; d < s.directions; ++d)
+        for (int d = 0; !f.joined && d < s.directions; ++d)
             input_products<Isa>(f, team, d, part_of(team, thread, d, f.tiles), chunks[d]);
         for (Index i = 0; i < chunks[0].steps; ++i) {
+            const Index step = index * f.walk.steps_of_chunk + i, turn = step % 2;
             for (int d = 0; d < s.directions; ++d) {
                 const Part part = part_of(team, thread, d, f.tiles);
-                const Index t = chunks[d].step(i), turn = (index * f.walk.steps_of_chunk + i) % 2;
-                O* const h = reinterpret_cast<O*>(f.h) + 2 * d * s.batch * f.padded;
+                const Index t = chunks[d].step(i);
                 for (Index n = part.tile; n < part.tile_end; ++n) {
                     // there and back: the tiles of the last step's end are still in cache
                     const Index tile = turn == 0 ? n : part.tile + part.tile_end - 1 - n;
                     for_blocks(team, part, s, t, [&](Index b, Index rows) LSTM_INLINED {
-                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, h + turn * s.batch * f.padded,
-                                          h + (1 - turn) * s.batch * f.padded);
+                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, states(d, turn), states(d, 1 - turn));
                     });
                 }
+                if (f.joined && step + 1 < s.time)
+                    join_input<Isa>(f, team, d, part, d == 0 ? t + 1 : t - 1, states(d, 1 - turn));
             }
             if (!team.by_rows) meet();
         }
