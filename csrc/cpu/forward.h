@@ -228,8 +228,7 @@ LSTM_HD void convert_input(const Forward<T>& f, const Team& team, int thread, in
 
 // Joined: x of step t, this thread's part, into the states that the step will read.
 template <typename Isa, typename T>
-LSTM_HD void join_input(const Forward<T>& f, const Team& team, int d, const Part& part, Index t,
-                        Operand<Isa, T>* states) {
+LSTM_HD void join_input(const Forward<T>& f, const Team& team, const Part& part, Index t, Operand<Isa, T>* states) {
     using O = Operand<Isa, T>;
     const Index input = f.s.input, first = input * part.tile / f.tiles, end = input * part.tile_end / f.tiles;
     for_blocks(team, part, f.s, t, [&](Index block, Index rows) LSTM_INLINED {
@@ -248,7 +247,7 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     const auto states = [&](int d, Index turn) { return reinterpret_cast<O*>(f.h) + (2 * d + turn) * s.batch * f.ld; };
     prepare_forward<Isa>(f, team, thread);
     for (int d = 0; f.joined && d < s.directions; ++d)
-        join_input<Isa>(f, team, d, part_of(team, thread, d, f.tiles), d == 0 ? 0 : s.time - 1, states(d, 0));
+        join_input<Isa>(f, team, part_of(team, thread, d, f.tiles), d == 0 ? 0 : s.time - 1, states(d, 0));
     meet();
     for (Index index = 0; index < f.walk.chunks(); ++index) {
         const Chunk chunks[2] = {{f.walk, index, false}, {f.walk, index, true}};
@@ -271,7 +270,7 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
                     });
                 }
                 if (f.joined && step + 1 < s.time)
-                    join_input<Isa>(f, team, d, part, d == 0 ? t + 1 : t - 1, states(d, 1 - turn));
+                    join_input<Isa>(f, team, part, d == 0 ? t + 1 : t - 1, states(d, 1 - turn));
             }
             if (!team.by_rows) meet();
         }

@@ -195,50 +195,67 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, BFloat16* to) 
 
 // ---- Without packing -----------------------------------------------------------------------------------------------
 
+// The sums over k of X rows of a times W rows of w, all at once: X * W makes one vector. Lane by lane over k, then over
+// the lanes, whatever X. c[X, columns] (+)= them, of which the first `columns` <= W are kept.
+template <typename Isa, int X, typename O, typename T>
+LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index stride, Index columns, Index k, Acc<T>* c, Index ldc,
+                      bool accumulate) {
+    using A = Acc<T>;
+    constexpr int side = lanes<Isa, A>, W = side / X;
+    const T* row[W];  // past the last one, that one again
+    for (int n = 0; n < W; ++n) row[n] = w + std::min<Index>(n, columns - 1) * stride;
+    Vector<Isa, A> sums[side] = {};
+    Index p = 0;
+    for (; p + side <= k; p += side) {
+        Vector<Isa, A> left[X];
+#pragma GCC unroll 4
+        for (int x = 0; x < X; ++x) left[x] = load_vector<Isa>(a + x * lda + p);
+#pragma GCC unroll 16
+        for (int n = 0; n < W; ++n) {
+            const auto right = load_vector<Isa>(row[n] + p);
+#pragma GCC unroll 4
+            for (int x = 0; x < X; ++x) sums[x * W + n] += left[x] * right;
+        }
+    }
+    if (p < k) {
+        alignas(64) A left[X][side] = {}, right[side] = {};
+        for (int x = 0; x < X; ++x) {
+            for (Index i = p; i < k; ++i) left[x][i - p] = load(a[x * lda + i]);
+        }
+        for (int n = 0; n < W; ++n) {
+            for (Index i = p; i < k; ++i) right[i - p] = load(row[n][i]);
+            for (int x = 0; x < X; ++x) sums[x * W + n] += load_vector<Isa>(left[x]) * load_vector<Isa>(right);
+        }
+    }
+    transpose(sums);
+    for (int i = 1; i < side; ++i) sums[0] += sums[i];
+    for (int x = 0; x < X; ++x) {
+        for (Index n = 0; n < columns; ++n) c[x * ldc + n] = sums[0][x * W + n] + (accumulate ? c[x * ldc + n] : A(0));
+    }
+}
+
 // What multiply makes of a tile that pack_rows packed, from the rows themselves, for calls of so few rows that packing
-// would cost more: c[rows, 64] (+)= a[rows, k] w^T. A sum runs over k lane by lane.
+// would cost more: c[rows, 64] (+)= a[rows, k] w^T.
 template <typename Isa, typename O, typename T>
 LSTM_HD void multiply_unpacked(Index rows, const O* a, Index lda, const Groups<T>& groups, Index k, Index stride,
                                Acc<T>* c, Index ldc, bool accumulate) {
-    using A = Acc<T>;
-    constexpr int side = lanes<Isa, A>, most = 8;  // rows of w at a time, each with its pointer in a register
-    const Index whole = k - k % side;
-    for (Index r = 0; r < rows; ++r) {
-        const O* const x = a + r * lda;
-        alignas(64) A x_tail[side] = {}, w_tail[side] = {};
-        for (Index p = whole; p < k; ++p) x_tail[p - whole] = load(x[p]);
+    constexpr int side = lanes<Isa, Acc<T>>, most = side < 4 ? side : 4;
+    const auto block = [&](auto x, Index r) LSTM_INLINED {  // x rows from the r-th on
+        constexpr int X = decltype(x)::value, W = side / X;
         for (Index group = 0; group < 4; ++group) {
-            for (Index j = 0; j < kUnits; j += side) {
-                Vector<Isa, A> sums[side] = {};
-                const Index there = std::clamp<Index>(groups.count[group] - j, 0, side);
-                for (Index i = 0; i < there; i += std::min(side, most)) {
-                    constexpr int together = std::min(side, most);
-                    const T* w[together];  // past the last row, that one again: it is not kept
-                    for (int n = 0; n < together; ++n)
-                        w[n] = groups.first[group] + (j + std::min<Index>(i + n, there - 1)) * stride;
-                    Vector<Isa, A> sum[together] = {};
-                    for (Index p = 0; p < whole; p += side) {
-                        const auto z = load_vector<Isa>(x + p);
-#pragma GCC unroll 8
-                        for (int n = 0; n < together; ++n) sum[n] += z * load_vector<Isa>(w[n] + p);
-                    }
-                    if (whole < k) {
-                        const auto z = load_vector<Isa>(x_tail);
-                        for (int n = 0; n < together; ++n) {
-                            for (Index p = whole; p < k; ++p) w_tail[p - whole] = load(w[n][p]);
-                            sum[n] += z * load_vector<Isa>(w_tail);
-                        }
-                    }
-                    for (int n = 0; n < together && i + n < there; ++n) sums[i + n] = sum[n];
-                }
-                transpose(sums);
-                for (int i = 1; i < side; ++i) sums[0] += sums[i];
-                A* const to = c + r * ldc + group * kUnits + j;
-                if (accumulate) sums[0] += load_vector<Isa>(to);
-                store_vector<Isa, A>(sums[0], to);
+            const Index count = groups.count[group];
+            Acc<T>* const to = c + r * ldc + group * kUnits;
+            for (Index j = 0; j < count; j += W) {
+                dot_rows<Isa, X>(a + r * lda, lda, groups.first[group] + j * stride, stride,
+                                 std::min<Index>(W, count - j), k, to + j, ldc, accumulate);
             }
+            for (int n = 0; n < X; ++n) std::fill(to + n * ldc + count, to + n * ldc + kUnits, Acc<T>(0));
         }
-    }
+    };
+    Index r = 0;
+    for (; r + most <= rows; r += most) block(std::integral_constant<int, most>(), r);
+    for (; most > 2 && r + 2 <= rows; r += 2) block(std::integral_constant<int, most / 2>(), r);
+    for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
 }
 
 }  // namespace lstm::cpu

@@ -9,7 +9,7 @@
 
 namespace lstm::cpu {
 
-// A call of at most so many rows over all steps reads its weights as they lie: to pack them takes as long.
+// A call of at most so many rows over all steps reads its weights as they lie: to pack them would take as long.
 constexpr Index kFewRows = 8;
 
 LSTM_HD Index tiles_of(Index columns, Index tile = kTile) { return (columns + tile - 1) / tile; }
@@ -78,8 +78,8 @@ struct Walk {
     Index chunk_rows;  // at most
 
     Index rows() const { return start.back(); }
-    Index chunks() const { return tiles_of(s.time, steps_of_chunk); }
     bool few() const { return rows() <= kFewRows; }
+    Index chunks() const { return tiles_of(s.time, steps_of_chunk); }
 
     // The step before t in direction d's walk, if sequence b was in it; else -1.
     Index before(int d, Index t, Index b) const {
