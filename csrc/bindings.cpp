@@ -56,29 +56,31 @@ py::dict build_info() {
 
 // ---- CPU -----------------------------------------------------------------------------------------------------------
 
-// Sizes are I, H, dtype, threads and instruction set.
-lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::size_t directions,
-                           const std::array<std::int64_t, 5>& sizes) {
+// Sizes are I, H, R, dtype, threads and instruction set.
+using Sizes = std::array<std::int64_t, 6>;
+
+lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::size_t directions, const Sizes& sizes) {
     return {steps.data(),
             static_cast<std::int64_t>(steps.size()),
             steps.front(),
             sizes[0],
             sizes[1],
+            sizes[2],
             static_cast<int>(directions),
-            static_cast<lstm::Dtype>(sizes[2]),
-            static_cast<int>(sizes[3]),
-            static_cast<lstm::cpu::InstructionSet>(sizes[4])};
+            static_cast<lstm::Dtype>(sizes[3]),
+            static_cast<int>(sizes[4]),
+            static_cast<lstm::cpu::InstructionSet>(sizes[5])};
 }
 
-using Weights = std::vector<std::array<Address, 4>>;  // w_ih, w_hh, b_ih, b_hh of each direction
+using Weights = std::vector<std::array<Address, 5>>;  // w_ih, w_hh, b_ih, b_hh, w_hr of each direction
 
-lstm::cpu::Weights cpu_weights(const std::array<Address, 4>& w) {
-    return {pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3])};
+lstm::cpu::Weights cpu_weights(const std::array<Address, 5>& w) {
+    return {pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), pointer(w[4])};
 }
 
 // x, h0, c0, y, h_n, c_n, gates, cells
-void cpu_layer_forward(const std::vector<std::int64_t>& steps, const std::array<std::int64_t, 5>& sizes,
-                       const Weights& weights, const std::array<Address, 8>& tensors) {
+void cpu_layer_forward(const std::vector<std::int64_t>& steps, const Sizes& sizes, const Weights& weights,
+                       const std::array<Address, 8>& tensors) {
     const auto& [x, h0, c0, y, h_n, c_n, gates, cells] = tensors;
     lstm::cpu::layer_forward(cpu_shape(steps, weights.size(), sizes),
                              {pointer(x),
@@ -93,12 +95,11 @@ void cpu_layer_forward(const std::vector<std::int64_t>& steps, const std::array<
 }
 
 // x, h0, c0, y, gates, cells, dy, dh, dc, dx
-void cpu_layer_backward(const std::vector<std::int64_t>& steps, const std::array<std::int64_t, 5>& sizes,
-                        const Weights& weights, const std::vector<std::array<Address, 3>>& gradients,
-                        const std::array<Address, 10>& tensors) {
+void cpu_layer_backward(const std::vector<std::int64_t>& steps, const Sizes& sizes, const Weights& weights,
+                        const std::vector<std::array<Address, 4>>& gradients, const std::array<Address, 10>& tensors) {
     const auto& [x, h0, c0, y, gates, cells, dy, dh, dc, dx] = tensors;
-    const auto of = [](const std::array<Address, 3>& g) {
-        return lstm::cpu::WeightGradients{pointer(g[0]), pointer(g[1]), pointer(g[2])};
+    const auto of = [](const std::array<Address, 4>& g) {
+        return lstm::cpu::WeightGradients{pointer(g[0]), pointer(g[1]), pointer(g[2]), pointer(g[3])};
     };
     lstm::cpu::layer_backward(cpu_shape(steps, weights.size(), sizes),
                               {pointer(x),
@@ -257,8 +258,8 @@ lstm::persistent::Sizes persistent_sizes(const std::array<std::int64_t, 5>& size
 }
 
 void persistent_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh, Address starts,
-                        Address y, Address h_n, Address c_n, Address cells, const std::array<std::int64_t, 5>& sizes,
-                        const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
+                        Address y, Address h_n, Address c_n, Address cells, const std::array<std::int64_t, 5>& sizes, const PlanTuple& plan,
+                        int kind, std::optional<int> device, std::uint64_t queue) {
     const lstm::persistent::Forward walk{pointer(gates),
                                          pointer(h0),
                                          pointer(c0),
@@ -275,8 +276,8 @@ void persistent_forward(Address gates, Address h0, Address c0, const std::vector
 }
 
 void persistent_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh, Address starts,
-                         Address dy, Address dh, Address dc, Address dgates, const std::array<std::int64_t, 5>& sizes,
-                         const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
+                         Address dy, Address dh, Address dc, Address dgates, const std::array<std::int64_t, 5>& sizes, const PlanTuple& plan,
+                         int kind, std::optional<int> device, std::uint64_t queue) {
     const lstm::persistent::Backward walk{pointer(gates),
                                           pointer(cells),
                                           pointer(c0),

@@ -7,13 +7,13 @@ DTYPES: dict[str, int]
 def build_info() -> dict[str, Any]: ...
 def cpu_layer_forward(
     steps: list[int],
-    sizes: tuple[int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int],
     weights: list[list[int]],
     tensors: list[int],
 ) -> None: ...
 def cpu_layer_backward(
     steps: list[int],
-    sizes: tuple[int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int],
     weights: list[list[int]],
     gradients: list[list[int]],
     tensors: list[int],

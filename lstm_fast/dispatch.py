@@ -13,6 +13,7 @@ from lstm_fast.kernels import cpu, cuda, persistent, triton_gates
 KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "triton": triton_gates, "cpu": cpu}
 BACKENDS = ("auto", *KERNELS, "reference")
 _AUTO_ORDER = {"cuda": ("persistent",), "cpu": ("cpu",)}
+_PROJECTS = ("cpu",)
 # Two launches a step are slower than cuDNN, and faster than the reference: they serve graphs, which can't hold cuDNN's.
 _COMPILED_ORDER = {**_AUTO_ORDER, "cuda": ("persistent", "cuda", "triton")}
 
@@ -35,7 +36,7 @@ _WHAT = {
     "persistent": "the whole recurrence in one launch of thread-block clusters",
     "cuda": "one library GEMM and one fused CUDA C++ gate kernel a step",
     "triton": "one library GEMM and one fused Triton gate kernel a step",
-    "cpu": "the whole recurrence in one C++ call",
+    "cpu": "a whole layer in one C++ call",
     "reference": "the equations in plain torch, any device",
 }
 
@@ -103,8 +104,8 @@ def _refuses(
     if transformed:
         return "a torch.func transform or forward-mode AD is active, which only the reference follows"
     why_not: str | None = _kernel_refuses(name, device, dtype, hidden)
-    if why_not is None and proj_size > 0:
-        why_not = f"there is no kernel for projections yet (proj_size={proj_size})"
+    if why_not is None and proj_size > 0 and name not in _PROJECTS:
+        why_not = f"it has no projections (proj_size={proj_size})"
     return why_not
 
 

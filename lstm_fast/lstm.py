@@ -192,7 +192,10 @@ class LSTM(_Fused, nn.RNNBase):
         """Every layer over rows x [N, I]: y [N, D*R], h_n [D*L, B, R], c_n [D*L, B, H]."""
         directions = 2 if self.bidirectional else 1
         h_0, c_0 = hx
+        cell_dtype = dtype
         if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
+            if self.proj_size > 0 and x.device.type == "cpu":
+                cell_dtype = c_0.dtype  # as torch has it
             x, h_0, c_0 = x.to(dtype), h_0.to(dtype), c_0.to(dtype)
         states = []
         for k in range(self.num_layers):
@@ -200,7 +203,7 @@ class LSTM(_Fused, nn.RNNBase):
             weights = [self._weights(names, dtype) for names in self._all_weights[rows]]
             h, c = (h_0, c_0) if self.num_layers == 1 else (h_0[rows], c_0[rows])
             x, h_n, c_n = layer(x, h, c, weights, batch_sizes, backend)
-            states.append((h_n, c_n))
+            states.append((h_n, c_n if cell_dtype == dtype else c_n.to(cell_dtype)))
             if self.dropout > 0 and self.training and k < self.num_layers - 1:
                 x = nn.functional.dropout(x, self.dropout, True)
         if len(states) == 1:
@@ -217,7 +220,7 @@ class LSTM(_Fused, nn.RNNBase):
         return tuple(found)  # type: ignore[return-value]
 
     def _compute_dtype(self, x: Tensor, hx: Any, packed: bool) -> torch.dtype:
-        return self._under_autocast(self.weight_ih_l0.dtype, x, hx, stepwise=packed)
+        return self._under_autocast(self.weight_ih_l0.dtype, x, hx, stepwise=packed and self.proj_size == 0)
 
     def _zero_state(self, x: Tensor, batch: int) -> State:
         count = self.num_layers * (2 if self.bidirectional else 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -36,17 +37,23 @@ def outputs_and_gradients(layer: nn.Module, tensors: list[Tensor], weights: list
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("hidden", "batch"), [(1, 1), (33, 7), (100, 17), (257, 6)])
+@pytest.mark.parametrize("inputs", [5, 6])
+@pytest.mark.parametrize(
+    ("hidden", "batch", "proj"),
+    [(1, 1, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (2, 1, 1), (33, 7, 5), (100, 17, 70)],
+)
 @pytest.mark.usefixtures("instruction_set")
-def test_every_instruction_set_agrees_with_torch(dtype: torch.dtype, hidden: int, batch: int) -> None:
+def test_every_instruction_set_agrees_with_torch(
+    dtype: torch.dtype, hidden: int, batch: int, proj: int, inputs: int
+) -> None:
     torch.manual_seed(0)
-    ours = LSTM(5, hidden, bidirectional=True, dtype=dtype, backend="cpu")
-    oracle = nn.LSTM(5, hidden, bidirectional=True, dtype=torch.float64)
+    ours = LSTM(inputs, hidden, bidirectional=True, proj_size=proj, dtype=dtype, backend="cpu")
+    oracle = nn.LSTM(inputs, hidden, bidirectional=True, proj_size=proj, dtype=torch.float64)
     oracle.load_state_dict(ours.state_dict())
-    steps = 6
-    shapes = [(steps, batch, 5), (2, batch, hidden), (2, batch, hidden)]
+    steps, features = 6, proj or hidden
+    shapes = [(steps, batch, inputs), (2, batch, features), (2, batch, hidden)]
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    weights = [torch.randn(shape, dtype=dtype) for shape in [(steps, batch, 2 * hidden), *shapes[1:]]]
+    weights = [torch.randn(shape, dtype=dtype) for shape in [(steps, batch, 2 * features), *shapes[1:]]]
     got = outputs_and_gradients(ours, tensors, weights)
     want = outputs_and_gradients(oracle, [t.double() for t in tensors], [t.double() for t in weights])
     for ours_, exact in zip(got, want, strict=True):
@@ -54,35 +61,40 @@ def test_every_instruction_set_agrees_with_torch(dtype: torch.dtype, hidden: int
         assert error < 16 * torch.finfo(dtype).eps
 
 
-def layer(steps: list[int], directions: int, inputs: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+def layer(steps: list[int], directions: int, hidden: int, proj: int, dtype: torch.dtype) -> list[Tensor]:
     """Everything that both calls write, from seeded inputs."""
     torch.manual_seed(1)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    rows, batch, features = sum(steps), steps[0], directions * hidden
+    rows, batch, inputs, features = sum(steps), steps[0], 70, proj or hidden
     x = torch.randn(rows, inputs).to(dtype)
-    h0, c0 = (torch.randn(directions, batch, hidden).to(dtype) for _ in range(2))
-    shapes = ((4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
-    weights = [(*((torch.randn(s) / hidden**0.5).to(dtype) for s in shapes), None) for _ in range(directions)]
+    h0, c0 = (torch.randn(directions, batch, size).to(dtype) for size in (features, hidden))
+    shapes = ((4 * hidden, inputs), (4 * hidden, features), (4 * hidden,), (4 * hidden,), (proj, hidden))
+    weights: list[Any] = [
+        [(torch.randn(s) / hidden**0.5).to(dtype) if s[0] > 0 else None for s in shapes] for _ in range(directions)
+    ]
     y, h_n, c_n, saved = cpu.layer_forward(x, h0, c0, weights, steps, True)
     assert saved is not None
-    dy = torch.randn(rows, features).to(dtype)
-    dh, dc = (torch.randn(directions, batch, hidden, dtype=acc) for _ in range(2))
-    needs = [[True, True, True, True, False]] * directions
+    dy = torch.randn(rows, directions * features).to(dtype)
+    dh, dc = (torch.randn(directions, batch, size, dtype=acc) for size in (features, hidden))
+    needs = [[True] * 5] * directions
     dx, gradients = cpu.layer_backward(x, h0, c0, weights, steps, y, saved, dy, dh, dc, True, needs)
-    found = [y, h_n, c_n, *saved, dh, dc, dx, *(g for direction in gradients for g in direction[:3])]
+    found = [y, h_n, c_n, *saved, dh, dc, dx, *(g for direction in gradients for g in direction)]
     return [t for t in found if t is not None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("proj", [0, 130])
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("steps", [[1] * 12, [3] * 6, [40] * 2, [17, 16, 9, 9, 2, 1]], ids=str)
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
-def test_any_number_of_threads_gives_the_same_bits(steps: list[int], directions: int, dtype: torch.dtype) -> None:
+def test_any_number_of_threads_gives_the_same_bits(
+    steps: list[int], directions: int, proj: int, dtype: torch.dtype
+) -> None:
     """Large enough that threads share hidden units in the first two, rows in the others."""
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(layer(steps, directions, 70, 450, dtype))
+        results.append(layer(steps, directions, 450, proj, dtype))
     assert all(bool(t.isfinite().all()) for t in results[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -119,15 +131,21 @@ def test_each_gradient_alone_is_what_it_is_with_the_others(needed: int) -> None:
 
 @pytest.mark.parametrize("lengths", [[400] * 6, [400, 330, 330, 12, 2, 1]], ids=["dense", "packed"])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_many_chunks_of_steps_are_one_walk(directions: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize("proj", [0, 66])
+def test_many_chunks_of_steps_are_one_walk(proj: int, directions: int, lengths: list[int]) -> None:
     """Long enough that both walks go by chunks, against nn.LSTM in fp64; errors stay within twice those of nn.LSTM."""
     torch.manual_seed(0)
-    sizes = {"input_size": 7, "hidden_size": 130, "bidirectional": directions == 2}
+    sizes: dict[str, Any] = {
+        "input_size": 7,
+        "hidden_size": 130,
+        "bidirectional": directions == 2,
+        "proj_size": proj,
+    }
     ours, theirs, oracle = LSTM(**sizes, backend="cpu"), nn.LSTM(**sizes), nn.LSTM(**sizes).double()
     theirs.load_state_dict(ours.state_dict())
     oracle.load_state_dict(ours.state_dict())
     data, found = torch.randn(400, 6, 7), []
-    dy = torch.randn(sum(lengths), directions * 130)
+    dy = torch.randn(sum(lengths), directions * (proj or 130))
     for module in (ours, theirs, oracle):
         dtype = module.weight_hh_l0.dtype
         x = nn.utils.rnn.pack_padded_sequence(data.to(dtype).requires_grad_(), lengths)
@@ -140,15 +158,17 @@ def test_many_chunks_of_steps_are_one_walk(directions: int, lengths: list[int]) 
 
 
 @pytest.mark.parametrize("hidden", [64, 100])
-@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("rows", [1, 6, 7, 8, 9])
+@pytest.mark.parametrize("proj", [0, 33])
 @pytest.mark.usefixtures("instruction_set")
-def test_few_rows_read_weights_as_they_lie(rows: int, hidden: int) -> None:
+def test_few_rows_read_weights_as_they_lie(proj: int, rows: int, hidden: int) -> None:
     """On both sides of the number of rows from which on weights are packed."""
     torch.manual_seed(0)
-    ours, oracle = LSTM(70, hidden), nn.LSTM(70, hidden).double()
+    ours, oracle = LSTM(70, hidden, proj_size=proj), nn.LSTM(70, hidden, proj_size=proj).double()
     oracle.load_state_dict(ours.state_dict())
-    x, h, c = torch.randn(1, rows, 70), torch.randn(1, rows, hidden), torch.randn(1, rows, hidden)
-    weights = [torch.randn(1, rows, hidden) for _ in range(3)]
+    features = proj or hidden
+    x, h, c = torch.randn(1, rows, 70), torch.randn(1, rows, features), torch.randn(1, rows, hidden)
+    weights = [torch.randn(1, rows, size) for size in (features, features, hidden)]
     got = outputs_and_gradients(ours, [x, h, c], weights)
     want = outputs_and_gradients(oracle, [t.double() for t in (x, h, c)], [t.double() for t in weights])
     for a, exact in zip(got, want, strict=True):

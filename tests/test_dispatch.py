@@ -27,16 +27,16 @@ def test_every_backend_is_listed_with_a_reason():
 
 
 def test_auto_takes_the_kernel_and_says_so():
-    assert lstm_fast.explain(lstm_fast.LSTM(3, 5), X).startswith("cpu: the whole recurrence")
+    assert lstm_fast.explain(lstm_fast.LSTM(3, 5), X).startswith("cpu: a whole layer")
     assert lstm_fast.explain(lstm_fast.LSTMCell(3, 5), X[0]).startswith("cpu:")
     packed = nn.utils.rnn.pack_padded_sequence(X, [4, 2])
     assert lstm_fast.explain(lstm_fast.LSTM(3, 5, bidirectional=True), packed).startswith("cpu:")
+    assert lstm_fast.explain(lstm_fast.LSTM(3, 5, proj_size=2), packed).startswith("cpu:")
 
 
 @pytest.mark.parametrize(
     "config, x, words",
     [
-        ({"proj_size": 2}, X, "no kernel for projections yet (proj_size=2)"),
         ({"dtype": torch.complex64}, X.to(torch.complex64), "complex64"),
         ({"device": "meta"}, X.to("meta"), "no kernel serves device meta"),
     ],
@@ -45,7 +45,7 @@ def test_what_no_kernel_covers_runs_on_torch_with_the_reason(config, x, words):
     module = lstm_fast.LSTM(3, 5, **config)
     told = lstm_fast.explain(module, x)
     assert told.startswith("torch: ") and words in told
-    assert module(x)[0].shape == (4, 2, config.get("proj_size", 5))
+    assert module(x)[0].shape == (4, 2, 5)
 
 
 def test_auto_falls_back_when_kernels_are_missing(broken):
@@ -66,7 +66,6 @@ def test_a_named_backend_that_cannot_serve_raises(broken, name):
 @pytest.mark.parametrize(
     "config, x, words",
     [
-        ({"proj_size": 2}, X, "no kernel for projections"),
         ({"dtype": torch.complex64}, X.to(torch.complex64), "it serves"),
         ({"device": "meta"}, X.to("meta"), "not on meta"),
     ],
@@ -130,7 +129,7 @@ def choose_on_gpu(hidden, backend="auto", **call):
 def test_on_a_gpu_what_fits_a_cluster_is_persistent_and_the_rest_is_torchs(gpu_kernels):
     assert choose_on_gpu(768).backend == "persistent"
     assert choose_on_gpu(1024) == ("torch", "persistent: 1024 hidden units fit no cluster")
-    assert "no kernel for projections" in choose_on_gpu(64, proj_size=3).reason
+    assert "no projections" in choose_on_gpu(64, proj_size=3).reason
     with pytest.raises(RuntimeError, match='backend="persistent" cannot serve this call: 1024 hidden units'):
         choose_on_gpu(1024, backend="persistent")
 

@@ -22,6 +22,8 @@ struct Forward {
           s(walk.s),
           tiles(tiles_of(s.hidden, kUnits)),
           padded(tiles * kUnits),
+          features(s.features),
+          feature_tiles(args.weights[0].w_hr == nullptr ? 0 : tiles_of(features)),
           x(static_cast<const T*>(args.x)),
           h0(static_cast<const T*>(args.h0)),
           c0(static_cast<const T*>(args.c0)),
@@ -32,36 +34,40 @@ struct Forward {
           cells(static_cast<A*>(args.cells)),
           unpacked(walk.few()),
           joined(!unpacked && s.batch >= kJoinedBatch && s.input % 2 == 0 &&
-                 4 * s.hidden * (s.input + s.hidden) * static_cast<Index>(sizeof(T)) <= kJoinedBytes),
+                 4 * s.hidden * (s.input + features) * static_cast<Index>(sizeof(T)) <= kJoinedBytes),
           h_first(joined ? s.input : 0),
-          ld(h_first + padded),
+          ld(h_first + std::max(padded, feature_tiles * kTile)),
           packed(arena.take<A>(unpacked ? 0 : s.directions * tiles * packed_size())),
           bias(arena.take<A>(s.directions * tiles * kTile)),
           converted(std::is_same_v<T, A> || joined ? nullptr : arena.take<A>(s.directions * walk.chunk_rows * s.input)),
           a(arena.take<A>(joined ? 0 : s.directions * tiles * walk.chunk_rows * kTile)),
           h(arena.take<A>(s.directions * 2 * s.batch * ld)),
-          c(arena.take<A>(s.directions * s.batch * padded)) {
+          c(arena.take<A>(s.directions * s.batch * padded)),
+          w_hr(arena.take<A>(unpacked ? 0 : s.directions * feature_tiles * tile_size(s.hidden))),
+          m(arena.take<A>(feature_tiles == 0 ? 0 : s.directions * s.batch * padded)) {
         for (int d = 0; d < s.directions; ++d) {
             const Weights& w = args.weights[d];
             weights[d] = {static_cast<const T*>(w.w_ih), static_cast<const T*>(w.w_hh), static_cast<const T*>(w.b_ih),
-                          static_cast<const T*>(w.b_hh)};
+                          static_cast<const T*>(w.b_hh), static_cast<const T*>(w.w_hr)};
         }
     }
 
     // Elements of one tile of both weights.
-    Index packed_size() const { return tile_size(s.input) + tile_size(s.hidden); }
+    Index packed_size() const { return tile_size(s.input) + tile_size(features); }
 
     // The chunk's pre-activations of one tile: [rows of the chunk, 4, 16].
     A* of_tile(int d, Index tile) const { return a + (d * tiles + tile) * walk.chunk_rows * kTile; }
 
     struct Weight {
-        const T *w_ih, *w_hh, *b_ih, *b_hh;
+        const T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
     };
 
     const Walk walk;
     const Shape& s;
-    const Index tiles;   // of 16 hidden units, in one direction
-    const Index padded;  // H in whole tiles
+    const Index tiles;          // of 16 hidden units, in one direction
+    const Index padded;         // H in whole tiles
+    const Index features;       // R
+    const Index feature_tiles;  // of 64 features of h; 0 where it is not projected
     const T *x, *h0, *c0;
     Weight weights[2];
     T *y, *h_n, *c_n, *gates;
@@ -70,18 +76,56 @@ struct Forward {
     const bool joined;    // whether x and h are multiplied together
     const Index h_first;  // where h begins in a row of states
     const Index ld;       // from one row of states to the next
-    A* packed;            // [D, tiles, I + H, 64]
+    A* packed;            // [D, tiles, I + R, 64]
     A* bias;              // [D, tiles, 4, 16]
     A* converted;         // [D, rows of a chunk, I] x, where products don't read T
     A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
     A* h;                 // [D, 2, B, ld] states h_{t-1} and h_t by turns; joined: [x_t, h_{t-1}] and the next
     A* c;                 // [D, B, padded]
+    A* w_hr;              // [D, feature tiles, H, 64] packed
+    A* m;                 // [D, B, padded] o tanh(c), where it is projected
 };
 
-// Of one tile: W_ih's part [I, 64], then that of W_hh [H, 64].
+// Of one tile: W_ih's part [I, 64], then that of W_hh [R, 64].
 template <typename O, typename T>
 LSTM_HD O* packed_tile(const Forward<T>& f, int d, Index tile) {
     return reinterpret_cast<O*>(f.packed) + (d * f.tiles + tile) * f.packed_size();
+}
+
+// 16 units of h, as y and as the products of the next step read them: rounded to T.
+template <typename Isa, typename T>
+LSTM_HD void store_state(const Forward<T>& f, int d, Index row, Index unit, Index count, const Acc<T>* h,
+                         Operand<Isa, T>* next) {
+    store_units<Isa>(h, count, f.y + (row * f.s.directions + d) * f.features + unit);
+    if constexpr (std::is_same_v<Operand<Isa, T>, T>) {
+        store_units<Isa>(h, kUnits, next);
+    } else {
+        alignas(64) T rounded[kUnits];
+        store_units<Isa>(h, kUnits, rounded);
+        load_units<Isa>(rounded, kUnits, next);
+    }
+}
+
+// Rows b .. b + rows of step t, 64 features: what W_hr makes of o tanh(c).
+template <typename Isa, typename T>
+LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index rows, Index tile,
+                          Operand<Isa, T>* after) {
+    using O = Operand<Isa, T>;
+    const Index hidden = f.s.hidden, first = f.walk.start[t] + b;
+    const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.padded;
+    alignas(64) Acc<T> h[kRows * kTile];
+    if (f.unpacked) {
+        multiply_unpacked<Isa>(rows, m, f.padded, plain_rows(f.weights[d].w_hr, f.features, hidden, tile), hidden,
+                               hidden, h, kTile, false);
+    } else {
+        const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
+        multiply<Isa>(rows, m, f.padded, packed, kTile, hidden, h, kTile, false);
+    }
+    for (Index r = 0; r < rows; ++r) {
+        for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
+            store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),
+                             h + r * kTile + unit - tile * kTile, after + (b + r) * f.ld + f.h_first + unit);
+    }
 }
 
 // Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot.
@@ -90,22 +134,22 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
                           const Operand<Isa, T>* before, Operand<Isa, T>* after) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
-    const Index hidden = f.s.hidden, input = f.s.input, unit = tile * kUnits, count = std::min(kUnits, hidden - unit);
-    const Index first = f.walk.start[t] + b;
+    const Index hidden = f.s.hidden, input = f.s.input, features = f.features;
+    const Index unit = tile * kUnits, count = std::min(kUnits, hidden - unit), first = f.walk.start[t] + b;
     const A* const bias = f.bias + (d * f.tiles + tile) * kTile;
     const O* const packed = packed_tile<const O>(f, d, tile);
     const O* const states = before + b * f.ld;
     alignas(64) A both[kRows * kTile];
     A* products = both;  // [rows, 4, 16]
     if (f.joined) {
-        multiply<Isa>(rows, states, f.ld, packed, kTile, input + hidden, products, kTile, false);
+        multiply<Isa>(rows, states, f.ld, packed, kTile, input + features, products, kTile, false);
     } else {
         products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
         if (f.unpacked) {
-            multiply_unpacked<Isa>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, hidden, tile), hidden,
-                                   hidden, products, kTile, true);
+            multiply_unpacked<Isa>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile), features,
+                                   features, products, kTile, true);
         } else {
-            multiply<Isa>(rows, states, f.ld, packed + tile_size(input), kTile, hidden, products, kTile, true);
+            multiply<Isa>(rows, states, f.ld, packed + tile_size(input), kTile, features, products, kTile, true);
         }
     }
     for (Index r = 0; r < rows; ++r) {
@@ -123,15 +167,10 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
             c[j] = cell.c;
             h_new[j] = cell.h;
         }
-        T* const y = f.y + (first + r) * f.s.directions * hidden + d * hidden + unit;
-        O* const h_row = after + (b + r) * f.ld + f.h_first + unit;
-        store_units<Isa>(h_new, count, y);
-        if constexpr (std::is_same_v<O, T>) {
-            store_units<Isa>(h_new, kUnits, h_row);
+        if (f.feature_tiles == 0) {
+            store_state<Isa>(f, d, first + r, unit, count, h_new, after + (b + r) * f.ld + f.h_first + unit);
         } else {
-            alignas(64) T rounded[kUnits];
-            store_units<Isa>(h_new, kUnits, rounded);
-            load_units<Isa>(rounded, kUnits, h_row);
+            store_units<Isa>(h_new, kUnits, reinterpret_cast<O*>(f.m) + (d * f.s.batch + b + r) * f.padded + unit);
         }
         if (f.gates != nullptr) {
             const Index row = d * f.walk.rows() + first + r;
@@ -154,7 +193,7 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         if (!f.unpacked) {
             O* const packed = packed_tile<O>(f, 0, i);
             pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, s.input, packed);
-            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, s.hidden, tile), s.hidden, s.hidden,
+            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, f.features,
                            packed + tile_size(s.input));
         }
         for (Index gate = 0; gate < 4; ++gate) {
@@ -165,15 +204,19 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
             }
         }
     }
+    for (Index i = thread; !f.unpacked && i < s.directions * f.feature_tiles; i += team.threads) {
+        const T* const w = f.weights[i / f.feature_tiles].w_hr;
+        pack_rows<Isa>(plain_rows(w, f.features, s.hidden, i % f.feature_tiles), s.hidden, s.hidden,
+                       reinterpret_cast<O*>(f.w_hr) + i * tile_size(s.hidden));
+    }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
         const Index d = i / s.batch, b = i % s.batch;
-        for (Index unit = 0; unit < f.padded; unit += kUnits) {
-            const Index count = std::min(kUnits, s.hidden - unit);
-            load_units<Isa>(f.c0 + i * s.hidden + unit, count, f.c + i * f.padded + unit);
-            for (Index turn = 0; turn < 2; ++turn) {  // a row may join at any step
-                O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.ld + f.h_first + unit;
-                for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? operand<O>(f.h0[i * s.hidden + unit + j]) : O{};
-            }
+        for (Index unit = 0; unit < f.padded; unit += kUnits)
+            load_units<Isa>(f.c0 + i * s.hidden + unit, std::min(kUnits, s.hidden - unit), f.c + i * f.padded + unit);
+        for (Index turn = 0; turn < 2; ++turn) {  // a row may join at any step
+            O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.ld + f.h_first;
+            for (Index j = 0; j < f.ld - f.h_first; ++j)
+                to[j] = j < f.features ? operand<O>(f.h0[i * f.features + j]) : O{};
         }
     }
 }
@@ -272,6 +315,18 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
                 if (f.joined && step + 1 < s.time)
                     join_input<Isa>(f, team, part, d == 0 ? t + 1 : t - 1, states(d, 1 - turn));
             }
+            if (f.feature_tiles > 0) {
+                if (!team.by_rows) meet();
+                for (int d = 0; d < s.directions; ++d) {
+                    const Part part = part_of(team, thread, d, f.feature_tiles);
+                    const Index t = chunks[d].step(i);
+                    for (Index tile = part.tile; tile < part.tile_end; ++tile) {
+                        for_blocks(team, part, s, t, [&](Index b, Index rows) LSTM_INLINED {
+                            project_tile<Isa>(f, d, t, b, rows, tile, states(d, 1 - turn));
+                        });
+                    }
+                }
+            }
             if (!team.by_rows) meet();
         }
         meet();  // before others' rows are overwritten
@@ -281,8 +336,8 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
         Index last = 0;  // the step where sequence b ends its walk
         if (d == 0)
             last = std::partition_point(s.steps, s.steps + s.time, [b](Index n) { return n > b; }) - s.steps - 1;
-        std::memcpy(f.h_n + i * s.hidden, f.y + (f.walk.start[last] + b) * s.directions * s.hidden + d * s.hidden,
-                    s.hidden * sizeof(T));
+        std::memcpy(f.h_n + i * f.features, f.y + ((f.walk.start[last] + b) * s.directions + d) * f.features,
+                    f.features * sizeof(T));
         store_row<Isa>(f.c + i * f.padded, s.hidden, f.c_n + i * s.hidden, false);
     }
 }

@@ -4,8 +4,8 @@
 #include <omp.h>
 #endif
 
-#include "backward.h"
 #include "forward.h"
+#include "gradients.h"
 
 namespace lstm::cpu {
 namespace {

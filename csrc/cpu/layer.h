@@ -1,10 +1,10 @@
 // One layer on a CPU: all steps and directions, its products over all steps too, in one call forward and one backward.
 // This header is the contract.
 //
-// N rows over all steps, B sequences, I input features, H hidden units, D directions, T the storage dtype, A the
-// accumulation dtype (double for float64, else float). Row (t, b) lies at steps[0] + ... + steps[t-1] + b. Direction 0
-// walks t = 0 .. time-1, direction 1 the other way; a sequence joins that walk at its own last step. Gates are ordered
-// i, f, g, o.
+// N rows over all steps, B sequences, I input features, H hidden units, R features of h (H unless it is projected), D
+// directions, T the storage dtype, A the accumulation dtype (double for float64, else float). Row (t, b) lies at
+// steps[0] + ... + steps[t-1] + b. Direction 0 walks t = 0 .. time-1, direction 1 the other way; a sequence joins that
+// walk at its own last step. Gates are ordered i, f, g, o.
 //
 // All arrays are C-contiguous and need only the alignment of their elements. Nothing written may overlap anything else
 // in the call, and nothing is kept after it. What is "written" is written fully and read only where "in place" is said.
@@ -30,6 +30,7 @@ struct Shape {
     std::int64_t batch;              // B >= 1
     std::int64_t input;              // I >= 0
     std::int64_t hidden;             // H >= 1
+    std::int64_t features;           // R >= 1
     int directions;                  // D: 1 or 2
     Dtype dtype;                     // T
     int threads;                     // at most so many; small problems take fewer
@@ -38,18 +39,19 @@ struct Shape {
 
 struct Weights {
     const void* w_ih;  // T [4H, I]
-    const void* w_hh;  // T [4H, H]
+    const void* w_hh;  // T [4H, R]
     const void* b_ih;  // T [4H], or null with b_hh
     const void* b_hh;  // T [4H]
+    const void* w_hr;  // T [R, H]; null where R is H and h is not projected
 };
 
 struct ForwardArgs {
     const void* x;       // T [N, I]
-    const void* h0;      // T [D, B, H]
+    const void* h0;      // T [D, B, R]
     const void* c0;      // T [D, B, H]
     Weights weights[2];  // one for each direction
-    void* y;             // T [N, D * H], written: direction d fills columns d * H ..
-    void* h_n;           // T [D, B, H], written: each sequence's state after its own last step of the walk
+    void* y;             // T [N, D * R], written: direction d fills columns d * R ..
+    void* h_n;           // T [D, B, R], written: each sequence's state after its own last step of the walk
     void* c_n;           // T [D, B, H], written
     void* gates;         // T [D, N, 4H], written: activated, for the backward pass; null when there will be none
     void* cells;         // A [D, N, H], written: c_t for the backward pass; null likewise
@@ -57,20 +59,21 @@ struct ForwardArgs {
 
 struct WeightGradients {
     void* w_ih;  // T [4H, I], written; null where not asked for
-    void* w_hh;  // T [4H, H], likewise
+    void* w_hh;  // T [4H, R], likewise
     void* bias;  // T [4H], likewise: the gradient of b_ih, and of b_hh
+    void* w_hr;  // T [R, H], likewise
 };
 
 struct BackwardArgs {
     const void* x;       // T [N, I]
-    const void* h0;      // T [D, B, H]
+    const void* h0;      // T [D, B, R]
     const void* c0;      // T [D, B, H]
     Weights weights[2];  // one for each direction; biases are not read
-    const void* y;       // T [N, D * H] from the forward call
+    const void* y;       // T [N, D * R] from the forward call
     const void* gates;   // T [D, N, 4H] from the forward call
     const void* cells;   // A [D, N, H] from the forward call
-    const void* dy;      // T [N, D * H] gradient of y; null when zero
-    void* dh;            // A [D, B, H], in place: gradient of h_n on entry, of h0 on return
+    const void* dy;      // T [N, D * R] gradient of y; null when zero
+    void* dh;            // A [D, B, R], in place: gradient of h_n on entry, of h0 on return
     void* dc;            // A [D, B, H], in place: gradient of c_n on entry, of c0 on return
     void* dx;            // T [N, I], written; null where not asked for
     WeightGradients gradients[2];

@@ -27,7 +27,7 @@ LSTM_HD Index row_blocks(const Shape& s) { return tiles_of(s.batch, kRows); }
 // Threads worth waking: each has to save more than it costs, and a meeting at every step costs more.
 inline int useful_threads(const Shape& s, Index rows, Index tiles) {
     const double row_work =
-        4.0 * s.hidden * (s.input + s.hidden + 32);  // multiply-adds; the gates count as 32 a column
+        4.0 * s.hidden * (s.input + s.features + 32);  // multiply-adds; the gates count as 32 a column
     const double work = row_work * rows * s.directions / 1e6, step_work = row_work * s.batch / 2e5;
     const Index threads = std::clamp<Index>(static_cast<Index>(std::min(work, 1e6)), 1, std::max(s.threads, 1));
     if (s.directions * row_blocks(s) >= threads) return static_cast<int>(threads);
@@ -124,6 +124,18 @@ LSTM_HD Groups<T> gate_rows(const T* w, Index hidden, Index depth, Index tile) {
     for (Index gate = 0; gate < 4; ++gate) {
         groups.first[gate] = w + (gate * hidden + tile * kUnits) * depth;
         groups.count[gate] = std::min(kUnits, hidden - tile * kUnits);
+    }
+    return groups;
+}
+
+// Rows 64 * tile .. of w [rows, depth].
+template <typename T>
+LSTM_HD Groups<T> plain_rows(const T* w, Index rows, Index depth, Index tile) {
+    Groups<T> groups;
+    for (Index group = 0; group < 4; ++group) {
+        const Index first = tile * kTile + group * kUnits;
+        groups.first[group] = w + first * depth;
+        groups.count[group] = std::clamp<Index>(rows - first, 0, kUnits);
     }
     return groups;
 }

@@ -1,7 +1,8 @@
 """One thin file a backend: tensors in, pointers out, nothing decided.
 
 Gates are stacked i, f, g, o. T is the storage dtype; Acc is float64 for float64, else float32. N rows over all steps
-(T*B when dense), B sequences, I input features, H hidden units, D directions. Row (t, b) is ``start(t) + b``.
+(T*B when dense), B sequences, I input features, H hidden units, R features of h (H unless projected), D directions.
+Row (t, b) is ``start(t) + b``.
 ``steps``: active sequences of each step, never growing, all above 0. Direction 1 walks from the last to the first step.
 Each backend has:
 
@@ -10,16 +11,17 @@ Each backend has:
 ``refuses(device, dtype, hidden) -> str | None``
     None if it serves tensors of that kind with H = ``hidden``, else why not.
 ``layer_forward(x, h0, c0, weights, steps, save) -> y, h_n, c_n, saved``
-    F1-F6 over all steps. ``x`` [N, I], ``h0``, ``c0`` [D, B, H] T; ``weights``: for each direction w_ih [4H, I], w_hh
-    [4H, H], b_ih and b_hh [4H] or None, and None. Returns ``y`` [N, D*H] T, direction d in columns d*H to (d+1)*H;
-    ``h_n``, ``c_n`` [D, B, H] T; with ``save``, what backward needs: the activated gates [D, N, 4H] T and c_t of every
-    step [D, N, H] Acc; else None.
+    F1-F6 over all steps. ``x`` [N, I], ``h0`` [D, B, R], ``c0`` [D, B, H] T; ``weights``: for each direction w_ih
+    [4H, I], w_hh [4H, R], b_ih and b_hh [4H] or None, w_hr [R, H] or None. Returns ``y`` [N, D*R] T, direction d in
+    columns d*R to (d+1)*R; ``h_n`` and ``c_n``, shaped as ``h0`` and ``c0``; with ``save``, what backward needs: the
+    activated gates [D, N, 4H] T and c_t of every step [D, N, H] Acc; else None.
 ``layer_backward(x, h0, c0, weights, steps, y, saved, dy, dh, dc, needs_x, needs) -> dx, gradients``
-    B1-B8 over all steps. ``dy`` [N, D*H] T, or None for zero. ``dh``, ``dc`` [D, B, H] Acc: on entry the gradients of
-    h_n and c_n, on return those of h0 and c0. Returns the gradients of x, and for each direction of w_ih, w_hh, either
-    bias and w_hr; None where ``needs_x``, or ``needs`` of that direction, a flag for each of its weights, is false.
+    B1-B8 over all steps. ``dy`` [N, D*R] T, or None for zero. ``dh``, ``dc``, shaped as ``h0`` and ``c0``, Acc: on
+    entry the gradients of h_n and c_n, on return those of h0 and c0. Returns the gradients of x, and for each direction
+    of w_ih, w_hh, either bias and w_hr; None where ``needs_x``, or ``needs`` of that direction, a flag for each of its
+    weights, is false.
 
-Those but the CPU's know the recurrence alone, and leave the other products to ``hoisted.py``:
+Those but the CPU's know the recurrence alone, without projection, and leave the other products to ``hoisted.py``:
 
 ``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
     F1-F6 over all steps. ``gates`` [D, N, 4H] T: on entry the input product with both biases; on return the activated

@@ -40,7 +40,7 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """F1 to F6 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
     rows, (directions, _, hidden) = x.size(0), c0.shape
-    y = x.new_empty(rows, directions * hidden)
+    y = x.new_empty(rows, directions * h0.size(2))
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     gates = cells = None
     if save:
@@ -49,8 +49,8 @@ def layer_forward(
     weights = _contiguous(weights)
     _C.cpu_layer_forward(
         steps,
-        _sizes(x, hidden),
-        [_addresses(*direction[:4]) for direction in weights],
+        _sizes(x, h0, hidden),
+        [_addresses(*direction) for direction in weights],
         _addresses(x, h0, c0, y, h_n, c_n, gates, cells),
     )
     return y, h_n, c_n, None if gates is None or cells is None else (gates, cells)
@@ -75,20 +75,20 @@ def layer_backward(
     gates, cells = saved
     weights = _contiguous(weights)
     dx = torch.empty_like(x) if needs_x else None
-    gradients = []
-    for (w_ih, w_hh, _, _, _), (need_ih, need_hh, *need_bias) in zip(weights, needs, strict=True):
-        dw_ih = torch.empty_like(w_ih) if need_ih else None
-        dw_hh = torch.empty_like(w_hh) if need_hh else None
-        db = x.new_empty(w_hh.size(0)) if any(need_bias[:2]) else None
-        gradients.append((dw_ih, dw_hh, db))
+    gradients: list[Gradients] = []
+    for (w_ih, w_hh, _, _, w_hr), need in zip(weights, needs, strict=True):
+        dw_ih = torch.empty_like(w_ih) if need[0] else None
+        dw_hh = torch.empty_like(w_hh) if need[1] else None
+        db = x.new_empty(w_hh.size(0)) if need[2] or need[3] else None
+        gradients.append((dw_ih, dw_hh, db, torch.empty_like(w_hr) if need[4] and w_hr is not None else None))
     _C.cpu_layer_backward(
         steps,
-        _sizes(x, c0.size(2)),
-        [_addresses(*direction[:4]) for direction in weights],
+        _sizes(x, h0, c0.size(2)),
+        [_addresses(*direction) for direction in weights],
         [_addresses(*found) for found in gradients],
         _addresses(x, h0, c0, y, gates, cells, dy, dh, dc, dx),
     )
-    return dx, [(dw_ih, dw_hh, db, None) for dw_ih, dw_hh, db in gradients]
+    return dx, gradients
 
 
 def _contiguous(weights: Sequence[Weights]) -> list[Any]:
@@ -99,6 +99,7 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _sizes(x: Tensor, hidden: int) -> tuple[int, int, int, int, int]:
-    """I, H, the dtype's code, threads, and the best instruction set."""
-    return x.size(1), hidden, _CODES[x.dtype], torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
+def _sizes(x: Tensor, h0: Tensor, hidden: int) -> tuple[int, int, int, int, int, int]:
+    """I, H, R, the dtype's code, threads, and the best instruction set."""
+    threads, best = torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
+    return x.size(1), hidden, h0.size(2), _CODES[x.dtype], threads, best
