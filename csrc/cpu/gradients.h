@@ -40,16 +40,15 @@ LSTM_HD void pack_states(const Backward<T>& f, int d, const Chunk& chunk, const 
 }
 
 // The chunk's gradients with two rows side by side.
-template <typename O, typename T>
+template <typename Isa, typename T>
 LSTM_HD void pair_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
                        const Team& team, int thread) {
-    const O* const from = chunk_rows<const O>(f, g, d);
-    O* const to = reinterpret_cast<O*>(g.pairs) + d * (f.walk.chunk_rows + f.walk.chunk_rows % 2) * g.columns;
+    const BFloat16* const from = chunk_rows<const BFloat16>(f, g, d);
+    BFloat16* const to =
+        reinterpret_cast<BFloat16*>(g.pairs) + d * (f.walk.chunk_rows + f.walk.chunk_rows % 2) * g.columns;
     for (Index row = 2 * thread; row < chunk.rows; row += 2 * team.threads) {
-        for (Index j = 0; j < g.columns; ++j) {
-            to[row * g.columns + 2 * j] = from[row * g.ld + j];
-            to[row * g.columns + 2 * j + 1] = row + 1 < chunk.rows ? from[(row + 1) * g.ld + j] : O{};
-        }
+        const BFloat16* const even = from + row * g.ld;
+        interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, g.columns, to + row * g.columns);
     }
 }
 
@@ -134,8 +133,8 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
     for (int d = 0; d < s.directions; ++d) {
         pack_states<Isa>(f, d, chunks[d], team, thread);
         if constexpr (sizeof(O) < sizeof(Acc<T>)) {
-            pair_rows<O>(f, f.da, d, chunks[d], team, thread);
-            if (f.projected) pair_rows<O>(f, f.dr, d, chunks[d], team, thread);
+            pair_rows<Isa>(f, f.da, d, chunks[d], team, thread);
+            if (f.projected) pair_rows<Isa>(f, f.dr, d, chunks[d], team, thread);
         }
     }
     meet();

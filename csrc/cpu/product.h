@@ -179,16 +179,36 @@ LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, Index stride
     }
 }
 
+// Two rows of `count` elements side by side: to[j][0] = even[j], to[j][1] = odd[j]; odd may be null, for zeros.
+template <typename Isa>
+LSTM_HD void interleave(const BFloat16* even, const BFloat16* odd, Index count, BFloat16* to) {
+    constexpr Index side = sizeof(typename Isa::Narrow) / sizeof(BFloat16);
+    for (Index j = 0; j < count; j += side) {
+        typename Isa::Narrow low = {}, high = {};
+        const Index bytes = std::min(side, count - j) * static_cast<Index>(sizeof(BFloat16));
+        if (bytes == sizeof(low)) {
+            std::memcpy(&low, even + j, sizeof(low));
+            if (odd != nullptr) std::memcpy(&high, odd + j, sizeof(high));
+        } else {
+            std::memcpy(&low, even + j, bytes);
+            if (odd != nullptr) std::memcpy(&high, odd + j, bytes);
+        }
+        const typename Isa::Wide pairs =
+            __builtin_convertvector(low, typename Isa::Wide) | __builtin_convertvector(high, typename Isa::Wide) << 16;
+        if (bytes == sizeof(low)) {
+            std::memcpy(to + 2 * j, &pairs, sizeof(pairs));
+        } else {
+            std::memcpy(to + 2 * j, &pairs, 2 * bytes);
+        }
+    }
+}
+
 template <typename Isa, typename T, typename Row>
 LSTM_HD void pack_columns(Index k, Index columns, const Row& row, BFloat16* to) {
-    constexpr BFloat16 zeros[kTile] = {};
     for (Index p = 0; p < k; p += 2) {
-        const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : zeros;
-        BFloat16* const pairs = to + p * kTile;
-        for (Index j = 0; j < kTile; ++j) {
-            pairs[2 * j] = j < columns ? even[j] : BFloat16{0};
-            pairs[2 * j + 1] = j < columns ? odd[j] : BFloat16{0};
-        }
+        const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : nullptr;
+        if (columns < kTile) std::fill_n(to + p * kTile, 2 * kTile, BFloat16{0});
+        interleave<Isa>(even, odd, columns, to + p * kTile);
     }
 }
 #endif
