@@ -1,12 +1,13 @@
 # make test      environment, build, linters, every test
 # make demo      environment, build, a trained translator with its score, some translations and a picture
+# make sanitize  the CPU kernels under ASan with UBSan, and under TSan
 # make gpu-check builds for the card at hand with $(PYTHON) as it is, runs the GPU tests and a benchmark
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests benchmarks -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
-.PHONY: test demo lint wheel gpu-check clean
+.PHONY: test demo lint wheel sanitize gpu-check clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests
@@ -19,6 +20,18 @@ lint: .venv/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+# -j2 builds both at once: each compiles for minutes
+build/cpu_asan: SANITIZER := address,undefined
+build/cpu_tsan: SANITIZER := thread
+build/cpu_asan build/cpu_tsan: tests/cpu_sanitizers.cpp $(wildcard csrc/*.h csrc/cpu/*)
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g1 -pthread -fno-math-errno -fno-trapping-math -fno-sanitize-recover=all -Wall -Wextra \
+		-Wno-unknown-pragmas -Wno-psabi -fsanitize=$(SANITIZER) -o $@ $<
+
+sanitize: build/cpu_asan build/cpu_tsan
+	build/cpu_asan
+	build/cpu_tsan
 
 wheel: .venv/.built
 	$(BIN)/python -m build

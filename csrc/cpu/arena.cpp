@@ -34,6 +34,9 @@ Arena::Arena(std::int64_t bytes) {
 
 Arena::~Arena() {
     if (block_ == nullptr) return;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(block_, size_of(block_));
+#endif
     std::free(size_of(block_) > kMostKept ? block_ : kept.exchange(block_));
 }
 

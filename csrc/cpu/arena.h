@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace lstm::cpu {
 
@@ -20,6 +23,11 @@ class Arena {
     A* take(std::int64_t size) {
         char* const array = block_ == nullptr ? nullptr : block_ + used_;
         used_ += (size * static_cast<std::int64_t>(sizeof(A)) + 63) / 64 * 64;
+#ifdef __SANITIZE_ADDRESS__  // nothing may be read or written behind an array
+        if (block_ != nullptr)
+            __asan_poison_memory_region(array + size * sizeof(A), used_ + 64 - (array - block_) - size * sizeof(A));
+        used_ += 64;
+#endif
         return reinterpret_cast<A*>(array);
     }
     std::int64_t used() const { return used_; }
