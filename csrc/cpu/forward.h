@@ -286,7 +286,7 @@ template <typename Isa, typename T>
 LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
-    const Team team = make_team(s, threads);
+    const Team team = make_team(s, f.tiles, threads);
     const auto states = [&](int d, Index turn) { return reinterpret_cast<O*>(f.h) + (2 * d + turn) * s.batch * f.ld; };
     prepare_forward<Isa>(f, team, thread);
     for (int d = 0; f.joined && d < s.directions; ++d)

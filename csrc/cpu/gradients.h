@@ -192,7 +192,7 @@ LSTM_HD void round_sum(const Acc<T>* sum, T* gradient, Index rows, Index columns
 template <typename Isa, typename T>
 LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
     const Shape& s = f.s;
-    const Team team = make_team(s, threads);
+    const Team team = make_team(s, f.tiles, threads);
     prepare_backward<Isa>(f, team, thread);
     meet();
     for (Index index = 0; index < f.walk.chunks(); ++index) {
