@@ -258,8 +258,8 @@ lstm::persistent::Sizes persistent_sizes(const std::array<std::int64_t, 5>& size
 }
 
 void persistent_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh, Address starts,
-                        Address y, Address h_n, Address c_n, Address cells, const std::array<std::int64_t, 5>& sizes, const PlanTuple& plan,
-                        int kind, std::optional<int> device, std::uint64_t queue) {
+                        Address y, Address h_n, Address c_n, Address cells, const std::array<std::int64_t, 5>& sizes,
+                        const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
     const lstm::persistent::Forward walk{pointer(gates),
                                          pointer(h0),
                                          pointer(c0),
@@ -276,8 +276,8 @@ void persistent_forward(Address gates, Address h0, Address c0, const std::vector
 }
 
 void persistent_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh, Address starts,
-                         Address dy, Address dh, Address dc, Address dgates, const std::array<std::int64_t, 5>& sizes, const PlanTuple& plan,
-                         int kind, std::optional<int> device, std::uint64_t queue) {
+                         Address dy, Address dh, Address dc, Address dgates, const std::array<std::int64_t, 5>& sizes,
+                         const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
     const lstm::persistent::Backward walk{pointer(gates),
                                           pointer(cells),
                                           pointer(c0),

@@ -79,6 +79,9 @@ def _check(inputs: Sequence[Tensor | None]) -> None:
     directions, batch, hidden = c0.shape
     if h0.shape[:2] != (directions, batch):
         raise RuntimeError(f"h_0 and c_0 should agree in their first two sizes, got {[*h0.shape]} and {[*c0.shape]}")
+    for b_ih, b_hh in zip(inputs[_STATES + 2 :: _PER_DIRECTION], inputs[_STATES + 3 :: _PER_DIRECTION], strict=True):
+        if (b_ih is None) != (b_hh is None):
+            raise RuntimeError("bias_ih and bias_hh should both be given, or neither")
     dtype, device, gates, projected = x.dtype, x.device, 4 * hidden, h0.size(2)
     for name, state in (("hidden", h0), ("cell", c0)):
         if state.dtype != dtype or state.device != device:

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import lstm_fast
+from lstm_fast.autograd import layer
 
 X = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
 
@@ -179,3 +180,11 @@ def test_helpers_that_subclasses_use():
     ours.check_forward_args(x, hx, None)
     with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(2, 2, 5\)"):
         ours.check_forward_args(x, (hx[0], hx[0]), None)
+
+
+def test_one_bias_without_the_other_is_refused():
+    module = lstm_fast.LSTM(3, 5)
+    w_ih, w_hh, b_ih, _ = module.parameters()
+    state = torch.zeros(1, 2, 5)
+    with pytest.raises(RuntimeError, match="bias_ih and bias_hh should both be given, or neither"):
+        layer(torch.zeros(4, 3), state, state, [(w_ih, w_hh, b_ih, None, None)], None, "cpu")
