@@ -60,6 +60,12 @@ const Case kCases[] = {
     {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 6, 450, 0, 1},
     {std::vector<Index>(150, 3), 4, 20, 0, 2},  // several chunks
     {std::vector<Index>(150, 3), 4, 20, 6, 1},
+    {[] {
+         std::vector<Index> steps(40, 13);
+         steps.resize(60, 7);
+         return steps;
+     }(),
+     15, 130, 0, 2},  // rows shared by threads, in chunks that don't line up
 };
 
 template <typename T>
