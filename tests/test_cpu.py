@@ -88,7 +88,7 @@ def layer(steps: list[int], directions: int, hidden: int, proj: int, dtype: torc
 @pytest.mark.parametrize(
     ("hidden", "steps"),
     [(450, [1] * 12), (450, [3] * 6), (450, [17, 16, 9, 9, 2, 1]), (100, [40] * 6), (175, [13] * 20 + [7] * 10)],
-    ids=str,
+    ids=["one sequence", "three", "packed", "many", "several chunks"],
 )
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits(
