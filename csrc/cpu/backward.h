@@ -30,10 +30,11 @@ struct Backward {
           tiles(tiles_of(s.hidden)),
           feature_tiles(tiles_of(s.features)),
           input_tiles(tiles_of(s.input)),
-          state_tiles(input_tiles + feature_tiles + (projected ? tiles : 0)),
+          factor_tiles(input_tiles + feature_tiles + (projected ? tiles : 0)),
           x(static_cast<const T*>(args.x)),
           h0(static_cast<const T*>(args.h0)),
           c0(static_cast<const T*>(args.c0)),
+          weights{TypedWeights<T>(args.weights[0]), TypedWeights<T>(args.weights[1])},
           y(static_cast<const T*>(args.y)),
           gates(static_cast<const T*>(args.gates)),
           dy(static_cast<const T*>(args.dy)),
@@ -49,12 +50,9 @@ struct Backward {
           m(arena.take<A>(projected ? s.directions * walk.chunk_rows * s.hidden : 0)),
           da(of_chunk(4 * s.hidden, arena)),
           dr(of_chunk(projected ? s.features : 0, arena)),
-          states(arena.take<A>(s.directions * state_tiles * tile_size(walk.chunk_rows))) {
+          factors(arena.take<A>(s.directions * factor_tiles * tile_size(walk.chunk_rows))) {
         for (int d = 0; d < s.directions; ++d) {
-            const Weights& w = args.weights[d];
             const WeightGradients& g = args.gradients[d];
-            weights[d] = {static_cast<const T*>(w.w_ih), static_cast<const T*>(w.w_hh), static_cast<const T*>(w.w_hr),
-                          nullptr};
             gradients[d] = {static_cast<T*>(g.w_ih), static_cast<T*>(g.w_hh), static_cast<T*>(g.w_hr),
                             static_cast<T*>(g.bias)};
             sums[d] = {sum_of(gradients[d].w_ih, 4 * s.hidden * s.input, arena),
@@ -88,9 +86,10 @@ struct Backward {
     const Shape& s;
     const bool projected;
     const Index tiles, feature_tiles, input_tiles;  // of 64 hidden units, features of h, and of x
-    const Index state_tiles;                        // of all that gradients are multiplied by
-    const T *x, *h0, *c0, *y, *gates, *dy;
-    OfWeights<const T*> weights[2];
+    const Index factor_tiles;                       // of all that gradients are multiplied by
+    const T *x, *h0, *c0;
+    const TypedWeights<T> weights[2];
+    const T *y, *gates, *dy;
     const A* cells;
     A *dh_user, *dc;
     T* dx;
@@ -104,13 +103,17 @@ struct Backward {
     A* m;                  // [D, rows of a chunk, H] o tanh(c)
     ChunkGradients<A> da;  // of the pre-activations, 4H columns
     ChunkGradients<A> dr;  // of the projected h, R columns
-    A* states;             // [D, tiles of x, h and m, rows of a chunk, 64] packed
+    A* factors;            // [D, tiles of x, h and m, rows of a chunk, 64] packed
 };
 
-// Rows of direction d in a chunk's gradients.
+// Rows of direction d in a chunk's gradients, and pairs of them.
 template <typename O, typename T>
 LSTM_HD O* chunk_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
     return reinterpret_cast<O*>(g.rows) + d * f.walk.chunk_rows * g.ld;
+}
+template <typename O, typename T>
+LSTM_HD O* chunk_pairs(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
+    return reinterpret_cast<O*>(g.pairs) + d * (f.walk.chunk_rows + f.walk.chunk_rows % 2) * g.columns;
 }
 
 // A tile of 64 columns of a weight, packed; of few rows in all, a whole one as it lies.
@@ -201,74 +204,120 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
     }
 }
 
-// One step of one direction, in three parts between which the gradients of other threads' columns are needed: dr, where
-// h is projected; da; dh of the step before.
-enum class StepPart { projection, gates, states };
-
+// One step of one direction, as one thread walks it.
 template <typename Isa, typename T>
-LSTM_HD void step_back(const Backward<T>& f, int d, const Chunk& chunk, Index t, StepPart step_part, const Team& team,
-                       int thread) {
+struct StepBack {
+    using A = Acc<T>;
     using O = Operand<Isa, T>;
-    const Shape& s = f.s;
-    const Index local = f.walk.start[t] - chunk.base, ld_h = f.feature_tiles * kTile, ld_m = f.tiles * kTile;
-    const Part units = part_of(team, thread, d, f.tiles), features = part_of(team, thread, d, f.feature_tiles);
-    const Index units_end = std::min(units.tile_end * kTile, s.hidden);
-    O* const da = chunk_rows<O>(f, f.da, d) + local * f.da.ld;
-    O* const dr = chunk_rows<O>(f, f.dr, d) + local * f.dr.ld;
-    O* const m = reinterpret_cast<O*>(f.m) + (d * f.walk.chunk_rows + local) * s.hidden;
-    Acc<T>* const dh = f.dh + d * s.batch * ld_h;
-    Acc<T>* const dm = f.dm + d * s.batch * ld_m;
-    const T* const dy = f.dy == nullptr ? nullptr : f.dy + (f.walk.start[t] * s.directions + d) * s.features;
-    const auto product = [&](const T* w, Index depth, Index columns, Acc<T>* packed, const Part& part, const O* left,
-                             Index ld, Acc<T>* to, Index ld_to) LSTM_INLINED {
-        for (Index tile = part.tile; tile < part.tile_end; ++tile) {
-            const auto right = right_side<Isa>(f, w, depth, columns, packed, d, tile);
-            for (Index k = 0; k < depth; k += kDepth) {  // so much of the tile stays in cache
-                for_blocks(team, part, s, t, [&](Index b, Index rows) LSTM_INLINED {
-                    multiply<Isa>(rows, left + b * ld + k, ld, right.b + k * right.ldb, right.ldb,
-                                  std::min(kDepth, depth - k), to + b * ld_to + tile * kTile, ld_to, k > 0);
-                });
-            }
+
+    LSTM_HD StepBack(const Backward<T>& backward, const Team& in, int thread, int direction, const Chunk& chunk,
+                     Index i)
+        : f(backward),
+          team(in),
+          d(direction),
+          t(chunk.step(i)),
+          units(part_of(team, thread, d, f.tiles)),
+          features(part_of(team, thread, d, f.feature_tiles)),
+          ld_h(f.feature_tiles * kTile),
+          ld_m(f.tiles * kTile),
+          dh(f.dh + d * f.s.batch * ld_h),
+          dm(f.dm + d * f.s.batch * ld_m),
+          dy(f.dy == nullptr ? nullptr : f.dy + (f.walk.start[t] * f.s.directions + d) * f.s.features) {
+        const Index local = f.walk.start[t] - chunk.base;
+        da = chunk_rows<O>(f, f.da, d) + local * f.da.ld;
+        dr = chunk_rows<O>(f, f.dr, d) + local * f.dr.ld;
+        m = reinterpret_cast<O*>(f.m) + (d * f.walk.chunk_rows + local) * f.s.hidden;
+    }
+
+    const Backward<T>& f;
+    const Team& team;
+    const int d;
+    const Index t;
+    const Part units, features;  // this thread's tiles of hidden units and of h
+    const Index ld_h, ld_m;
+    A *const dh, *const dm;  // of the direction
+    const T* const dy;       // of the step, as are the next ones
+    O *da, *dr, *m;
+};
+
+// This thread's rows of a step: calls take(sequence).
+template <typename Isa, typename T, typename Take>
+LSTM_HD void for_rows(const StepBack<Isa, T>& step, const Part& part, const Take& take) {
+    for_blocks(step.team, part, step.f.s, step.t, [&](Index first, Index rows) LSTM_INLINED {
+        for (Index b = first; b < first + rows; ++b) take(b);
+    });
+}
+
+// to[rows, columns] = left[rows, depth] w, this thread's tiles of w [depth, columns].
+template <typename Isa, typename T>
+LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* left, Index ld, const T* w, Index depth,
+                           Index columns, Acc<T>* packed, const Part& part, Acc<T>* to, Index ld_to) {
+    for (Index tile = part.tile; tile < part.tile_end; ++tile) {
+        const auto right = right_side<Isa>(step.f, w, depth, columns, packed, step.d, tile);
+        for (Index k = 0; k < depth; k += kDepth) {  // so much of the tile stays in cache
+            for_blocks(step.team, part, step.f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
+                multiply<Isa>(rows, left + b * ld + k, ld, right.b + k * right.ldb, right.ldb,
+                              std::min(kDepth, depth - k), to + b * ld_to + tile * kTile, ld_to, k > 0);
+            });
         }
-    };
-    if (step_part == StepPart::projection) {
-        for_blocks(team, features, s, t, [&](Index first, Index rows) LSTM_INLINED {
-            for (Index b = first; b < first + rows; ++b) {
-                for (Index j = features.tile * kTile; j < std::min(features.tile_end * kTile, s.features); ++j) {
-                    const Acc<T> grad = dy == nullptr ? Acc<T>(0) : load(dy[b * s.directions * s.features + j]);
-                    if constexpr (std::is_same_v<O, T>) {
-                        dr[b * f.dr.ld + j] = store<T>(dh[b * ld_h + j] + grad);
-                    } else {
-                        dr[b * f.dr.ld + j] = dh[b * ld_h + j] + grad;
-                    }
-                }
-            }
-        });
-    } else if (step_part == StepPart::gates) {
-        if (f.projected) product(f.weights[d].w_hr, s.features, s.hidden, f.w_hr, units, dr, f.dr.ld, dm, ld_m);
-        for_blocks(team, units, s, t, [&](Index first, Index rows) LSTM_INLINED {
-            for (Index b = first; b < first + rows; ++b) {
-                const Acc<T>* const dh_row = f.projected ? dm + b * ld_m : dh + b * ld_h;
-                const T* const dy_row = f.projected || dy == nullptr ? nullptr : dy + b * s.directions * s.features;
-                for (Index unit = units.tile * kTile; unit < units_end; unit += kUnits)
-                    backward_units<Isa>(f, d, t, b, unit, dh_row, dy_row, da + b * f.da.ld, m + b * s.hidden);
-            }
-        });
-    } else {
-        product(f.weights[d].w_hh, 4 * s.hidden, s.features, f.w_hh, features, da, f.da.ld, dh, ld_h);  // B7
     }
 }
 
-// The steps of a chunk: da of all its rows, and dh.
+// dr, the gradient of the projected h: dh and dy.
+template <typename Isa, typename T>
+LSTM_HD void back_to_projection(const StepBack<Isa, T>& step) {
+    using O = Operand<Isa, T>;
+    const Shape& s = step.f.s;
+    const Index end = std::min(step.features.tile_end * kTile, s.features);
+    for_rows(step, step.features, [&](Index b) LSTM_INLINED {
+        const T* const dy = step.dy == nullptr ? nullptr : step.dy + b * s.directions * s.features;
+        for (Index j = step.features.tile * kTile; j < end; ++j) {
+            const Acc<T> dh = step.dh[b * step.ld_h + j];
+            step.dr[b * step.f.dr.ld + j] = store<O>(dy == nullptr ? dh : dh + load(dy[j]));
+        }
+    });
+}
+
+// da, from dr through W_hr where h is projected, else from dh and dy.
+template <typename Isa, typename T>
+LSTM_HD void back_to_gates(const StepBack<Isa, T>& step) {
+    const Backward<T>& f = step.f;
+    const Shape& s = f.s;
+    if (f.projected)
+        multiply_step(step, step.dr, f.dr.ld, f.weights[step.d].w_hr, s.features, s.hidden, f.w_hr, step.units, step.dm,
+                      step.ld_m);
+    const bool add_dy = !f.projected && step.dy != nullptr;
+    const Index end = std::min(step.units.tile_end * kTile, s.hidden);
+    for_rows(step, step.units, [&](Index b) LSTM_INLINED {
+        const Acc<T>* const dh = f.projected ? step.dm + b * step.ld_m : step.dh + b * step.ld_h;
+        const T* const dy = add_dy ? step.dy + b * s.directions * s.features : nullptr;
+        for (Index unit = step.units.tile * kTile; unit < end; unit += kUnits)
+            backward_units<Isa>(f, step.d, step.t, b, unit, dh, dy, step.da + b * f.da.ld, step.m + b * s.hidden);
+    });
+}
+
+// dh of the step before: B7.
+template <typename Isa, typename T>
+LSTM_HD void back_to_states(const StepBack<Isa, T>& step) {
+    const Backward<T>& f = step.f;
+    multiply_step(step, step.da, f.da.ld, f.weights[step.d].w_hh, 4 * f.s.hidden, f.s.features, f.w_hh, step.features,
+                  step.dh, step.ld_h);
+}
+
+// The steps of a chunk: da of all its rows, and dh. Threads that share hidden units meet before they need what others
+// wrote.
 template <typename Isa, typename T>
 LSTM_HD void walk_back(const Backward<T>& f, const Chunk (&chunks)[2], const Team& team, int thread) {
     for (Index i = 0; i < chunks[0].steps; ++i) {
-        for (const StepPart part : {StepPart::projection, StepPart::gates, StepPart::states}) {
-            if (part == StepPart::projection && !f.projected) continue;
-            for (int d = 0; d < f.s.directions; ++d)
-                step_back<Isa>(f, d, chunks[d], chunks[d].step(i), part, team, thread);
-            if (!team.by_rows && part != StepPart::states) meet();
+        const StepBack<Isa, T> steps[2] = {{f, team, thread, 0, chunks[0], i},
+                                           {f, team, thread, f.s.directions - 1, chunks[f.s.directions - 1], i}};
+        if (f.projected) {
+            for (int d = 0; d < f.s.directions; ++d) back_to_projection(steps[d]);
+            if (!team.by_rows) meet();
         }
+        for (int d = 0; d < f.s.directions; ++d) back_to_gates(steps[d]);
+        if (!team.by_rows) meet();
+        for (int d = 0; d < f.s.directions; ++d) back_to_states(steps[d]);
     }
 }
 

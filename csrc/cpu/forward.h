@@ -27,6 +27,7 @@ struct Forward {
           x(static_cast<const T*>(args.x)),
           h0(static_cast<const T*>(args.h0)),
           c0(static_cast<const T*>(args.c0)),
+          weights{TypedWeights<T>(args.weights[0]), TypedWeights<T>(args.weights[1])},
           y(static_cast<T*>(args.y)),
           h_n(static_cast<T*>(args.h_n)),
           c_n(static_cast<T*>(args.c_n)),
@@ -44,23 +45,13 @@ struct Forward {
           h(arena.take<A>(s.directions * 2 * s.batch * ld)),
           c(arena.take<A>(s.directions * s.batch * padded)),
           w_hr(arena.take<A>(unpacked ? 0 : s.directions * feature_tiles * tile_size(s.hidden))),
-          m(arena.take<A>(feature_tiles == 0 ? 0 : s.directions * s.batch * padded)) {
-        for (int d = 0; d < s.directions; ++d) {
-            const Weights& w = args.weights[d];
-            weights[d] = {static_cast<const T*>(w.w_ih), static_cast<const T*>(w.w_hh), static_cast<const T*>(w.b_ih),
-                          static_cast<const T*>(w.b_hh), static_cast<const T*>(w.w_hr)};
-        }
-    }
+          m(arena.take<A>(feature_tiles == 0 ? 0 : s.directions * s.batch * padded)) {}
 
     // Elements of one tile of both weights.
     Index packed_size() const { return tile_size(s.input) + tile_size(features); }
 
     // The chunk's pre-activations of one tile: [rows of the chunk, 4, 16].
     A* of_tile(int d, Index tile) const { return a + (d * tiles + tile) * walk.chunk_rows * kTile; }
-
-    struct Weight {
-        const T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
-    };
 
     const Walk walk;
     const Shape& s;
@@ -69,7 +60,7 @@ struct Forward {
     const Index features;       // R
     const Index feature_tiles;  // of 64 features of h; 0 where it is not projected
     const T *x, *h0, *c0;
-    Weight weights[2];
+    const TypedWeights<T> weights[2];
     T *y, *h_n, *c_n, *gates;
     A* cells;
     const bool unpacked;  // whether weights are read as they lie
@@ -90,6 +81,18 @@ struct Forward {
 template <typename O, typename T>
 LSTM_HD O* packed_tile(const Forward<T>& f, int d, Index tile) {
     return reinterpret_cast<O*>(f.packed) + (d * f.tiles + tile) * f.packed_size();
+}
+
+// c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or of few rows in all its rows as they lie.
+template <typename Isa, typename T>
+LSTM_HD void multiply_weight(const Forward<T>& f, Index rows, const Operand<Isa, T>* left, Index ld,
+                             const Groups<T>& rows_of_w, const Operand<Isa, T>* packed, Index k, Acc<T>* c,
+                             bool accumulate) {
+    if (f.unpacked) {
+        multiply_unpacked<Isa>(rows, left, ld, rows_of_w, k, c, accumulate);
+    } else {
+        multiply<Isa>(rows, left, ld, packed, kTile, k, c, kTile, accumulate);
+    }
 }
 
 // 16 units of h, as y and as the products of the next step read them: rounded to T.
@@ -114,13 +117,9 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     const Index hidden = f.s.hidden, first = f.walk.start[t] + b;
     const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.padded;
     alignas(64) Acc<T> h[kRows * kTile];
-    if (f.unpacked) {
-        multiply_unpacked<Isa>(rows, m, f.padded, plain_rows(f.weights[d].w_hr, f.features, hidden, tile), hidden,
-                               hidden, h, kTile, false);
-    } else {
-        const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
-        multiply<Isa>(rows, m, f.padded, packed, kTile, hidden, h, kTile, false);
-    }
+    const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
+    multiply_weight<Isa>(f, rows, m, f.padded, plain_rows(f.weights[d].w_hr, f.features, hidden, tile), packed, hidden,
+                         h, false);
     for (Index r = 0; r < rows; ++r) {
         for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
             store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),
@@ -145,12 +144,8 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
         multiply<Isa>(rows, states, f.ld, packed, kTile, input + features, products, kTile, false);
     } else {
         products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
-        if (f.unpacked) {
-            multiply_unpacked<Isa>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile), features,
-                                   features, products, kTile, true);
-        } else {
-            multiply<Isa>(rows, states, f.ld, packed + tile_size(input), kTile, features, products, kTile, true);
-        }
+        multiply_weight<Isa>(f, rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
+                             packed + tile_size(input), features, products, true);
     }
     for (Index r = 0; r < rows; ++r) {
         const A* const z = products + r * kTile;
@@ -188,13 +183,12 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
     for (Index i = thread; i < s.directions * f.tiles; i += team.threads) {
-        const typename Forward<T>::Weight& w = f.weights[i / f.tiles];
+        const TypedWeights<T>& w = f.weights[i / f.tiles];
         const Index tile = i % f.tiles, unit = tile * kUnits, count = std::min(kUnits, s.hidden - unit);
         if (!f.unpacked) {
             O* const packed = packed_tile<O>(f, 0, i);
-            pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, s.input, packed);
-            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, f.features,
-                           packed + tile_size(s.input));
+            pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed);
+            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed + tile_size(s.input));
         }
         for (Index gate = 0; gate < 4; ++gate) {
             A* const bias = f.bias + i * kTile + gate * kUnits;
@@ -206,7 +200,7 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
     }
     for (Index i = thread; !f.unpacked && i < s.directions * f.feature_tiles; i += team.threads) {
         const T* const w = f.weights[i / f.feature_tiles].w_hr;
-        pack_rows<Isa>(plain_rows(w, f.features, s.hidden, i % f.feature_tiles), s.hidden, s.hidden,
+        pack_rows<Isa>(plain_rows(w, f.features, s.hidden, i % f.feature_tiles), s.hidden,
                        reinterpret_cast<O*>(f.w_hr) + i * tile_size(s.hidden));
     }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
@@ -234,15 +228,9 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
     }
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
-            Acc<T>* const products = f.of_tile(d, tile) + first * kTile;
-            if (f.unpacked) {
-                multiply_unpacked<Isa>(rows, x + first * input, input,
-                                       gate_rows(f.weights[d].w_ih, f.s.hidden, input, tile), input, input, products,
-                                       kTile, false);
-            } else {
-                multiply<Isa>(rows, x + first * input, input, packed_tile<const O>(f, d, tile), kTile, input, products,
-                              kTile, false);
-            }
+            multiply_weight<Isa>(f, rows, x + first * input, input,
+                                 gate_rows(f.weights[d].w_ih, f.s.hidden, input, tile),
+                                 packed_tile<const O>(f, d, tile), input, f.of_tile(d, tile) + first * kTile, false);
         };
         if (part.all_rows(team)) {
             take(0, chunk.rows);

@@ -2,39 +2,68 @@
 // pass.
 #pragma once
 
+#include <array>
+
 #include "backward.h"
 
 namespace lstm::cpu {
 
 constexpr Index kRowsAtOnce = 64;  // of a product whose result is not at once where it belongs
 
-// This thread's tiles of what the chunk's gradients are multiplied by: x, the state before each row, and m.
+// What a chunk's gradients are multiplied by to give the gradient of one weight.
+template <typename T>
+struct Factor {
+    enum Of { x, states, m } of;         // x, the state before each row, or o tanh(c)
+    Index columns;                       // of the factor and of the weight
+    const ChunkGradients<Acc<T>>* rows;  // whose columns are the weight's rows
+    Index parts;                         // in which threads share them
+    Acc<T>* sum;                         // the gradient; null where not asked for
+};
+
+// Factors of one direction, as their tiles follow each other.
+template <typename T>
+LSTM_HD std::array<Factor<T>, 3> factors_of(const Backward<T>& f, int d) {
+    const auto& sums = f.sums[d];
+    return {Factor<T>{Factor<T>::x, f.s.input, &f.da, 4, sums.w_ih},
+            Factor<T>{Factor<T>::states, f.s.features, &f.da, 4, sums.w_hh},
+            Factor<T>{Factor<T>::m, f.projected ? f.s.hidden : 0, &f.dr, 1, sums.w_hr}};
+}
+
+// One tile of a factor, packed.
 template <typename Isa, typename T>
-LSTM_HD void pack_states(const Backward<T>& f, int d, const Chunk& chunk, const Team& team, int thread) {
+LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk, Index tile,
+                         Operand<Isa, T>* packed) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
-    for (Index tile = thread; tile < f.state_tiles; tile += team.threads) {
-        O* const packed = reinterpret_cast<O*>(f.states) + (d * f.state_tiles + tile) * tile_size(f.walk.chunk_rows);
-        if (tile < f.input_tiles) {
-            const Index first = tile * kTile;
-            const auto row_of_x = [&](Index row) LSTM_INLINED { return f.x + (chunk.base + row) * s.input + first; };
-            pack_columns<Isa, T>(chunk.rows, std::min(kTile, s.input - first), row_of_x, packed);
-        } else if (tile < f.input_tiles + f.feature_tiles) {
-            const Index first = (tile - f.input_tiles) * kTile;
-            Index t = chunk.first;  // the step of the row at hand: rows come in order
-            const auto state_before = [&](Index row) LSTM_INLINED {
-                while (chunk.base + row >= f.walk.start[t + 1]) ++t;
-                const Index b = chunk.base + row - f.walk.start[t], before = f.walk.before(d, t, b);
-                return before < 0 ? f.h0 + (d * s.batch + b) * s.features + first
-                                  : f.y + ((f.walk.start[before] + b) * s.directions + d) * s.features + first;
-            };
-            pack_columns<Isa, T>(chunk.rows, std::min(kTile, s.features - first), state_before, packed);
-        } else {
-            const Index first = (tile - f.input_tiles - f.feature_tiles) * kTile;
-            const auto row_of_m = [&](Index row) LSTM_INLINED {
-                return reinterpret_cast<const O*>(f.m) + (d * f.walk.chunk_rows + row) * s.hidden + first;
-            };
-            pack_columns<Isa, O>(chunk.rows, std::min(kTile, s.hidden - first), row_of_m, packed);
+    const Index first = tile * kTile, columns = std::min(kTile, factor.columns - first);
+    if (factor.of == Factor<T>::x) {
+        const auto row_of_x = [&](Index row) LSTM_INLINED { return f.x + (chunk.base + row) * s.input + first; };
+        pack_columns<Isa, T>(chunk.rows, columns, row_of_x, packed);
+    } else if (factor.of == Factor<T>::states) {
+        Index t = chunk.first;  // the step of the row at hand: rows come in order
+        const auto state_before = [&](Index row) LSTM_INLINED {
+            while (chunk.base + row >= f.walk.start[t + 1]) ++t;
+            const Index b = chunk.base + row - f.walk.start[t], before = f.walk.before(d, t, b);
+            return before < 0 ? f.h0 + (d * s.batch + b) * s.features + first
+                              : f.y + ((f.walk.start[before] + b) * s.directions + d) * s.features + first;
+        };
+        pack_columns<Isa, T>(chunk.rows, columns, state_before, packed);
+    } else {
+        const auto row_of_m = [&](Index row) LSTM_INLINED {
+            return reinterpret_cast<const O*>(f.m) + (d * f.walk.chunk_rows + row) * s.hidden + first;
+        };
+        pack_columns<Isa, O>(chunk.rows, columns, row_of_m, packed);
+    }
+}
+
+// Calls take(factor, tile, its packed columns) for each tile of each gradient that is asked for.
+template <typename Isa, typename T, typename Take>
+LSTM_HD void for_factors(const Backward<T>& f, int d, const Take& take) {
+    Operand<Isa, T>* packed =
+        reinterpret_cast<Operand<Isa, T>*>(f.factors) + d * f.factor_tiles * tile_size(f.walk.chunk_rows);
+    for (const Factor<T>& factor : factors_of(f, d)) {
+        for (Index tile = 0; tile < tiles_of(factor.columns); ++tile, packed += tile_size(f.walk.chunk_rows)) {
+            if (factor.sum != nullptr) take(factor, tile, packed);
         }
     }
 }
@@ -44,8 +73,7 @@ template <typename Isa, typename T>
 LSTM_HD void pair_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
                        const Team& team, int thread) {
     const BFloat16* const from = chunk_rows<const BFloat16>(f, g, d);
-    BFloat16* const to =
-        reinterpret_cast<BFloat16*>(g.pairs) + d * (f.walk.chunk_rows + f.walk.chunk_rows % 2) * g.columns;
+    BFloat16* const to = chunk_pairs<BFloat16>(f, g, d);
     for (Index row = 2 * thread; row < chunk.rows; row += 2 * team.threads) {
         const BFloat16* const even = from + row * g.ld;
         interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, g.columns, to + row * g.columns);
@@ -81,30 +109,26 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
     }
 }
 
-// B8 of one tile of a weight and some of its rows: sum[rows, columns] (+)= the gradients' columns first .. first +
-// rows, transposed, times the states.
+// B8 of one tile of a weight and one part of its rows: they are the gradients' columns, transposed, times the factor.
 template <typename Isa, typename T>
-LSTM_HD void weight_gradient(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
-                             Index first, Index rows, const Operand<Isa, T>* states, Index columns, Index tile,
-                             Acc<T>* sum, bool accumulate) {
+LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk, Index part,
+                             const Operand<Isa, T>* packed, Index tile, bool accumulate) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
     constexpr Index unit = sizeof(A) / sizeof(O);  // 2 where products read pairs
-    const Index count = std::min(kTile, columns - tile * kTile), lda = unit == 2 ? g.columns : g.ld;
-    const O* a = chunk_rows<const O>(f, g, d) + first;
-    if (unit == 2) {
-        a = reinterpret_cast<const O*>(g.pairs) + d * (f.walk.chunk_rows + f.walk.chunk_rows % 2) * g.columns +
-            2 * first;
-    }
-    A* const to = sum + first * columns + tile * kTile;
+    const ChunkGradients<A>& g = *factor.rows;
+    const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile);
+    const Index rows = g.columns / factor.parts, first = part * rows, lda = unit == 2 ? g.columns : g.ld;
+    const O* const a = (unit == 2 ? chunk_pairs<const O>(f, g, d) : chunk_rows<const O>(f, g, d)) + first * unit;
+    A* const to = factor.sum + first * columns + tile * kTile;
     if (count == kTile) {
-        multiply<Isa, Along::columns>(rows, a, lda, states, kTile, chunk.rows, to, columns, accumulate);
+        multiply<Isa, Along::columns>(rows, a, lda, packed, kTile, chunk.rows, to, columns, accumulate);
         return;
     }
     alignas(64) A products[kRowsAtOnce * kTile];
     for (Index row = 0; row < rows; row += kRowsAtOnce) {
         const Index block = std::min(kRowsAtOnce, rows - row);
-        multiply<Isa, Along::columns>(block, a + row * unit, lda, states, kTile, chunk.rows, products, kTile, false);
+        multiply<Isa, Along::columns>(block, a + row * unit, lda, packed, kTile, chunk.rows, products, kTile, false);
         for (Index r = 0; r < block; ++r)
             store_row<Isa, A>(products + r * kTile, count, to + (row + r) * columns, accumulate);
     }
@@ -130,32 +154,25 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
                                 int thread) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
+    Index job = 0;
+    const auto mine = [&] { return job++ % team.threads == thread; };
     for (int d = 0; d < s.directions; ++d) {
-        pack_states<Isa>(f, d, chunks[d], team, thread);
+        for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, O* packed) LSTM_INLINED {
+            if (mine()) pack_factor<Isa>(f, factor, d, chunks[d], tile, packed);
+        });
         if constexpr (sizeof(O) < sizeof(Acc<T>)) {
             pair_rows<Isa>(f, f.da, d, chunks[d], team, thread);
             if (f.projected) pair_rows<Isa>(f, f.dr, d, chunks[d], team, thread);
         }
     }
     meet();
-    Index job = 0;
-    const auto mine = [&] { return job++ % team.threads == thread; };
     for (int d = 0; d < s.directions; ++d) {
         if (f.dx != nullptr) input_gradients<Isa>(f, d, chunks[d], team, thread);
-        for (Index tile = 0; tile < f.state_tiles; ++tile) {
-            const bool of_x = tile < f.input_tiles, of_m = tile >= f.input_tiles + f.feature_tiles;
-            Acc<T>* const sum = of_x ? f.sums[d].w_ih : of_m ? f.sums[d].w_hr : f.sums[d].w_hh;
-            const Index columns = of_x ? s.input : of_m ? s.hidden : s.features;
-            const Index own = of_x ? tile : of_m ? tile - f.input_tiles - f.feature_tiles : tile - f.input_tiles;
-            const Index parts = of_m ? 1 : 4, rows = of_m ? s.features : s.hidden;
-            const O* const states =
-                reinterpret_cast<const O*>(f.states) + (d * f.state_tiles + tile) * tile_size(f.walk.chunk_rows);
-            for (Index part = 0; sum != nullptr && part < parts; ++part) {
-                if (mine())
-                    weight_gradient<Isa>(f, of_m ? f.dr : f.da, d, chunks[d], part * rows, rows, states, columns, own,
-                                         sum, accumulate);
+        for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* packed) LSTM_INLINED {
+            for (Index part = 0; part < factor.parts; ++part) {
+                if (mine()) weight_gradient<Isa>(f, factor, d, chunks[d], part, packed, tile, accumulate);
             }
-        }
+        });
         for (Index column = 0; f.sums[d].bias != nullptr && column < 4 * s.hidden; column += kUnits) {
             if (mine()) bias_gradient<Isa>(f, d, chunks[d], column, accumulate);
         }

@@ -116,17 +116,17 @@ LSTM_HD void multiply(Index rows, const O* a, Index lda, const O* b, Index ldb, 
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
-// Up to 64 rows of a matrix, in four groups of up to 16, each group together in memory.
+// Up to 64 rows of a matrix, in four groups of up to 16, each group's rows one behind the other in memory.
 template <typename T>
 struct Groups {
     const T* first[4];
     Index count[4];
 };
 
-// Rows of `depth` elements, `stride` apart, become columns: the tile [depth, 64], 0 where a group has no row. By blocks
-// of 16 x 16, which stay in cache whatever the stride.
+// Rows of `depth` elements become columns: the tile [depth, 64], 0 where a group has no row. By blocks of 16 x 16,
+// which stay in cache whatever the depth.
 template <typename Isa, typename T>
-LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Index stride, Acc<T>* to) {
+LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Acc<T>* to) {
     using A = Acc<T>;
     constexpr int side = lanes<Isa, A>;
     for (Index group = 0; group < 4; ++group) {
@@ -134,7 +134,7 @@ LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Index stride, Acc<T
             const Index count = std::min(kUnits, depth - k);
             alignas(64) A block[kUnits][kUnits] = {};
             for (Index j = 0; j < groups.count[group]; ++j)
-                load_units<Isa>(groups.first[group] + j * stride + k, count, block[j]);
+                load_units<Isa>(groups.first[group] + j * depth + k, count, block[j]);
             for (Index i = 0; i < count; i += side) {
                 for (Index j = 0; j < kUnits; j += side) {
                     Vector<Isa, A> rows[side];
@@ -161,20 +161,20 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, Acc<T>* to) {
 
 #ifdef __x86_64__
 template <typename Isa>
-LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, Index stride, BFloat16* to) {
-    if (depth % 2 == 0 && stride % 2 == 0) {  // a pair lies there as one 32-bit word, whose value no copy looks at
+LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, BFloat16* to) {
+    if (depth % 2 == 0) {  // a pair lies there as one 32-bit word, whose value no copy looks at
         Groups<float> words;
         for (int group = 0; group < 4; ++group) {
             words.first[group] = reinterpret_cast<const float*>(groups.first[group]);
             words.count[group] = groups.count[group];
         }
-        return pack_rows<Isa>(words, depth / 2, stride / 2, reinterpret_cast<float*>(to));
+        return pack_rows<Isa>(words, depth / 2, reinterpret_cast<float*>(to));
     }
     for (Index k = 0; k < depth + depth % 2; ++k) {
         for (Index column = 0; column < kTile; ++column) {
             const Index group = column / kUnits, j = column % kUnits;
             const bool there = k < depth && j < groups.count[group];
-            to[(k / 2 * kTile + column) * 2 + k % 2] = there ? groups.first[group][j * stride + k] : BFloat16{0};
+            to[(k / 2 * kTile + column) * 2 + k % 2] = there ? groups.first[group][j * depth + k] : BFloat16{0};
         }
     }
 }
@@ -215,15 +215,14 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, BFloat16* to) 
 
 // ---- Without packing -----------------------------------------------------------------------------------------------
 
-// The sums over k of X rows of a times W rows of w, all at once: X * W makes one vector. Lane by lane over k, then over
-// the lanes, whatever X. c[X, columns] (+)= them, of which the first `columns` <= W are kept.
+// The sums over k of X rows of a times W rows of w [.., k], all at once: X * W makes one vector. Lane by lane over k,
+// then over the lanes, whatever X. c[X, 64] (+)= them in its first columns, of which `columns` <= W are kept.
 template <typename Isa, int X, typename O, typename T>
-LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index stride, Index columns, Index k, Acc<T>* c, Index ldc,
-                      bool accumulate) {
+LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k, Acc<T>* c, bool accumulate) {
     using A = Acc<T>;
     constexpr int side = lanes<Isa, A>, W = side / X;
     const T* row[W];  // past the last one, that one again
-    for (int n = 0; n < W; ++n) row[n] = w + std::min<Index>(n, columns - 1) * stride;
+    for (int n = 0; n < W; ++n) row[n] = w + std::min<Index>(n, columns - 1) * k;
     Vector<Isa, A> sums[side] = {};
     Index p = 0;
     for (; p + side <= k; p += side) {
@@ -250,26 +249,27 @@ LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index stride, Index col
     transpose(sums);
     for (int i = 1; i < side; ++i) sums[0] += sums[i];
     for (int x = 0; x < X; ++x) {
-        for (Index n = 0; n < columns; ++n) c[x * ldc + n] = sums[0][x * W + n] + (accumulate ? c[x * ldc + n] : A(0));
+        for (Index n = 0; n < columns; ++n)
+            c[x * kTile + n] = sums[0][x * W + n] + (accumulate ? c[x * kTile + n] : A(0));
     }
 }
 
 // What multiply makes of a tile that pack_rows packed, from the rows themselves, for calls of so few rows that packing
 // would cost more: c[rows, 64] (+)= a[rows, k] w^T.
 template <typename Isa, typename O, typename T>
-LSTM_HD void multiply_unpacked(Index rows, const O* a, Index lda, const Groups<T>& groups, Index k, Index stride,
-                               Acc<T>* c, Index ldc, bool accumulate) {
+LSTM_HD void multiply_unpacked(Index rows, const O* a, Index lda, const Groups<T>& groups, Index k, Acc<T>* c,
+                               bool accumulate) {
     constexpr int side = lanes<Isa, Acc<T>>, most = side < 4 ? side : 4;
     const auto block = [&](auto x, Index r) LSTM_INLINED {  // x rows from the r-th on
         constexpr int X = decltype(x)::value, W = side / X;
         for (Index group = 0; group < 4; ++group) {
             const Index count = groups.count[group];
-            Acc<T>* const to = c + r * ldc + group * kUnits;
+            Acc<T>* const to = c + r * kTile + group * kUnits;
             for (Index j = 0; j < count; j += W) {
-                dot_rows<Isa, X>(a + r * lda, lda, groups.first[group] + j * stride, stride,
-                                 std::min<Index>(W, count - j), k, to + j, ldc, accumulate);
+                dot_rows<Isa, X>(a + r * lda, lda, groups.first[group] + j * k, std::min<Index>(W, count - j), k,
+                                 to + j, accumulate);
             }
-            for (int n = 0; n < X; ++n) std::fill(to + n * ldc + count, to + n * ldc + kUnits, Acc<T>(0));
+            for (int n = 0; n < X; ++n) std::fill(to + n * kTile + count, to + n * kTile + kUnits, Acc<T>(0));
         }
     };
     Index r = 0;

@@ -131,6 +131,19 @@ LSTM_HD void for_blocks(const Team& team, const Part& part, const Shape& s, Inde
     }
 }
 
+// The weights of one direction, in their own type.
+template <typename T>
+struct TypedWeights {
+    explicit TypedWeights(const Weights& w)
+        : w_ih(static_cast<const T*>(w.w_ih)),
+          w_hh(static_cast<const T*>(w.w_hh)),
+          b_ih(static_cast<const T*>(w.b_ih)),
+          b_hh(static_cast<const T*>(w.b_hh)),
+          w_hr(static_cast<const T*>(w.w_hr)) {}
+
+    const T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+};
+
 // Rows 16 * tile .. of each gate of w [4H, depth].
 template <typename T>
 LSTM_HD Groups<T> gate_rows(const T* w, Index hidden, Index depth, Index tile) {

@@ -135,7 +135,11 @@ LSTM_HD void store_vector(const Vector<Isa, Acc<T>>& from, T* to) {
 template <typename Isa, typename T>
 LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
     if (count < kUnits) {
-        for (Index j = 0; j < kUnits; ++j) to[j] = j < count ? load(from[j]) : Acc<T>(0);
+        for (Index j = 0; j < kUnits; ++j) {
+            T x{};
+            if (j < count) std::memcpy(&x, from + j, sizeof(x));  // pairs of bf16 come as floats, aligned as bf16 only
+            to[j] = load(x);
+        }
     } else {
         for (Index j = 0; j < kUnits; j += lanes<Isa, Acc<T>>) {
             store_vector<Isa>(load_vector<Isa>(from + j), to + j);
