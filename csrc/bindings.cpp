@@ -1,5 +1,5 @@
-// The one file that knows Python. Functions take addresses, sizes and a dtype code; lstm_fast/autograd.py has checked
-// them, and the headers of the kernels say what each pointer means.
+// What Python sees. Functions take tensors or their addresses, sizes and a dtype code; lstm_fast/autograd.py has
+// checked them, and the headers of the kernels say what each pointer means.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +14,7 @@
 #include "cpu/layer.h"
 #include "cuda/persistent.h"
 #include "gates.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -72,47 +73,48 @@ lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::size_t d
             static_cast<lstm::cpu::InstructionSet>(sizes[5])};
 }
 
-using Weights = std::vector<std::array<Address, 5>>;  // w_ih, w_hh, b_ih, b_hh, w_hr of each direction
+using lstm::tensors::Data;
+using Weights = std::vector<std::array<Data, 5>>;  // w_ih, w_hh, b_ih, b_hh, w_hr of each direction
 
-lstm::cpu::Weights cpu_weights(const std::array<Address, 5>& w) {
-    return {pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), pointer(w[4])};
+lstm::cpu::Weights cpu_weights(const std::array<Data, 5>& w) {
+    return {w[0].address, w[1].address, w[2].address, w[3].address, w[4].address};
 }
 
 // x, h0, c0, y, h_n, c_n, gates, cells
 void cpu_layer_forward(const std::vector<std::int64_t>& steps, const Sizes& sizes, const Weights& weights,
-                       const std::array<Address, 8>& tensors) {
+                       const std::array<Data, 8>& tensors) {
     const auto& [x, h0, c0, y, h_n, c_n, gates, cells] = tensors;
     lstm::cpu::layer_forward(cpu_shape(steps, weights.size(), sizes),
-                             {pointer(x),
-                              pointer(h0),
-                              pointer(c0),
+                             {x.address,
+                              h0.address,
+                              c0.address,
                               {cpu_weights(weights.front()), cpu_weights(weights.back())},
-                              pointer(y),
-                              pointer(h_n),
-                              pointer(c_n),
-                              pointer(gates),
-                              pointer(cells)});
+                              y.address,
+                              h_n.address,
+                              c_n.address,
+                              gates.address,
+                              cells.address});
 }
 
 // x, h0, c0, y, gates, cells, dy, dh, dc, dx
 void cpu_layer_backward(const std::vector<std::int64_t>& steps, const Sizes& sizes, const Weights& weights,
-                        const std::vector<std::array<Address, 4>>& gradients, const std::array<Address, 10>& tensors) {
+                        const std::vector<std::array<Data, 4>>& gradients, const std::array<Data, 10>& tensors) {
     const auto& [x, h0, c0, y, gates, cells, dy, dh, dc, dx] = tensors;
-    const auto of = [](const std::array<Address, 4>& g) {
-        return lstm::cpu::WeightGradients{pointer(g[0]), pointer(g[1]), pointer(g[2]), pointer(g[3])};
+    const auto of = [](const std::array<Data, 4>& g) {
+        return lstm::cpu::WeightGradients{g[0].address, g[1].address, g[2].address, g[3].address};
     };
     lstm::cpu::layer_backward(cpu_shape(steps, weights.size(), sizes),
-                              {pointer(x),
-                               pointer(h0),
-                               pointer(c0),
+                              {x.address,
+                               h0.address,
+                               c0.address,
                                {cpu_weights(weights.front()), cpu_weights(weights.back())},
-                               pointer(y),
-                               pointer(gates),
-                               pointer(cells),
-                               pointer(dy),
-                               pointer(dh),
-                               pointer(dc),
-                               pointer(dx),
+                               y.address,
+                               gates.address,
+                               cells.address,
+                               dy.address,
+                               dh.address,
+                               dc.address,
+                               dx.address,
                                {of(gradients.front()), of(gradients.back())}});
 }
 
@@ -325,6 +327,7 @@ PYBIND11_MODULE(_C, m) {
         "float32"_a = static_cast<int>(lstm::Dtype::float32), "float64"_a = static_cast<int>(lstm::Dtype::float64),
         "bfloat16"_a = static_cast<int>(lstm::Dtype::bfloat16), "float16"_a = static_cast<int>(lstm::Dtype::float16));
     m.def("build_info", build_info, "How this extension was built.");
+    m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a);
     bind_cpu(m);
     bind_gates(m);
     bind_persistent(m);

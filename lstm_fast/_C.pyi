@@ -1,22 +1,27 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
+
+_Tensors = Sequence[Tensor | None]
 
 CPU_INSTRUCTION_SETS: list[str]
 DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
+def layer_inputs_fit(inputs: _Tensors) -> bool: ...
 def cpu_layer_forward(
     steps: list[int],
     sizes: tuple[int, int, int, int, int, int],
-    weights: list[list[int]],
-    tensors: list[int],
+    weights: Sequence[_Tensors],
+    tensors: _Tensors,
 ) -> None: ...
 def cpu_layer_backward(
     steps: list[int],
     sizes: tuple[int, int, int, int, int, int],
-    weights: list[list[int]],
-    gradients: list[list[int]],
-    tensors: list[int],
+    weights: Sequence[_Tensors],
+    gradients: Sequence[_Tensors],
+    tensors: _Tensors,
 ) -> None: ...
 
 class ForwardGates:

@@ -21,11 +21,20 @@ from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.dispatch import KERNELS
-from lstm_fast.kernels import Saved, Weights
+from lstm_fast.kernels import LayerInputs, Saved, Weights
+
+try:
+    from lstm_fast._C import layer_inputs_fit
+except ImportError:  # then the reference serves, and everything is checked here
+
+    def layer_inputs_fit(inputs: Sequence[Tensor | None]) -> bool:
+        return False
+
 
 _PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 _STATES = 3  # x, h0, c0
 _INPUTS = _STATES + 2 * _PER_DIRECTION
+_NOTHING = nullcontext()
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
@@ -73,6 +82,14 @@ def layer(
     return result[0], result[1], result[2]
 
 
+def _ready(inputs: list[Any]) -> list[Any]:
+    """The inputs, checked and contiguous."""
+    if layer_inputs_fit(inputs):
+        return inputs
+    _check(inputs)
+    return [None if t is None else t.contiguous() for t in inputs]
+
+
 def _check(inputs: Sequence[Tensor | None]) -> None:
     x, h0, c0 = inputs[0], inputs[1], inputs[2]
     assert x is not None and h0 is not None and c0 is not None
@@ -89,6 +106,10 @@ def _check(inputs: Sequence[Tensor | None]) -> None:
     shapes = ((gates, x.size(1)), (gates, projected), (gates,), (gates,), (projected, hidden))
     for index, weight in enumerate(inputs[_STATES : _STATES + directions * _PER_DIRECTION]):
         if weight is None:
+            if index % _PER_DIRECTION == _PER_DIRECTION - 1 and projected != hidden:
+                raise RuntimeError(
+                    f"weight_hr should be given where h_0 has {projected} features, not {hidden}, got None"
+                )
             continue
         if weight.shape != shapes[index % _PER_DIRECTION]:
             name, shape = _NAMES[index % _PER_DIRECTION], shapes[index % _PER_DIRECTION]
@@ -128,20 +149,21 @@ def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor) -> list[int]:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    enabled = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+        return _NOTHING
+    return torch.autocast(x.device.type, enabled=False)
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """y, h_n, c_n, and with ``save`` gates [D, N, 4H] and cells [D, N, H] for backward."""
     *inputs, batch_sizes, backend, save = args
-    _check(inputs)
-    x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
+    inputs = _ready(inputs)
+    x, h0, c0 = inputs[:_STATES]
     steps = _steps(batch_sizes, x, c0)
-    directions, _, hidden = c0.shape
-    saved = None
+    saved: Saved | None
     with _without_autocast(x):
         if not steps:
+            directions, _, hidden = c0.shape
             y, h_n, c_n = x.new_empty(0, directions * h0.size(2)), h0.clone(), c0.clone()
             acc = reference.accumulate_dtype(x.dtype)
             saved = x.new_empty(directions, 0, 4 * hidden), x.new_empty(directions, 0, hidden, dtype=acc)
@@ -150,33 +172,43 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved]:
                 y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
             saved = gates.to(x.dtype), cells
         else:
-            y, h_n, c_n, saved = KERNELS[backend].layer_forward(x, h0, c0, _directions(inputs), steps, save)
+            layer_inputs = LayerInputs(x, h0, c0, _directions(inputs), steps)
+            y, h_n, c_n, saved = KERNELS[backend].layer_forward(layer_inputs, save)
     return y, h_n, c_n, saved if save else None
 
 
 def _backward(*args: Any) -> Sequence[Tensor | None]:
     """The gradients of the 13 inputs, or at least of those that ``needs`` asks for."""
     dy, dh_n, dc_n, *inputs, batch_sizes, y, gates, cells, backend, needs = args
-    x, h0, c0 = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous()
+    inputs = _ready(inputs)
+    x, h0, c0 = inputs[:_STATES]
     steps = _steps(batch_sizes, x, c0)
     grads: list[Tensor | None]
     with torch.no_grad(), _without_autocast(x):
         if not steps:
-            grads = [None if t is None else torch.zeros_like(t) for t in inputs]
+            grads = _no_steps_backward((dy, dh_n, dc_n), inputs)
         elif backend == "reference":
-            inputs = [x, h0, c0, *inputs[_STATES:]]
             grads = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
         else:
             dy, dh, dc = None if dy is None else dy.contiguous(), _state_gradient(dh_n, h0), _state_gradient(dc_n, c0)
             of_weights = [needs[i : i + _PER_DIRECTION] for i in _firsts(c0)]
             dx, found = KERNELS[backend].layer_backward(
-                *(x, h0, c0, _directions(inputs), steps, y, (gates, cells), dy, dh, dc, needs[0], of_weights)
+                LayerInputs(x, h0, c0, _directions(inputs), steps),
+                *(y, (gates, cells), dy, dh, dc, needs[0], of_weights),
             )
             grads = [dx, dh.to(h0.dtype), dc.to(c0.dtype)]
             for dw_ih, dw_hh, db, dw_hr in found:
                 grads += [dw_ih, dw_hh, db, None if db is None else db.clone(), dw_hr]  # apart in memory
             grads += [None] * (_INPUTS - len(grads))
     return grads
+
+
+def _no_steps_backward(grads: Sequence[Tensor | None], inputs: Sequence[Any]) -> list[Tensor | None]:
+    """The gradients of the 13 inputs where h_n is h0 and c_n is c0."""
+    found = [None if t is None else torch.zeros_like(t) for t in inputs]
+    for index in (1, 2):
+        found[index] = found[index] if grads[index] is None else grads[index]
+    return found
 
 
 def _state_gradient(grad: Tensor | None, state: Tensor) -> Tensor:
@@ -258,7 +290,7 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
             if steps:
                 found = _reference_backward(grads, inputs, y, gates, cells, steps)
             else:
-                found = [None if t is None else torch.zeros_like(t) for t in inputs]
+                found = _no_steps_backward(grads, inputs)
     else:
         args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, needs)
         found = torch.ops.lstm_fast.layer_backward(*args) if _watched(inputs[0]) else _backward(*args)

@@ -15,16 +15,16 @@ from lstm_fast.dispatch import Choice, check_backend, choose
 from lstm_fast.kernels import Weights
 
 State = tuple[Tensor, Tensor]
-_PLACES = {"weight_ih": 0, "weight_hh": 1, "bias_ih_l": 2, "bias_hh_l": 3, "weight_hr": 4}  # in Weights
 
 
 def _traced() -> bool:
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    # an export for ONNX that doesn't trace compiles
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast computes in on this type of device, or None where it is off."""
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+    if not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -42,6 +42,8 @@ class _Fused(nn.Module):
 
     def _under_autocast(self, dtype: torch.dtype, x: Tensor, hx: Any, stepwise: bool) -> torch.dtype:
         """The weights' ``dtype``, or autocast's; on a CPU ``stepwise`` calls keep to the states', as in torch."""
+        if not torch._C._is_any_autocast_enabled():
+            return dtype
         cast = _autocast_dtype(x.device.type)
         if cast is None or not dtype.is_floating_point or dtype == torch.float64:
             return dtype
@@ -49,6 +51,11 @@ class _Fused(nn.Module):
             state: Tensor = x if hx is None else hx[1]
             return state.dtype
         return cast
+
+    def _parameter(self, name: str) -> Tensor:
+        """By getattr, which takes as long as a small product, only where it is parametrised, pruned or replaced."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
 
     def _as_fx_leaf(self, x: Any, hx: Any) -> Any:
         """torch.fx takes modules of torch.nn as leaves by their module path; this makes ours one too."""
@@ -122,7 +129,7 @@ class LSTM(_Fused, nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """RNNBase's check, of the weight that is there now."""
-        dtype = self.weight_ih_l0.dtype
+        dtype = self._parameter("weight_ih_l0").dtype
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
@@ -212,22 +219,24 @@ class LSTM(_Fused, nn.RNNBase):
 
     def _weights(self, names: list[str], dtype: torch.dtype) -> Weights:
         """One direction's parameters as they are at this call: parametrised, pruned, replaced or not."""
-        found: list[Tensor | None] = [None] * 5
+        found = []
         for name in names:
-            weight = self._parameters.get(name)  # where it mostly is: getattr takes as long as a small product
-            weight = getattr(self, name) if weight is None else weight
-            found[_PLACES[name[:9]]] = weight if weight.dtype == dtype else weight.to(dtype)
-        return tuple(found)  # type: ignore[return-value]
+            weight = self._parameter(name)
+            found.append(weight if weight.dtype == dtype else weight.to(dtype))
+        w_ih, w_hh, *rest = found
+        w_hr = rest.pop() if self.proj_size > 0 else None
+        b_ih, b_hh = rest or (None, None)
+        return w_ih, w_hh, b_ih, b_hh, w_hr
 
     def _compute_dtype(self, x: Tensor, hx: Any, packed: bool) -> torch.dtype:
-        return self._under_autocast(self.weight_ih_l0.dtype, x, hx, stepwise=packed and self.proj_size == 0)
+        return self._under_autocast(
+            self._parameter("weight_ih_l0").dtype, x, hx, stepwise=packed and self.proj_size == 0
+        )
 
     def _zero_state(self, x: Tensor, batch: int) -> State:
         count = self.num_layers * (2 if self.bidirectional else 1)
-        return (
-            x.new_zeros(count, batch, self.proj_size or self.hidden_size),
-            x.new_zeros(count, batch, self.hidden_size),
-        )
+        c_0 = x.new_zeros(count, batch, self.hidden_size)
+        return x.new_zeros(count, batch, self.proj_size) if self.proj_size > 0 else c_0, c_0
 
     def _batched_state(self, hx: Sequence[Tensor], batched: bool) -> State:
         """h_0 and c_0 with their batch dimension; the errors are torch.nn.LSTM's."""
@@ -291,15 +300,16 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
             return self._torch_class.forward(self, input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
-        b_ih, b_hh = (None if b is None else b.to(dtype) for b in (self.bias_ih, self.bias_hh))
-        weights = (self.weight_ih.to(dtype), self.weight_hh.to(dtype), b_ih, b_hh, None)
+        w_ih, w_hh = self._parameter("weight_ih").to(dtype), self._parameter("weight_hh").to(dtype)
+        b_ih, b_hh = self._parameter("bias_ih"), self._parameter("bias_hh")
+        weights = (w_ih, w_hh, None if b_ih is None else b_ih.to(dtype), None if b_hh is None else b_hh.to(dtype), None)
         if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
             x, h, c = x.to(dtype), h.to(dtype), c.to(dtype)
-        _, h_n, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
-        return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
+        y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
+        return (y, c_n[0]) if batched else (y[0], c_n[0, 0])
 
     def _compute_dtype(self, x: Tensor, hx: Any) -> torch.dtype:
-        dtype = self.weight_ih.dtype
+        dtype = self._parameter("weight_ih").dtype
         if x.dtype != dtype and _autocast_dtype(x.device.type) is None:
             raise RuntimeError(f"input and weight_ih must have the same dtype, but got {x.dtype} and {dtype}")
         return self._under_autocast(dtype, x, hx, stepwise=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lstm_fast import _C, LSTM
-from lstm_fast.kernels import cpu
+from lstm_fast.kernels import LayerInputs, cpu
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -61,23 +61,32 @@ def test_every_instruction_set_agrees_with_torch(
         assert error < 16 * torch.finfo(dtype).eps
 
 
-def layer(steps: list[int], directions: int, hidden: int, proj: int, dtype: torch.dtype) -> list[Tensor]:
-    """Everything that both calls write, from seeded inputs."""
+def layer(
+    steps: list[int], directions: int, hidden: int, proj: int, dtype: torch.dtype, offset: int = 0
+) -> list[Tensor]:
+    """Everything that both calls write, from seeded inputs, which begin ``offset`` elements into their memory."""
     torch.manual_seed(1)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rows, batch, inputs, features = sum(steps), steps[0], 70, proj or hidden
-    x = torch.randn(rows, inputs).to(dtype)
-    h0, c0 = (torch.randn(directions, batch, size).to(dtype) for size in (features, hidden))
+
+    def placed(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+        memory = torch.empty(offset + tensor.numel(), dtype=dtype)
+        return memory[offset:].view(tensor.shape).copy_(tensor)
+
+    x = placed(torch.randn(rows, inputs))
+    h0, c0 = (placed(torch.randn(directions, batch, size)) for size in (features, hidden))
     shapes = ((4 * hidden, inputs), (4 * hidden, features), (4 * hidden,), (4 * hidden,), (proj, hidden))
     weights: list[Any] = [
-        [(torch.randn(s) / hidden**0.5).to(dtype) if s[0] > 0 else None for s in shapes] for _ in range(directions)
+        [placed(torch.randn(s) / hidden**0.5) if s[0] > 0 else None for s in shapes] for _ in range(directions)
     ]
-    y, h_n, c_n, saved = cpu.layer_forward(x, h0, c0, weights, steps, True)
+    layer_inputs = LayerInputs(x, h0, c0, weights, steps)
+    y, h_n, c_n, saved = cpu.layer_forward(layer_inputs, True)
     assert saved is not None
-    dy = torch.randn(rows, directions * features).to(dtype)
-    dh, dc = (torch.randn(directions, batch, size, dtype=acc) for size in (features, hidden))
+    y, saved = placed(y), (placed(saved[0]), placed(saved[1], acc))
+    dy = placed(torch.randn(rows, directions * features))
+    dh, dc = (placed(torch.randn(directions, batch, size, dtype=acc), acc) for size in (features, hidden))
     needs = [[True] * 5] * directions
-    dx, gradients = cpu.layer_backward(x, h0, c0, weights, steps, y, saved, dy, dh, dc, True, needs)
+    dx, gradients = cpu.layer_backward(layer_inputs, y, saved, dy, dh, dc, True, needs)
     found = [y, h_n, c_n, *saved, dh, dc, dx, *(g for direction in gradients for g in direction)]
     return [t for t in found if t is not None]
 
@@ -105,6 +114,16 @@ def test_any_number_of_threads_gives_the_same_bits(
     assert all(bool(t.isfinite().all()) for t in results[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steps", [[2] * 2, [13] * 4], ids=["weights as they lie", "packed weights"])
+@pytest.mark.parametrize(("hidden", "proj"), [(66, 0), (33, 5)])
+@pytest.mark.usefixtures("instruction_set")
+def test_tensors_may_begin_anywhere(hidden: int, proj: int, steps: list[int], dtype: torch.dtype) -> None:
+    """At elements that no vector, and no pair of 16-bit values, is aligned to."""
+    aligned, odd = (layer(steps, 2, hidden, proj, dtype, offset) for offset in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(aligned, odd, strict=True))
 
 
 @pytest.mark.parametrize("directions", [1, 2])

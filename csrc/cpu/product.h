@@ -123,26 +123,33 @@ struct Groups {
     Index count[4];
 };
 
-// Rows of `depth` elements become columns: the tile [depth, 64], 0 where a group has no row. By blocks of 16 x 16,
-// which stay in cache whatever the depth.
+// Rows of `depth` elements become columns: the tile [depth, 64], 0 where a group has no row. By blocks of one vector's
+// lanes a side, from memory to memory by way of registers alone wherever a block is whole.
 template <typename Isa, typename T>
 LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Acc<T>* to) {
     using A = Acc<T>;
     constexpr int side = lanes<Isa, A>;
     for (Index group = 0; group < 4; ++group) {
-        for (Index k = 0; k < depth; k += kUnits) {
-            const Index count = std::min(kUnits, depth - k);
-            alignas(64) A block[kUnits][kUnits] = {};
-            for (Index j = 0; j < groups.count[group]; ++j)
-                load_units<Isa>(groups.first[group] + j * depth + k, count, block[j]);
-            for (Index i = 0; i < count; i += side) {
-                for (Index j = 0; j < kUnits; j += side) {
-                    Vector<Isa, A> rows[side];
-                    for (int r = 0; r < side; ++r) std::memcpy(&rows[r], &block[j + r][i], sizeof(rows[r]));
-                    transpose(rows);
-                    for (int r = 0; r < std::min<Index>(side, count - i); ++r) {
-                        std::memcpy(to + (k + i + r) * kTile + group * kUnits + j, &rows[r], sizeof(rows[r]));
+        for (Index k = 0; k < depth; k += side) {
+            for (Index j = 0; j < kUnits; j += side) {
+                const T* const from = groups.first[group] + j * depth + k;
+                A* const tile = to + k * kTile + group * kUnits + j;
+                const Index columns = std::min<Index>(side, depth - k);
+                Vector<Isa, A> rows[side];
+                if (columns == side && groups.count[group] >= j + side) {
+#pragma GCC unroll 16
+                    for (int r = 0; r < side; ++r) rows[r] = load_vector<Isa>(from + r * depth);
+                } else {
+                    for (int r = 0; r < side; ++r) {
+                        alignas(64) A units[kUnits];
+                        load_units<Isa>(from + r * depth, j + r < groups.count[group] ? columns : 0, units);
+                        std::memcpy(&rows[r], units, sizeof(rows[r]));
                     }
+                }
+                transpose(rows);
+#pragma GCC unroll 16
+                for (int r = 0; r < side; ++r) {
+                    if (r < columns) std::memcpy(tile + r * kTile, &rows[r], sizeof(rows[r]));
                 }
             }
         }
@@ -215,34 +222,55 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, BFloat16* to) 
 
 // ---- Without packing -----------------------------------------------------------------------------------------------
 
-// The sums over k of X rows of a times W rows of w [.., k], all at once: X * W makes one vector. Lane by lane over k,
-// then over the lanes, whatever X. c[X, 64] (+)= them in its first columns, of which `columns` <= W are kept.
+// The sums over k of X rows of a times W rows of w [.., k]: X * W makes one vector. Lane by lane over k, then over the
+// lanes. One row of a takes those of w one after the other, as memory delivers them best; more take them side by side,
+// to read each once. c[X, 64] (+)= the sums in its first columns, of which `columns` <= W are kept.
 template <typename Isa, int X, typename O, typename T>
 LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k, Acc<T>* c, bool accumulate) {
     using A = Acc<T>;
     constexpr int side = lanes<Isa, A>, W = side / X;
-    const T* row[W];  // past the last one, that one again
-    for (int n = 0; n < W; ++n) row[n] = w + std::min<Index>(n, columns - 1) * k;
-    Vector<Isa, A> sums[side] = {};
-    Index p = 0;
-    for (; p + side <= k; p += side) {
-        Vector<Isa, A> left[X];
-#pragma GCC unroll 4
-        for (int x = 0; x < X; ++x) left[x] = load_vector<Isa>(a + x * lda + p);
-#pragma GCC unroll 16
+    const auto row = [&](int n)
+                         LSTM_INLINED { return w + std::min<Index>(n, columns - 1) * k; };  // past them, the last
+    Vector<Isa, A> sums[side];
+    const Index whole = k - k % side;
+    if constexpr (X == 1) {
+        constexpr int parts = 4;  // sums at once: enough to hide the latency of one
+#pragma GCC unroll 1
         for (int n = 0; n < W; ++n) {
-            const auto right = load_vector<Isa>(row[n] + p);
+            const T* const right = row(n);
+            Vector<Isa, A> part[parts] = {};
+            Index p = 0;
+            for (; p + parts * side <= whole; p += parts * side) {
 #pragma GCC unroll 4
-            for (int x = 0; x < X; ++x) sums[x * W + n] += left[x] * right;
+                for (int i = 0; i < parts; ++i)
+                    part[i] += load_vector<Isa>(a + p + i * side) * load_vector<Isa>(right + p + i * side);
+            }
+            for (; p < whole; p += side) part[0] += load_vector<Isa>(a + p) * load_vector<Isa>(right + p);
+            sums[n] = (part[0] + part[1]) + (part[2] + part[3]);
+        }
+    } else {
+        const T* rows[W];
+        for (int n = 0; n < W; ++n) rows[n] = row(n);
+        for (int i = 0; i < side; ++i) sums[i] = Vector<Isa, A>{};
+        for (Index p = 0; p < whole; p += side) {
+            Vector<Isa, A> left[X];
+#pragma GCC unroll 4
+            for (int x = 0; x < X; ++x) left[x] = load_vector<Isa>(a + x * lda + p);
+#pragma GCC unroll 8
+            for (int n = 0; n < W; ++n) {
+                const auto right = load_vector<Isa>(rows[n] + p);
+#pragma GCC unroll 4
+                for (int x = 0; x < X; ++x) sums[x * W + n] += left[x] * right;
+            }
         }
     }
-    if (p < k) {
+    if (whole < k) {
         alignas(64) A left[X][side] = {}, right[side] = {};
         for (int x = 0; x < X; ++x) {
-            for (Index i = p; i < k; ++i) left[x][i - p] = load(a[x * lda + i]);
+            for (Index i = whole; i < k; ++i) left[x][i - whole] = load(a[x * lda + i]);
         }
         for (int n = 0; n < W; ++n) {
-            for (Index i = p; i < k; ++i) right[i - p] = load(row[n][i]);
+            for (Index i = whole; i < k; ++i) right[i - whole] = load(row(n)[i]);
             for (int x = 0; x < X; ++x) sums[x * W + n] += load_vector<Isa>(left[x]) * load_vector<Isa>(right);
         }
     }

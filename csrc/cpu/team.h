@@ -10,7 +10,7 @@
 namespace lstm::cpu {
 
 // A call of at most so many rows over all steps reads its weights as they lie: to pack them would take as long.
-constexpr Index kFewRows = 8;
+constexpr Index kFewRows = 6;
 
 LSTM_HD Index tiles_of(Index columns, Index tile = kTile) { return (columns + tile - 1) / tile; }
 

@@ -10,12 +10,11 @@ Each backend has:
     None if it can run in this process, else what is missing.
 ``refuses(device, dtype, hidden) -> str | None``
     None if it serves tensors of that kind with H = ``hidden``, else why not.
-``layer_forward(x, h0, c0, weights, steps, save) -> y, h_n, c_n, saved``
-    F1-F6 over all steps. ``x`` [N, I], ``h0`` [D, B, R], ``c0`` [D, B, H] T; ``weights``: for each direction w_ih
-    [4H, I], w_hh [4H, R], b_ih and b_hh [4H] or None, w_hr [R, H] or None. Returns ``y`` [N, D*R] T, direction d in
-    columns d*R to (d+1)*R; ``h_n`` and ``c_n``, shaped as ``h0`` and ``c0``; with ``save``, what backward needs: the
-    activated gates [D, N, 4H] T and c_t of every step [D, N, H] Acc; else None.
-``layer_backward(x, h0, c0, weights, steps, y, saved, dy, dh, dc, needs_x, needs) -> dx, gradients``
+``layer_forward(inputs, save) -> y, h_n, c_n, saved``
+    F1-F6 over all steps of ``inputs``, a ``LayerInputs``. Returns ``y`` [N, D*R] T, direction d in columns d*R to
+    (d+1)*R; ``h_n`` and ``c_n``, shaped as ``h0`` and ``c0``; with ``save``, what backward needs: the activated gates
+    [D, N, 4H] T and c_t of every step [D, N, H] Acc; else None.
+``layer_backward(inputs, y, saved, dy, dh, dc, needs_x, needs) -> dx, gradients``
     B1-B8 over all steps. ``dy`` [N, D*R] T, or None for zero. ``dh``, ``dc``, shaped as ``h0`` and ``c0``, Acc: on
     entry the gradients of h_n and c_n, on return those of h0 and c0. Returns the gradients of x, and for each direction
     of w_ih, w_hh, either bias and w_hr; None where ``needs_x``, or ``needs`` of that direction, a flag for each of its
@@ -30,14 +29,28 @@ Those but the CPU's know the recurrence alone, without projection, and leave the
 ``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)``
     B1-B7 over all steps. Written: ``dgates`` [D, N, 4H] T, the gradient of the pre-activations.
 
-All tensors but weights are contiguous, nothing but what is named as written is written, and results are the same bits
+All tensors are contiguous, nothing but what is named as written is written, and results are the same bits
 on every run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh, w_hr
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of w_ih, w_hh, either bias, w_hr
-Saved = tuple[Tensor, Tensor] | None  # gates and cells
+Saved = tuple[Tensor, Tensor]  # gates and cells
+
+
+class LayerInputs(NamedTuple):
+    """``x`` [N, I], ``h0`` [D, B, R], ``c0`` [D, B, H]; each direction's w_ih [4H, I], w_hh [4H, R], b_ih and b_hh [4H]
+    or None, w_hr [R, H] or None; ``steps``, the active sequences of each step."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor
+    weights: Sequence[Weights]
+    steps: list[int]

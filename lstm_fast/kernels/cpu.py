@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import Gradients, Saved, Weights
+from lstm_fast.kernels import Gradients, LayerInputs, Saved
 from lstm_fast.reference import accumulate_dtype
 
 _problem: str | None = None
@@ -35,33 +34,23 @@ def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None
     return None
 
 
-def layer_forward(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Weights], steps: list[int], save: bool
-) -> tuple[Tensor, Tensor, Tensor, Saved]:
+def layer_forward(inputs: LayerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """F1 to F6 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
+    x, h0, c0, weights, steps = inputs
     rows, (directions, _, hidden) = x.size(0), c0.shape
     y = x.new_empty(rows, directions * h0.size(2))
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
-    gates = cells = None
-    if save:
-        gates = x.new_empty(directions, rows, 4 * hidden)
-        cells = x.new_empty(directions, rows, hidden, dtype=accumulate_dtype(x.dtype))
-    weights = _contiguous(weights)
-    _C.cpu_layer_forward(
-        steps,
-        _sizes(x, h0, hidden),
-        [_addresses(*direction) for direction in weights],
-        _addresses(x, h0, c0, y, h_n, c_n, gates, cells),
-    )
-    return y, h_n, c_n, None if gates is None or cells is None else (gates, cells)
+    if not save:
+        _C.cpu_layer_forward(steps, _sizes(x, h0, hidden), weights, (x, h0, c0, y, h_n, c_n, None, None))
+        return y, h_n, c_n, None
+    gates = x.new_empty(directions, rows, 4 * hidden)
+    cells = x.new_empty(directions, rows, hidden, dtype=accumulate_dtype(x.dtype))
+    _C.cpu_layer_forward(steps, _sizes(x, h0, hidden), weights, (x, h0, c0, y, h_n, c_n, gates, cells))
+    return y, h_n, c_n, (gates, cells)
 
 
 def layer_backward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: Sequence[Weights],
-    steps: list[int],
+    inputs: LayerInputs,
     y: Tensor,
     saved: Saved,
     dy: Tensor | None,
@@ -71,9 +60,7 @@ def layer_backward(
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[Gradients]]:
     """B1 to B8 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
-    assert saved is not None
-    gates, cells = saved
-    weights = _contiguous(weights)
+    x, h0, c0, weights, steps = inputs
     dx = torch.empty_like(x) if needs_x else None
     gradients: list[Gradients] = []
     for (w_ih, w_hh, _, _, w_hr), need in zip(weights, needs, strict=True):
@@ -81,22 +68,9 @@ def layer_backward(
         dw_hh = torch.empty_like(w_hh) if need[1] else None
         db = x.new_empty(w_hh.size(0)) if need[2] or need[3] else None
         gradients.append((dw_ih, dw_hh, db, torch.empty_like(w_hr) if need[4] and w_hr is not None else None))
-    _C.cpu_layer_backward(
-        steps,
-        _sizes(x, h0, c0.size(2)),
-        [_addresses(*direction) for direction in weights],
-        [_addresses(*found) for found in gradients],
-        _addresses(x, h0, c0, y, gates, cells, dy, dh, dc, dx),
-    )
+    tensors = (x, h0, c0, y, *saved, dy, dh, dc, dx)
+    _C.cpu_layer_backward(steps, _sizes(x, h0, c0.size(2)), weights, gradients, tensors)
     return dx, gradients
-
-
-def _contiguous(weights: Sequence[Weights]) -> list[Any]:
-    return [[None if t is None else t.contiguous() for t in direction] for direction in weights]
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _sizes(x: Tensor, h0: Tensor, hidden: int) -> tuple[int, int, int, int, int, int]:

@@ -8,20 +8,15 @@ import torch
 from torch import Tensor
 
 from lstm_fast import reference
-from lstm_fast.kernels import Gradients, Saved, Weights
+from lstm_fast.kernels import Gradients, LayerInputs, Saved
 from lstm_fast.precision import rnn_precision
 
 
 def layer_forward(
-    recurrence_forward: Callable[..., None],
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: Sequence[Weights],
-    steps: list[int],
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    recurrence_forward: Callable[..., None], inputs: LayerInputs, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """F1 to F6; lstm_fast/kernels/__init__.py states what each tensor is, and what ``recurrence_forward`` does."""
+    x, h0, c0, weights, steps = inputs
     rows, (directions, _, hidden) = x.size(0), c0.shape
     with rnn_precision(x):
         products = []
@@ -34,18 +29,14 @@ def layer_forward(
         cells = None
         if save:
             cells = x.new_empty(directions, rows, hidden, dtype=reference.accumulate_dtype(x.dtype))
-        w_hh = [direction[1].contiguous() for direction in weights]
+        w_hh = [direction[1] for direction in weights]
         recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)
     return y, h_n, c_n, None if cells is None else (gates, cells)
 
 
 def layer_backward(
     recurrence_backward: Callable[..., None],
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: Sequence[Weights],
-    steps: list[int],
+    inputs: LayerInputs,
     y: Tensor,
     saved: Saved,
     dy: Tensor | None,
@@ -55,12 +46,12 @@ def layer_backward(
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[Gradients]]:
     """B1 to B8; lstm_fast/kernels/__init__.py states what each tensor is, and what ``recurrence_backward`` does."""
-    assert saved is not None
+    x, h0, c0, weights, steps = inputs
     gates, cells = saved
     hidden = c0.size(2)
     dgates = torch.empty_like(gates)
     with rnn_precision(x):
-        w_hh = [direction[1].contiguous() for direction in weights]
+        w_hh = [direction[1] for direction in weights]
         recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
         dx = None
         if needs_x:

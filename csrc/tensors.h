@@ -1,0 +1,132 @@
+// torch's tensors without torch's headers, so that one binary serves every torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+
+namespace lstm::tensors {
+
+namespace py = pybind11;
+
+// Where a tensor's elements lie; null for None.
+struct Data {
+    void* address = nullptr;
+};
+
+// The head of DLPack's C exchange API (github.com/dmlc/dlpack, include/dlpack/dlpack.h, major version 1), whose `view`
+// describes a tensor where it lies. torch has it from 2.10 on.
+struct View {
+    void* data;
+    std::int32_t device_type, device;
+    std::int32_t dims;
+    std::uint8_t kind, bits;
+    std::uint16_t lanes;
+    const std::int64_t *sizes, *strides;
+    std::uint64_t byte_offset;
+
+    bool has_sizes(std::initializer_list<std::int64_t> expected) const {
+        return static_cast<std::size_t>(dims) == expected.size() && std::equal(expected.begin(), expected.end(), sizes);
+    }
+
+    bool contiguous() const {
+        std::int64_t elements = 1;
+        for (int i = dims - 1; i >= 0; --i) {
+            if (sizes[i] != 1 && strides[i] != elements) return false;
+            elements *= sizes[i];
+        }
+        return true;
+    }
+};
+struct ExchangeApi {
+    std::uint32_t major, minor;
+    void *previous, *allocate, *from_python, *to_python;
+    int (*view)(void* tensor, View* out);
+};
+
+// torch.Tensor's and torch.nn.Parameter's own types: what a subclass holds, only its author knows.
+struct Types {
+    PyObject *tensor, *parameter;
+    const ExchangeApi* api;  // null where this torch has none
+};
+
+inline const Types& types() {
+    static const Types found = [] {
+        const py::object tensor = py::module_::import("torch").attr("Tensor");
+        const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+        const void* api = nullptr;
+        if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
+            api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+        const auto* const exchange = static_cast<const ExchangeApi*>(api);
+        const bool known = exchange != nullptr && exchange->major == 1;
+        return Types{tensor.ptr(), py::module_::import("torch.nn").attr("Parameter").ptr(), known ? exchange : nullptr};
+    }();
+    return found;
+}
+
+// A tensor on the CPU as it lies; nothing where torch can't tell in this way, or it isn't contiguous.
+inline std::optional<View> view(py::handle tensor) {
+    const Types& known = types();
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    if (known.api == nullptr || (type != known.tensor && type != known.parameter)) return std::nullopt;
+    View found;
+    if (known.api->view(tensor.ptr(), &found) != 0) {
+        PyErr_Clear();
+        return std::nullopt;
+    }
+    constexpr int cpu = 1;
+    if (found.device_type != cpu || !found.contiguous()) return std::nullopt;
+    return found;
+}
+
+// Whether the 13 inputs of a layer (lstm_fast/autograd.py) lie contiguously on the CPU, in one dtype and with sizes
+// that fit each other. False says no more than that this quick look can't tell.
+inline bool layer_inputs_fit(const py::sequence& inputs) {
+    constexpr std::size_t states = 3, of_direction = 5;
+    const py::object first = inputs[0];
+    const auto x = view(first), h0 = view(py::object(inputs[1])), c0 = view(py::object(inputs[2]));
+    if (!x || !h0 || !c0 || x->dims != 2 || h0->dims != 3 || c0->dims != 3) return false;
+    const auto alike = [&](const View& t) { return t.kind == x->kind && t.bits == x->bits && t.lanes == x->lanes; };
+    const std::int64_t directions = c0->sizes[0], batch = c0->sizes[1], hidden = c0->sizes[2], features = h0->sizes[2];
+    if (directions < 1 || directions > 2 || !h0->has_sizes({directions, batch, features}) || !alike(*h0) || !alike(*c0))
+        return false;
+    for (std::int64_t d = 0; d < directions; ++d) {
+        std::array<std::optional<View>, of_direction> weights;
+        for (std::size_t i = 0; i < of_direction; ++i) {
+            const py::object weight = inputs[states + d * of_direction + i];
+            if (weight.is_none()) continue;
+            weights[i] = view(weight);
+            if (!weights[i] || !alike(*weights[i])) return false;
+        }
+        const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = weights;
+        if (!w_ih || !w_ih->has_sizes({4 * hidden, x->sizes[1]})) return false;
+        if (!w_hh || !w_hh->has_sizes({4 * hidden, features})) return false;
+        if (b_ih.has_value() != b_hh.has_value()) return false;
+        if (b_ih && !(b_ih->has_sizes({4 * hidden}) && b_hh->has_sizes({4 * hidden}))) return false;
+        if (w_hr ? !w_hr->has_sizes({features, hidden}) : features != hidden) return false;
+    }
+    return true;
+}
+
+}  // namespace lstm::tensors
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<lstm::tensors::Data> {
+    PYBIND11_TYPE_CASTER(lstm::tensors::Data, const_name("torch.Tensor | None"));
+
+    bool load(handle from, bool) {
+        if (from.is_none()) return true;
+        static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+        const auto address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(from.ptr(), name));
+        if (address) value.address = PyLong_AsVoidPtr(address.ptr());
+        if (!PyErr_Occurred()) return true;
+        PyErr_Clear();
+        return false;
+    }
+};
+
+}  // namespace pybind11::detail
