@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import lstm_fast
-from benchmarks.compare import task
+from lstm_fast.bench import rivals, runner
+from lstm_fast.bench.cases import Case
 from lstm_fast.kernels import persistent
 
 PAIRS = 20
@@ -78,30 +78,26 @@ def shapes() -> Iterator[Shape]:
         yield Shape("bf16", 2048, B, H)
 
 
-def dtype_of(shape: Shape) -> torch.dtype:
-    return {"fp16": torch.float16, "tf32": torch.float32}.get(shape.group, torch.bfloat16)
+def case_of(shape: Shape) -> Case:
+    """What a row of its group measures."""
+    dtype = {"fp16": "float16", "tf32": "float32"}.get(shape.group, "bfloat16")
+    kind = {"bidirectional": shape.group == "bidirectional", "packed": shape.group == "packed"}
+    return Case(shape.T, shape.B, shape.H, dtype=dtype, **kind)
 
 
-def build(shape: Shape, device: str = "cuda") -> tuple[Any, nn.LSTM, lstm_fast.LSTM]:
-    torch.manual_seed(0)
-    place: dict[str, Any] = {"device": device, "dtype": dtype_of(shape)}
-    two = shape.group == "bidirectional"
-    theirs = nn.LSTM(shape.H, shape.H, bidirectional=two, **place)
-    ours = lstm_fast.LSTM(shape.H, shape.H, bidirectional=two, **place, backend=shape.backend)
-    ours.load_state_dict(theirs.state_dict())
-    x: Any = torch.randn(shape.T, shape.B, shape.H, **place)
-    if shape.group == "packed":
-        lengths = torch.randint(1, shape.T + 1, (shape.B,))
-        x = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-    return x, theirs, ours
+def build(shape: Shape, device: str = "cuda") -> tuple[Any, nn.Module, nn.Module]:
+    """The input, nn.LSTM and ours with its weights."""
+    case = case_of(shape)
+    theirs = rivals.oracle(case, device)
+    return rivals.make_input(case, device), theirs, rivals.ours(case, theirs, shape.backend)
 
 
-def errors(x: Any, theirs: nn.LSTM, ours: nn.Module) -> tuple[float, float]:
+def errors(x: Any, theirs: nn.Module, ours: nn.Module) -> tuple[float, float]:
     """Of ours and of theirs, against nn.LSTM in fp64: the worst of both modes' output and the weight gradients."""
 
     def run(module: nn.Module, sequence: Any) -> list[Tensor]:
         module.zero_grad()
-        inferred = task(module, sequence, "inference")()
+        inferred = rivals.task(module, sequence, "inference")()
         y = module(sequence)[0]
         y = y if isinstance(y, Tensor) else y.data
         torch.manual_seed(1)
@@ -118,31 +114,12 @@ def errors(x: Any, theirs: nn.LSTM, ours: nn.Module) -> tuple[float, float]:
     return worst[0], worst[1]
 
 
-def elapsed(call: Callable[[], Any]) -> float:
-    """Milliseconds between two events around the call."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
 def measure(ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
     """Medians in ms and the ratio theirs/ours, over interleaved pairs."""
-    for call in (ours, theirs) * 3:
-        call()
-    torch.cuda.synchronize()
-    pairs = [(elapsed(ours), elapsed(theirs)) for _ in range(PAIRS)]
-    ratios = statistics.quantiles([b / a for a, b in pairs], n=10)
-    return {
-        "ours_ms": statistics.median(a for a, _ in pairs),
-        "theirs_ms": statistics.median(b for _, b in pairs),
-        "ratio": ratios[4],
-        "ratio_p20": ratios[1],
-        "ratio_p80": ratios[7],
-        "pairs": PAIRS,
-    }
+    times = runner.interleave({"ours": ours, "theirs": theirs}, "cuda", 0, PAIRS)
+    found = runner.compared(times["ours"], times["theirs"])
+    kept = {name: found[name] for name in ("ratio", "ratio_p20", "ratio_p80", "ratio_low", "ratio_high")}
+    return {"ours_ms": statistics.median(times["ours"]), "theirs_ms": found["ms"], **kept, "pairs": PAIRS}
 
 
 def peak_memory(call: Callable[[], Any]) -> float:
@@ -155,25 +132,16 @@ def peak_memory(call: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def launches(theirs: nn.LSTM, x: Any) -> dict[str, Any]:
-    """How many kernels nn.LSTM's forward launches for up to LAUNCHES_T steps, and the commonest: cuDNN's algorithm."""
-    short = x[:LAUNCHES_T] if isinstance(x, Tensor) else x
-    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        theirs(short)
-        torch.cuda.synchronize()
-    kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels.sort(key=lambda e: -e.count)
-    chunks = {w.untyped_storage().data_ptr() for w in theirs.parameters()}
-    return {
-        "launches": sum(e.count for e in kernels),
-        "commonest": [e.key[:80] for e in kernels[:3]],
-        "weights_compact": len(chunks) == 1,  # else torch copies them together on each call
-    }
+def launches(theirs: nn.Module, x: Any) -> dict[str, Any]:
+    """``runner.launches`` over up to LAUNCHES_T steps, and whether torch has the weights in one piece."""
+    chunks = {w.untyped_storage().data_ptr() for w in theirs.parameters()}  # else torch copies them at each call
+    found = runner.launches(theirs, x[:LAUNCHES_T] if isinstance(x, Tensor) else x)
+    return {"launches": found["count"], "commonest": found["commonest"], "weights_compact": len(chunks) == 1}
 
 
 def run_row(shape: Shape) -> dict[str, Any]:
     row: dict[str, Any] = shape._asdict()
-    dtype = dtype_of(shape)
+    dtype = getattr(torch, case_of(shape).dtype)
     refused = persistent.unavailable() or persistent.refuses(torch.device("cuda", 0), dtype, shape.H)
     if shape.backend == "persistent" and refused is not None:
         return {**row, "refused": refused}
@@ -184,7 +152,7 @@ def run_row(shape: Shape) -> dict[str, Any]:
     eps = 2**-10 if shape.group == "tf32" else torch.finfo(dtype).eps
     if not error <= 2 * allowed + eps:  # NaN included
         return {**row, "wrong": f"relative error {error:.2e}, nn.LSTM's {allowed:.2e}"}
-    mine, rival = task(ours, x, mode), task(theirs, x, mode)
+    mine, rival = rivals.task(ours, x, mode), rivals.task(theirs, x, mode)
     row.update(measure(mine, rival))
     row["us_per_step"] = 1e3 * row["ours_ms"] / shape.T
     row["peak_mib"], row["nn_lstm_peak_mib"] = peak_memory(mine), peak_memory(rival)
@@ -218,7 +186,7 @@ def phases(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
     dy = torch.randn_like(y)
     wanted = [x, *module.parameters()]
     return {
-        "inference": task(module, x, "inference"),
+        "inference": rivals.task(module, x, "inference"),
         "forward": lambda: module(x),
         "backward": lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True),
     }
@@ -260,10 +228,10 @@ def run_kernels(device: str = "cuda") -> dict[str, Any]:
         ("forward", lambda: forward(cells)),
         ("backward", backward),
     ):
-        times = []
+        timer, times = runner.timer("cuda", call), []
         for _ in range(3 + PAIRS):
             gates.copy_(start) if name != "backward" else gates.copy_(start.sigmoid())
-            times.append(1e3 * elapsed(call) / T)
+            times.append(1e3 * timer() / T)
         found[name] = {"us_per_step": statistics.median(times[3:])}
     return found
 

@@ -28,7 +28,7 @@ import torch
 
 import lstm_fast
 from benchmarks import exchange, gpu_bench
-from benchmarks.environment import describe
+from lstm_fast.bench.runner import describe
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("persistent", "cuda", "triton")

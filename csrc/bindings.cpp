@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/layer.h"
+#include "cpu/limits.h"
 #include "cuda/persistent.h"
 #include "gates.h"
 #include "tensors.h"
@@ -118,6 +119,10 @@ void cpu_layer_backward(const std::vector<std::int64_t>& steps, const Sizes& siz
                                {of(gradients.front()), of(gradients.back())}});
 }
 
+double cpu_peak_rate(int dtype, int set, int threads) {
+    return lstm::cpu::peak_rate(static_cast<lstm::Dtype>(dtype), static_cast<lstm::cpu::InstructionSet>(set), threads);
+}
+
 void bind_cpu(py::module_& m) {
     // Those that this CPU runs, the best last; a call names one by its place here.
     py::list sets = py::list();
@@ -128,6 +133,8 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_layer_forward", cpu_layer_forward, Released(), "steps"_a, "sizes"_a, "weights"_a, "tensors"_a);
     m.def("cpu_layer_backward", cpu_layer_backward, Released(), "steps"_a, "sizes"_a, "weights"_a, "gradients"_a,
           "tensors"_a);
+    m.def("cpu_peak_rate", cpu_peak_rate, Released(), "dtype"_a, "instruction_set"_a, "threads"_a);
+    m.def("cpu_meeting_seconds", lstm::cpu::meeting_seconds, Released(), "threads"_a);
 }
 
 // ---- The gate kernel: on the host for tests, and with CUDA ---------------------------------------------------------

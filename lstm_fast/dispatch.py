@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from lstm_fast import measured
 from lstm_fast.kernels import cpu, cuda, persistent, triton_gates
 
 KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "triton": triton_gates, "cpu": cpu}
@@ -47,6 +49,11 @@ def backends() -> dict[str, Status]:
     return {name: Status(missing.get(name) is None, missing.get(name) or what) for name, what in _WHAT.items()}
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_backend(name: str) -> str:
     """``name`` itself; ValueError unless it is one of BACKENDS."""
     if name not in BACKENDS:
@@ -65,12 +72,21 @@ def requested(backend: str) -> str:
 
 
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, hidden: int, proj_size: int, traced: bool, transformed: bool
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    proj_size: int,
+    traced: bool,
+    transformed: bool,
+    kind: str,
+    shape: Callable[[], tuple[int, int]],
 ) -> Choice:
     """The kernel for one call.
 
     ``backend`` is the module's keyword. ``traced``: the call is recorded by torch.jit or for ONNX; ``transformed``: a
-    torch.func transform or forward-mode AD is active. ``auto`` falls back; a named backend that can't serve raises
+    torch.func transform or forward-mode AD is active. ``kind`` is ``measured.Call``'s, and ``shape()`` gives T and B.
+    ``auto`` falls back, to torch too where that was measured to be faster; a named backend that can't serve raises
     RuntimeError, saying what is missing.
     """
     name = requested(backend)
@@ -84,14 +100,18 @@ def choose(
     if transformed:
         return Choice("reference", "a torch.func transform or forward-mode AD is active, which kernels can't follow")
     reasons: list[str] = []
-    order = _COMPILED_ORDER if torch.compiler.is_compiling() else _AUTO_ORDER
+    compiling = torch.compiler.is_compiling()
+    order = _COMPILED_ORDER if compiling else _AUTO_ORDER
     for candidate in order.get(device.type, ()):
         why_not = _refuses(candidate, device, dtype, hidden, proj_size, transformed)
+        if why_not is None and not compiling and measured.matters(device.type, kind):
+            call = measured.Call(device.type, name_of(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
+            why_not = measured.torch_is_faster(call)
         if why_not is None:
             return Choice(candidate, _WHAT[candidate] + (f" ({'; '.join(reasons)})" if reasons else ""))
         reasons.append(f"{candidate}: {why_not}")
     reasons = reasons or [f"no kernel serves device {device.type}"]
-    if torch.compiler.is_compiling() and dtype.is_floating_point:
+    if compiling and dtype.is_floating_point:
         return Choice("reference", "; ".join([*reasons, "torch's own LSTM would break the compiled graph"]))
     return Choice("torch", "; ".join(reasons))
 
@@ -109,9 +129,12 @@ def _refuses(
     return why_not
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_refuses(name: str, device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
     """Asked of the kernel itself, which asks the machine: a compiler calls this, and doesn't look inside."""
     kernel = KERNELS[name]
     why_not: str | None = kernel.unavailable() or kernel.refuses(device, dtype, hidden)
     return why_not
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler: a second, at each start.
+_kernel_refuses._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -36,9 +36,19 @@ class _Fused(nn.Module):
     backend = "auto"  # a class attribute, so that modules pickled by torch and swapped ones have it too
     _torch_class: Any  # of torch.nn, with the same parameters
 
-    def _choose(self, x: Tensor, dtype: torch.dtype) -> Choice:
+    def _choose(self, x: Tensor | PackedSequence, dtype: torch.dtype) -> Choice:
+        data = x.data if isinstance(x, PackedSequence) else x
         proj_size = getattr(self, "proj_size", 0)
-        return choose(self.backend, x.device, dtype, self.hidden_size, proj_size, _traced(), transforms_active())
+        place = (self.backend, data.device, dtype, self.hidden_size, proj_size)
+        return choose(*place, _traced(), transforms_active(), self._kind(x), lambda: self._shape(x))
+
+    def _kind(self, x: Tensor | PackedSequence) -> str:
+        """``measured.Call``'s."""
+        raise NotImplementedError
+
+    def _shape(self, x: Tensor | PackedSequence) -> tuple[int, int]:
+        """T and B of a call."""
+        raise NotImplementedError
 
     def _under_autocast(self, dtype: torch.dtype, x: Tensor, hx: Any, stepwise: bool) -> torch.dtype:
         """The weights' ``dtype``, or autocast's; on a CPU ``stepwise`` calls keep to the states', as in torch."""
@@ -155,11 +165,21 @@ class LSTM(_Fused, nn.RNNBase):
         if not packed and input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         dtype = self._compute_dtype(input.data if packed else input, hx, packed)
-        choice = self._choose(input.data if packed else input, dtype)
+        choice = self._choose(input, dtype)
         if choice.backend == "torch":
             return self._torch_class.forward(self, input, hx)
         forward = self._forward_packed if packed else self._forward_dense
         return forward(input, hx, dtype, choice)
+
+    def _kind(self, x: Tensor | PackedSequence) -> str:
+        return "packed" if isinstance(x, PackedSequence) else "projected" if self.proj_size > 0 else "layer"
+
+    def _shape(self, x: Tensor | PackedSequence) -> tuple[int, int]:
+        if isinstance(x, PackedSequence):
+            return len(x.batch_sizes), int(x.batch_sizes[0])
+        if x.dim() == 2:
+            return x.size(0), 1
+        return (x.size(1), x.size(0)) if self.batch_first else (x.size(0), x.size(1))
 
     def _forward_dense(self, input: Tensor, hx: Any, dtype: torch.dtype, choice: Choice) -> tuple[Tensor, State]:
         batched = input.dim() == 3
@@ -308,6 +328,12 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
         return (y, c_n[0]) if batched else (y[0], c_n[0, 0])
 
+    def _kind(self, x: Tensor | PackedSequence) -> str:
+        return "cell"
+
+    def _shape(self, x: Tensor | PackedSequence) -> tuple[int, int]:
+        return 1, x.data.size(0) if x.data.dim() == 2 else 1
+
     def _compute_dtype(self, x: Tensor, hx: Any) -> torch.dtype:
         dtype = self._parameter("weight_ih").dtype
         if x.dtype != dtype and _autocast_dtype(x.device.type) is None:
@@ -364,5 +390,5 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None 
         dtype = module._compute_dtype(data, hx)
     else:
         raise TypeError(f"module should be an lstm_fast.LSTM or LSTMCell, got: {type(module).__name__}")
-    choice = module._choose(data, dtype)
+    choice = module._choose(input, dtype)
     return f"{choice.backend}: {choice.reason}"

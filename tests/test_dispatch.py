@@ -1,5 +1,8 @@
 """Who serves a call, and what is said about it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +144,9 @@ def test_a_compiled_graph_on_a_gpu_takes_gate_kernels_before_the_reference(gpu_k
     assert backend == "cuda" and "1024 hidden units fit no cluster" in reason
     monkeypatch.setattr(dispatch.KERNELS["cuda"], "unavailable", lambda: "it was not built")
     assert choose_on_gpu(1024).backend == "triton"
+
+
+def test_importing_leaves_the_compiler_alone():
+    """It takes a second to import, and most programs never use it."""
+    check = "import sys, lstm_fast; assert 'torch._dynamo' not in sys.modules and 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)

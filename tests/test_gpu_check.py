@@ -261,15 +261,22 @@ def test_wrong_results_are_never_timed(monkeypatch, group, found):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A card's clock and memory, which a CPU hasn't: calls run, and each takes 2 ms more than the one before."""
-    calls = []
+    """A card's clock and memory, which a CPU hasn't: calls run; the first timer's take 2 ms, the next one's 4 ms."""
+    calls, timers = [], []
 
-    def elapsed(call):
-        call()
-        calls.append(call)
-        return 2.0 * len(calls)
+    def timer(device, call):
+        assert device == "cuda"
+        timers.append(call)
+        milliseconds = 2.0 * len(timers)
 
-    monkeypatch.setattr(gpu_bench, "elapsed", elapsed)
+        def timed():
+            call()
+            calls.append(call)
+            return milliseconds
+
+        return timed
+
+    monkeypatch.setattr(gpu_bench.runner, "timer", timer)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
@@ -291,7 +298,7 @@ def test_a_row_is_measured(monkeypatch, clock, group):
     monkeypatch.setattr(gpu_bench, "launches", lambda *_: {"launches": 7})
     row = gpu_bench.run_row(gpu_bench.Shape(group, 6, 4, 8))
     assert len(clock) == 2 * gpu_bench.PAIRS == 2 * row["pairs"]
-    assert row["theirs_ms"] - row["ours_ms"] == 2.0 and row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
+    assert (row["ours_ms"], row["theirs_ms"], row["ratio_low"], row["ratio"], row["ratio_p80"]) == (2, 4, 2, 2, 2)
     assert row["us_per_step"] == 1e3 * row["ours_ms"] / 6
     assert row["mode"] == ("inference" if group == "inference" else "forward+backward")
     assert row["peak_mib"] == row["nn_lstm_peak_mib"] == 2.0 and row["nn_lstm"] == {"launches": 7}

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from lstm_fast import cli
+from lstm_fast.bench import commands as bench
+from lstm_fast.bench.report import ReportError
 from lstm_fast.translate.checkpoint import MODEL_FILE, TRAINING_FILE, CheckpointError, load_model
 from lstm_fast.translate.corpus import SHOWCASE, CorpusError, builtin, read_pairs
 from lstm_fast.translate.plots import plot_attention
@@ -30,6 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(bench.app, name="bench")
+
 Model = Annotated[Path, typer.Option(help="A checkpoint, or the folder that training wrote.")]
 Beam = Annotated[int, typer.Option(help="Hypotheses kept in search; 1 is greedy.", min=1)]
 
@@ -41,7 +45,7 @@ def run() -> int:
         status = app(standalone_mode=False)
     except usage_error as error:
         return _fail(error.format_message())
-    except (CheckpointError, CorpusError, VocabularyError, FloatingPointError) as error:
+    except (CheckpointError, CorpusError, VocabularyError, FloatingPointError, ReportError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))

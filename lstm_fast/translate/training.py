@@ -154,7 +154,7 @@ class _Run:
     def __init__(self, config: TrainingConfig, splits: Splits, tokenizer: Tokenizer, started: float) -> None:
         self.config, self.tokenizer, self.text = config, tokenizer, _digest(splits)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.examples = _examples(tokenizer, splits.train)
+        self.examples = examples_of(tokenizer, splits.train)
         self.dev = _spread(splits.dev, DEV_SENTENCES)
         self.model = Translator(config.model_config(len(tokenizer))).to(self.device)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -213,7 +213,7 @@ class _Run:
         """One step of the optimiser; the mean loss of a subword."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
-        loss = _loss(self.model.train(), batch.to(self.device), SMOOTHING)
+        loss = smoothed_loss(self.model.train(), batch.to(self.device), SMOOTHING)
         self.optimizer.zero_grad()
         loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), CLIP)
@@ -229,10 +229,10 @@ class _Run:
     def _evaluate(self, out: Path, reporter: Reporter) -> None:
         """Scores the averaged weights on dev, keeps them if they are the best so far, and saves the run."""
         self.evaluations = int(self.progress() * EVALUATIONS)
-        examples = _examples(self.tokenizer, self.dev)
+        examples = examples_of(self.tokenizer, self.dev)
         with torch.no_grad():
             batches = [collate(examples[i : i + 50]).to(self.device) for i in range(0, len(examples), 50)]
-            loss = sum(_loss(self.averaged, b, 0.0).item() * len(b.source) for b in batches) / len(examples)
+            loss = sum(smoothed_loss(self.averaged, b, 0.0).item() * len(b.source) for b in batches) / len(examples)
         bleu = evaluate(self.averaged, self.tokenizer, self.dev, beam=1).bleu
         best = bleu > self.best_bleu
         if best:
@@ -305,7 +305,7 @@ class _Run:
 _PLACE = ("step", "epoch", "batch", "sentences", "evaluations", "best_bleu")
 
 
-def _loss(model: Translator, batch: Batch, smoothing: float) -> Tensor:
+def smoothed_loss(model: Translator, batch: Batch, smoothing: float) -> Tensor:
     """Mean label-smoothed cross-entropy of a target subword, in nats."""
     memory = model.encode(batch.source, batch.lengths)
     features, _, _ = model.decode(batch.target[:, :-1], memory, memory.state)  # [B, T, W]
@@ -315,7 +315,7 @@ def _loss(model: Translator, batch: Batch, smoothing: float) -> Tensor:
     return linear_cross_entropy(features[kept], weight, bias, targets[kept], smoothing) / kept.sum()
 
 
-def _examples(tokenizer: Tokenizer, pairs: list[Pair]) -> list[Example]:
+def examples_of(tokenizer: Tokenizer, pairs: list[Pair]) -> list[Example]:
     sources = tokenizer.encode([pair.english for pair in pairs])
     targets = tokenizer.encode([pair.french for pair in pairs])
     return list(zip(sources, targets, strict=True))

@@ -1,0 +1,88 @@
+"""Peak memory and first calls, each measured in a process of its own.
+
+``python -m lstm_fast.bench.memory '[T, B, ...]' ours|torch`` prints the megabytes that the process's peak grew by, from
+after a first small pass to after the third forward and backward pass of the case.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from lstm_fast.bench.cases import Case
+
+SIDES = ("ours", "torch")
+_STARTUP = """
+import time
+start = time.perf_counter()
+import torch
+torch_ready = time.perf_counter()
+import lstm_fast
+ready = time.perf_counter()
+times = []
+for module in (lstm_fast.LSTM(128, 128), torch.nn.LSTM(128, 128)):
+    x, begin = torch.ones(16, 4, 128), time.perf_counter()
+    module(x)[0].sum().backward()
+    times.append(time.perf_counter() - begin)
+print(torch_ready - start, ready - torch_ready, *times)
+"""
+
+
+def startup() -> dict[str, float]:
+    """Milliseconds of ``import torch``, of ``import lstm_fast`` after it, and of the first forward and backward pass of
+    each side's module on the CPU; medians of three processes."""
+    runs = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", _STARTUP], capture_output=True, text=True, check=True)
+        runs.append([1e3 * float(value) for value in done.stdout.split()])
+    names = ("import_torch_ms", "import_lstm_fast_ms", "first_call_ms", "first_call_torch_ms")
+    return dict(zip(names, (statistics.median(values) for values in zip(*runs, strict=True)), strict=True))
+
+
+def peak(case: Case, device: str) -> dict[str, float]:
+    """Megabytes that a forward and backward pass takes at most, of either side."""
+    found = {}
+    for side in SIDES:
+        command = [sys.executable, "-m", "lstm_fast.bench.memory", json.dumps(list(case)), side, device]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[side] = float(done.stdout)
+    return found
+
+
+def _peak_mb(device: str) -> float:
+    """Since the process began; getrusage would count its parent too."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def main() -> None:
+    import torch
+
+    from lstm_fast.bench import rivals
+
+    torch.set_num_threads(1)
+    case, side, device = Case(*json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+
+    def passes(case: Case, count: int) -> None:
+        oracle, x = rivals.oracle(case, device), rivals.make_input(case, device)
+        call = rivals.task(rivals.ours(case, oracle) if side == "ours" else oracle, x, "forward+backward")
+        for _ in range(count):
+            call()
+
+    passes(case._replace(T=min(case.T, 2), B=2, H=16, P=8 if case.P else 0), 1)
+    before = _peak_mb(device)
+    passes(case, 3)
+    print(_peak_mb(device) - before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Recorded runs as text, as the README's table and as plots, and what got slower between two of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from math import log, nan, sqrt
+from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any, Literal
+
+from lstm_fast.bench.cases import Case
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Run = dict[str, Any]
+Row = dict[str, Any]
+Rows = dict[tuple[int, int, int], Row]  # by T, B and H
+
+MARKERS = ("<!-- table: begin -->", "<!-- table: end -->")
+README_MODES = ("inference", "forward+backward")
+
+_RUN_KEYS = ("date", "commit", "cpu", "torch", "threads", "grid", "device", "skipped", "rows", "failed")
+_RATES = ("us_per_step", "gflops", "gbytes_per_s")
+_ROW_KEYS = ("group", *Case._fields, "mode", "ours", "rivals", "best_rival", "ratio", *_RATES)
+_HEADS = ("case", "mode", "ms", "rival", "its ms", "ratio", "95 %", "µs/step", "GFLOP/s", "GB/s", "of the limit")
+_LEFT = ("case", "mode", "rival")
+_REGIMES = {"bytes": "#dbe9f6", "flops": "#fde5d3", "exchange": "#dff0d8"}  # background colours
+_STYLES: dict[Literal["-", "--", ":"], str] = {"-": "lstm_fast", "--": "torch", ":": "limit"}
+_MARGIN = 1.2  # of the smallest and largest x to the frame, as a factor
+
+
+class ReportError(ValueError):
+    """A file isn't a recorded run, or runs don't go together; the message is one sentence."""
+
+
+def load(path: Path) -> Run:
+    """A run that ``lstm-fast bench`` wrote.
+
+    Raises:
+        ReportError: it isn't one.
+    """
+    try:
+        run: Run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ReportError(f"{path} is not a recorded run: it is not JSON ({error})") from error
+    flaw = next(_flaws(run), None)
+    if flaw is not None:
+        raise ReportError(f"{path} is not a recorded run: {flaw}")
+    return run
+
+
+def table(run: Run) -> str:
+    """Every row beside its best rival, and geometric means by group and mode; then what wasn't measured, and why."""
+    lines = [f"{run['grid']}: {run['date']}, {_threads(run['threads'])}, {_origin(run)}"]
+    cells = [_HEADS, *map(_cells, run["rows"])]
+    pads = [("<" if head in _LEFT else ">") + str(max(map(len, c))) for head, *c in zip(_HEADS, *cells, strict=True)]
+    head, *texts = ("  " + "  ".join(map(format, each, pads)).rstrip() for each in cells)
+    for group in dict.fromkeys(row["group"] for row in run["rows"]):
+        rows = [row for row in run["rows"] if row["group"] == group]
+        lines += ["", group, head, *(t for t, row in zip(texts, run["rows"], strict=True) if row["group"] == group)]
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            ratios = [row["ratio"] for row in rows if row["mode"] == mode and row["ratio"] is not None]
+            if ratios:
+                lines.append(f"  geometric mean, {mode}: {_summary(ratios)}")
+    lines += [""] * bool(run["skipped"] or run["failed"])
+    lines += [f"skipped {rival}: {why}" for rival, why in run["skipped"].items()]
+    for row in run["failed"]:  # without a mode where all failed at once
+        lines.append(f"failed {_case(row).label()}{', ' + row['mode'] if 'mode' in row else ''}: {row['why']}")
+    return "\n".join(lines)
+
+
+def readme_table(runs: Sequence[Run]) -> str:
+    """The README's table, in Markdown: a line a group, a column a mode and number of threads.
+
+    Raises:
+        ReportError: the runs are of different machines, torch versions or commits.
+    """
+    about = {"machine": {*map(_machine, runs)}, **{key: {run[key] for run in runs} for key in ("torch", "commit")}}
+    differ = [f"{what} ({', '.join(sorted(found))})" for what, found in about.items() if len(found) > 1]
+    if differ:
+        raise ReportError(f"a table needs runs of one machine, torch and commit; they differ in {' and '.join(differ)}")
+    columns = [(mode, threads) for mode in README_MODES for threads in sorted({run["threads"] for run in runs})]
+    heads = [f"{mode}, {_threads(threads)}" for mode, threads in columns]
+    ratios: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            if "torch" in row["rivals"]:
+                cells = ratios.setdefault(row["group"], {})
+                cells.setdefault((row["mode"], run["threads"]), []).append(row["rivals"]["torch"]["ratio"])
+    lines = [
+        "How many times as long torch.nn.LSTM takes as lstm_fast.LSTM: the geometric mean, and the least and the most "
+        f"of a group's shapes, each the median of interleaved pairs. {_origin(runs[0])}.",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "| --- " * (1 + len(heads)) + "|",
+    ]
+    for group, cells in ratios.items():
+        texts = [_summary(cells[column]) if column in cells else "–" for column in columns]
+        lines.append(f"| {group} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_readme(readme: Path, runs: Sequence[Run]) -> None:
+    """Puts ``readme_table`` between the markers of ``readme``, or leaves the file as it is.
+
+    Raises:
+        ReportError: the runs don't go together, or a marker is missing.
+    """
+    text = readme.read_bytes().decode()
+    before, begin, rest = text.partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not begin or not end:
+        raise ReportError(f"{readme} has no table to replace: a line {MARKERS[0]} and, below it, a line {MARKERS[1]}")
+    part = readme.with_name(readme.name + ".part")
+    part.write_bytes(f"{before}{begin}\n{readme_table(runs)}{end}{after}".encode())
+    part.replace(readme)
+
+
+def plots(run: Run, folder: Path) -> list[Path]:
+    """PNGs of the dense single layers, by mode and dtype: ratios to torch over B and H, and times over T and over B."""
+    plain: dict[tuple[str, str, int], Rows] = {}
+    for row in run["rows"]:
+        case = _case(row)
+        if case == Case(case.T, case.B, case.H, case.I, dtype=case.dtype):
+            plain.setdefault((row["mode"], case.dtype, case.I), {})[case.T, case.B, case.H] = row
+    written = []
+    for (mode, dtype, inputs), rows in plain.items():
+        parts = [mode, dtype] + [f"I{inputs}"] * (inputs > 0)
+        name = f"{run['grid']}-{run['device']}-{run['threads']}t"
+        for kind, figure in (("ratio", _ratio_figure(rows)), ("time", _time_figure(rows))):
+            if figure is not None:
+                figure.suptitle(f"{', '.join(parts)}; {_machine(run)}, {_threads(run['threads'])}")
+                folder.mkdir(parents=True, exist_ok=True)
+                written.append(folder / f"{'-'.join([name, kind, *parts])}.png")
+                figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def compare(old: Run, new: Run, threshold: float = 1.05) -> tuple[str, bool]:
+    """What got slower from ``old`` to ``new``, in words, and whether anything did.
+
+    A row is slower where it takes more than ``threshold`` times as long and its p20 lies above the old p80.
+
+    Raises:
+        ReportError: the runs share no row.
+    """
+    before, after = ({(_case(row), row["mode"]): row["ours"] for row in run["rows"]} for run in (old, new))
+    times = {key: after[key]["ms"] / before[key]["ms"] for key in before if key in after}
+    if not times:
+        raise ReportError("the two runs have no row in common: no case is measured in the same mode in both")
+    slower = [key for key in times if times[key] > threshold and after[key]["p20"] > before[key]["p80"]]
+    machines = [f"{_machine(run)} with {_threads(run['threads'])}" for run in (old, new)]
+    lines = [f"The machines differ: {machines[0]}, then {machines[1]}."] * (machines[0] != machines[1])
+    for case, mode in sorted(slower, key=lambda key: -times[key]):
+        was, now = (_number(each[case, mode]["ms"]) for each in (before, after))
+        lines.append(f"slower: {times[case, mode]:.2f}×  {case.label()}, {mode}: {was} ms, then {now} ms")
+    lines.append(f"{len(slower)} of {len(times)} rows slower; new time / old time: {_summary(times.values())}")
+    lines.append(f"rows only in the old run: {len(before) - len(times)}; only in the new: {len(after) - len(times)}")
+    return "\n".join(lines), bool(slower)
+
+
+def _flaws(run: Any) -> Iterator[str]:
+    """Why ``run`` isn't a run; to be asked for the first flaw only, since each check relies on those before."""
+    yield from _lacks("it", run, _RUN_KEYS)
+    if run["device"] == "cuda":
+        yield from _lacks("it", run, ("gpu",))
+    yield from _lacks("its 'skipped'", run["skipped"], ())
+    yield from (f"its {key!r} is not a list" for key in ("rows", "failed") if not isinstance(run[key], list))
+    for number, row in enumerate(run["failed"], 1):
+        yield from _lacks(f"its failed row {number}", row, (*Case._fields, "why"))
+    for number, row in enumerate(run["rows"], 1):
+        yield from _lacks(f"its row {number}", row, _ROW_KEYS)
+        yield from _lacks(f"'ours' in its row {number}", row["ours"], ("ms", "p20", "p80"))
+        yield from _lacks(f"'rivals' in its row {number}", row["rivals"], [row["best_rival"]] * bool(row["best_rival"]))
+        for rival, times in row["rivals"].items():
+            yield from _lacks(f"{rival!r} in its row {number}", times, ("ms", "ratio", "ratio_low", "ratio_high"))
+
+
+def _lacks(what: str, found: Any, keys: Iterable[str]) -> Iterator[str]:
+    if not isinstance(found, dict):
+        yield f"{what} is not a JSON object"
+    yield from (f"{what} has no {key!r}" for key in keys if key not in found)
+
+
+def _case(row: Row) -> Case:
+    return Case(*(row[field] for field in Case._fields))
+
+
+def _machine(run: Run) -> str:
+    """What the run measured."""
+    return str(run["gpu"] if run["device"] == "cuda" else run["cpu"])
+
+
+def _origin(run: Run) -> str:
+    head, changed, _ = run["commit"].partition("+changes")
+    return f"{_machine(run)}, torch {run['torch']}, commit {head[:9]}{changed}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def _summary(ratios: Iterable[float]) -> str:
+    """Geometric mean, least and most."""
+    found = list(ratios)
+    return f"{geometric_mean(found):.2f}× ({min(found):.2f}..{max(found):.2f})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """The texts below ``_HEADS``."""
+    rival = ("–",) * 4
+    if row["best_rival"] is not None:
+        best = row["rivals"][row["best_rival"]]
+        interval = f"{best['ratio_low']:.2f}..{best['ratio_high']:.2f}"
+        rival = (row["best_rival"], _number(best["ms"]), f"{row['ratio']:.2f}×", interval)
+    rates = ("–" if row[rate] is None else _number(row[rate]) for rate in _RATES)
+    share = "–" if row.get("share") is None else f"{100 * row['share']:.0f} % {row['limit']:8}"
+    return _case(row).label(), row["mode"], _number(row["ours"]["ms"]), *rival, *rates, share
+
+
+def _ratio_figure(rows: Rows) -> Figure | None:
+    """Heat maps side by side, one for each T that was measured at two B and two H at least."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    maps: dict[int, dict[tuple[int, int], float]] = {}
+    for (T, B, H), row in sorted(rows.items()):
+        if "torch" in row["rivals"]:
+            maps.setdefault(T, {})[B, H] = row["rivals"]["torch"]["ratio"]
+    maps = {T: found for T, found in maps.items() if all(len(set(each)) > 1 for each in zip(*found, strict=True))}
+    if not maps:
+        return None
+    top = max(1.1, *(max(ratio, 1 / ratio) for found in maps.values() for ratio in found.values()))
+    figure = Figure(figsize=(1 + 4 * len(maps), 4), layout="constrained")
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axes, (T, found) in zip(panels, maps.items(), strict=True):
+        ys, xs = (sorted(set(each)) for each in zip(*found, strict=True))
+        values = [[found.get((y, x), nan) for x in xs] for y in ys]
+        image = axes.imshow(values, cmap="RdBu", norm=LogNorm(1 / top, top), aspect="auto", origin="lower")
+        for (y, x), ratio in found.items():
+            color = "white" if abs(log(ratio)) > 0.6 * log(top) else "black"
+            axes.text(xs.index(x), ys.index(y), f"{ratio:.2f}", ha="center", va="center", color=color)
+        axes.set(title=f"T = {T}", xlabel="H", ylabel="B")
+        axes.set_xticks(range(len(xs)), xs)
+        axes.set_yticks(range(len(ys)), ys)
+    bar = figure.colorbar(image, ax=list(panels), label="torch's time / ours", ticks=[1 / top, 1, top], format="%.2f")
+    bar.minorticks_off()
+    return figure
+
+
+def _time_figure(rows: Rows) -> Figure | None:
+    """Times over T at one B and over B at one T, a line for each H."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    found = [("T", "B", *_curves(rows, 0)), ("B", "T", *_curves(rows, 1))]
+    found = [panel for panel in found if panel[-1]]
+    if not found:
+        return None
+    hidden = sorted({each for *_, curves in found for each in curves})
+    colors = {each: colormaps["viridis"](0.85 * i / max(1, len(hidden) - 1)) for i, each in enumerate(hidden)}
+    figure = Figure(figsize=(2 + 4.5 * len(found), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (x, at, fixed, curves) in zip(panels, found, strict=True):
+        axes.set(title=f"{at} = {fixed}", xlabel=x, ylabel="ms", xscale="log", yscale="log")
+        for each, points in curves.items():
+            xs, in_order = zip(*sorted(points.items()), strict=True)
+            times = [(r["ours"]["ms"], r["rivals"].get("torch", {}).get("ms"), r.get("limit_ms")) for r in in_order]
+            for style, line in zip(_STYLES, zip(*times, strict=True), strict=True):
+                axes.plot(xs, [nan if ms is None else ms for ms in line], style, color=colors[each], marker=".")
+        _shade(axes, curves)
+    handles: list[Line2D | Patch] = [Line2D([], [], color=colors[each], label=f"H = {each}") for each in hidden]
+    handles += [Line2D([], [], color="black", ls=style, label=label) for style, label in _STYLES.items()]
+    handles += [Patch(color=color, label=f"limit: {regime}") for regime, color in _REGIMES.items()]
+    figure.legend(handles=handles, loc="outside right center")
+    return figure
+
+
+def _curves(rows: Rows, axis: int) -> tuple[int, dict[int, dict[int, Row]]]:
+    """The B that most rows share (``axis`` 0; 1: the T), the largest of such; and its rows by H and by T (B).
+
+    An H with a single row isn't a line and isn't counted.
+    """
+    found: dict[int, dict[int, dict[int, Row]]] = {}
+    for shape, row in rows.items():
+        found.setdefault(shape[1 - axis], {}).setdefault(shape[2], {})[shape[axis]] = row
+    curves = {at: {h: points for h, points in each.items() if len(points) > 1} for at, each in found.items()}
+    fixed = max(curves, key=lambda at: (sum(map(len, curves[at].values())), at))
+    return fixed, curves[fixed]
+
+
+def _shade(axes: Axes, curves: dict[int, dict[int, Row]]) -> None:
+    """A band around each x, in the colour of the limit that most of its rows have."""
+    xs = sorted({x for points in curves.values() for x in points})
+    edges = [xs[0] / _MARGIN, *(sqrt(a * b) for a, b in pairwise(xs)), xs[-1] * _MARGIN]
+    for x, low, high in zip(xs, edges, edges[1:], strict=False):
+        limits = Counter(points[x].get("limit") for points in curves.values() if x in points)
+        regime = limits.most_common(1)[0][0]
+        if regime is not None:
+            axes.axvspan(low, high, color=_REGIMES[regime], linewidth=0, zorder=0)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xticks(xs, [str(x) for x in xs])
+    axes.minorticks_off()

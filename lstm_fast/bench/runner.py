@@ -1,0 +1,270 @@
+"""How a grid is measured: a correctness gate, then interleaved rounds, each row written down as soon as it is known."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import lstm_fast
+from lstm_fast.bench import memory, rivals
+from lstm_fast.bench.cases import Case, Grid
+from lstm_fast.bench.limits import Limits, measure
+from lstm_fast.environment import environment
+
+FEWEST_ROUNDS = 7
+_CALL_SECONDS = 2e-4  # a shorter call is timed several times in a row
+# of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
+TF32 = 3e-3
+
+
+class WrongResultError(RuntimeError):
+    """A module's result isn't torch's."""
+
+
+def commit() -> str:
+    """The checkout's commit, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
+    root = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if changes else "")
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions, commit, date, load and a GPU's clocks, ready for JSON."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    found = {"date": date, "commit": commit(), **environment(), "load": os.getloadavg()[0]}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
+    """What measures the milliseconds of one call of ``call``: by events on a GPU, by the clock on a CPU."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def on_gpu() -> float:
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end))
+
+        return on_gpu
+    begin = time.perf_counter()
+    call()
+    calls = max(1, int(_CALL_SECONDS / (time.perf_counter() - begin)))
+
+    def on_cpu() -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return 1e3 * (time.perf_counter() - begin) / calls
+
+    return on_cpu
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], device: str, seconds: float, fewest: int = FEWEST_ROUNDS
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew."""
+    for call in [*calls.values()] * (3 if device == "cuda" else 1):
+        call()
+    timers = {name: timer(device, call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, drawn = list(calls), random.Random(0)
+    end = time.perf_counter() + seconds
+    while len(times[order[0]]) < fewest or time.perf_counter() < end:
+        drawn.shuffle(order)
+        for name in order:
+            times[name].append(timers[name]())
+    return times
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80 in ms."""
+    tenths = statistics.quantiles(times, n=10)
+    return {"ms": statistics.median(times), "p20": tenths[1], "p80": tenths[7]}
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """theirs/ours round by round: median, p20, p80, and the median's 95 % confidence interval.
+
+    The interval is the order statistics' (distribution-free): the ranks n/2 -+ 0.98 sqrt(n) of the sorted ratios.
+    """
+    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    tenths, n = statistics.quantiles(ratios, n=10), len(ratios)
+    low = max(0, int(n / 2 - 0.98 * n**0.5))
+    return {
+        **spread(theirs),
+        "ratio": statistics.median(ratios),
+        "ratio_p20": tenths[1],
+        "ratio_p80": tenths[7],
+        "ratio_low": ratios[low],
+        "ratio_high": ratios[n - 1 - low],
+    }
+
+
+def check(case: Case, modules: dict[str, nn.Module], oracle: nn.Module, x: Any) -> dict[str, float]:
+    """The relative distance, by norm, of each module's results from the oracle's: the largest of that of y, of x's
+    gradient and of those of weights with the oracle's names.
+
+    Raises:
+        WrongResultError: it is above ``TOLERANCE``, or not a number.
+    """
+
+    def results(module: nn.Module) -> list[Tensor]:
+        data = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
+        names = [name for name, _ in oracle.named_parameters()]
+        weights = [p for name, p in module.named_parameters() if name in names]
+        y = rivals.output(module(x._replace(data=data) if isinstance(x, PackedSequence) else data))
+        torch.manual_seed(2)
+        dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, [data, *weights], dy)]
+
+    right = results(oracle)
+    tf32 = right[0].is_cuda and case.dtype == "float32" and torch.backends.cudnn.allow_tf32
+    allowed, found = TF32 if tf32 else TOLERANCE[case.dtype], {}
+    for name, module in modules.items():
+        got = results(module)
+        pairs = zip(got, right[: len(got)], strict=True)
+        found[name] = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+        if not found[name] <= allowed:  # NaN included
+            raise WrongResultError(f"{name} differs from torch by {found[name]:.1e} in norm, more than {allowed:.0e}")
+    return found
+
+
+def run_case(
+    group: str,
+    case: Case,
+    modes: Sequence[str],
+    names: Sequence[str],
+    device: str,
+    limits: Limits,
+    seconds: float,
+    backend: str,
+) -> Iterator[dict[str, Any]]:
+    """A row for each mode.
+
+    Raises:
+        WrongResultError: ours or a rival's result isn't torch's.
+    """
+    oracle, x = rivals.oracle(case, device), rivals.make_input(case, device)
+    served = [name for name in names if rivals.RIVALS[name].refuses(case, device) is None]
+    theirs = {name: rivals.RIVALS[name].build(case, oracle) for name in served}
+    modules = {"ours": rivals.ours(case, oracle, backend), **theirs}
+    errors = check(case, modules, oracle, x)
+    rows = x.data.size(0) if case.packed else case.T * case.B
+    for mode in modes:
+        times = interleave({n: rivals.task(m, x, mode) for n, m in modules.items()}, device, seconds)
+        mine = spread(times["ours"])
+        against = {name: compared(times["ours"], times[name]) for name in served}
+        best = min(against, key=lambda name: against[name]["ms"], default=None)
+        limit, what = limits.of(case, rows, mode)
+        size = torch.empty(0, dtype=getattr(torch, case.dtype)).element_size()
+        yield {
+            "group": group,
+            **case._asdict(),
+            "mode": mode,
+            "choice": choice(modules["ours"], x, mode),
+            "error": errors["ours"],
+            "rounds": len(times["ours"]),
+            "ours": mine,
+            "rivals": against,
+            "best_rival": best,
+            "ratio": against[best]["ratio"] if best is not None else None,
+            "us_per_step": 1e3 * mine["ms"] / case.T,
+            "gflops": case.flops(rows, mode) / mine["ms"] / 1e6,
+            "gbytes_per_s": (3 if mode == "forward+backward" else 1) * size * case.values(rows) / mine["ms"] / 1e6,
+            "limit_ms": limit,
+            "limit": what,
+            "share": limit / mine["ms"],
+            **({"launches": launches(oracle, x)} if device == "cuda" and "torch" in served else {}),
+        }
+
+
+def choice(module: nn.Module, x: Any, mode: str) -> str:
+    """``explain`` as the mode calls the module."""
+    with torch.set_grad_enabled(mode != "inference"):
+        return lstm_fast.explain(module, x)
+
+
+def launches(module: nn.Module, x: Any) -> dict[str, Any]:
+    """How many kernels one inference launches, and the commonest: which algorithm cuDNN really ran."""
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        module(x)
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: -e.count)
+    return {"count": sum(e.count for e in kernels), "commonest": [e.key[:80] for e in kernels[:3]]}
+
+
+def run(
+    name: str,
+    grid: Grid,
+    modes: Sequence[str],
+    names: Sequence[str],
+    device: str,
+    seconds: float,
+    output: Path,
+    progress: Callable[[int, int, str], None],
+    backend: str = "auto",
+) -> dict[str, Any]:
+    """Every case of the grid, ours by ``backend``. After each, ``output`` holds all that is known.
+
+    ``progress(done, total, what)`` is told before each case. A rival that is missing is named under "skipped", a case
+    that fails under "failed" with its reason.
+    """
+    limits = measure(device)
+    missing = {rival: why for rival in names if (why := rivals.RIVALS[rival].missing()) is not None}
+    present = [rival for rival in names if rival not in missing]
+    record: dict[str, Any] = {
+        **describe(),
+        "grid": name,
+        "device": device,
+        "limits": limits._asdict(),
+        "startup": memory.startup(),
+        "skipped": missing,
+        "rows": [],
+        "failed": [],
+    }
+    cases = [(group, case) for group in grid for case in grid[group]]
+    for done, (group, case) in enumerate(cases):
+        progress(done, len(cases), case.label())
+        try:
+            record["rows"] += run_case(group, case, modes, present, device, limits, seconds, backend)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
+        write(output, record)
+    for group in grid:
+        case = max(grid[group], key=lambda case: case.T * case.B * case.H)
+        progress(len(cases), len(cases), f"memory of {case.label()}")
+        for row in record["rows"]:
+            if (row["group"], Case(*(row[f] for f in Case._fields)), row["mode"]) == (group, case, "forward+backward"):
+                row["memory_mb"] = memory.peak(case, device)
+                write(output, record)
+    return record
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)

@@ -1,0 +1,97 @@
+"""Where torch's own LSTM was measured to be faster, so that ``auto`` leaves those calls to it.
+
+The table is made from recorded benchmark runs by ``lstm-fast bench tune``. The one that is shipped comes from the runs
+in benchmarks/results; one that a user made on their own machine takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SHIPPED = Path(__file__).with_name("measured.json")
+MARGIN = 0.97  # what an interval's upper end has to stay below
+_FARTHEST = 2.0  # from a measured shape, in factors of two of T, B and H together
+
+
+class Call(NamedTuple):
+    """What a table's rows are found by: ``kind`` is "layer", "packed", "projected" or "cell"."""
+
+    device: str
+    dtype: str
+    kind: str
+    trains: bool
+    T: int
+    B: int
+    H: int
+
+    def distance(self, other: Call) -> float:
+        """Factors of two between the shapes."""
+        return sum(abs(math.log2(a / b)) for a, b in zip(self[-3:], other[-3:], strict=True))
+
+
+def users_table() -> Path:
+    """Where ``lstm-fast bench tune`` writes, and ``auto`` looks first."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "lstm_fast" / "measured.json"
+
+
+def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A table of recorded runs (lstm_fast/bench/runner.py): for each call and number of threads, the interval of
+    torch's time over ours; of rows that aren't plain in any other way."""
+    rows = []
+    for run in runs:
+        for row in run["rows"]:
+            odd = row["mode"] == "forward" or row["bidirectional"] or row["layers"] > 1
+            if odd or "torch" not in row["rivals"] or row["choice"].startswith("torch:"):
+                continue
+            kind = "cell" if row["cell"] else "packed" if row["packed"] else "projected" if row["P"] else "layer"
+            call = Call(run["device"], row["dtype"], kind, row["mode"] != "inference", row["T"], row["B"], row["H"])
+            rivals = row["rivals"]["torch"]
+            rows.append([*call, round(rivals["ratio_low"], 3), round(rivals["ratio_high"], 3)])
+    named = ("date", "commit", "cpu", "gpu", "torch", "threads")
+    return {"about": [{key: run[key] for key in named if key in run} for run in runs], "rows": sorted(rows)}
+
+
+_Table = dict[tuple[str, str, str, bool], list[tuple[Call, float]]]
+
+
+@lru_cache(maxsize=1)
+def _rows() -> _Table:
+    """By all but the shape: each shape with its upper end."""
+    for path in (users_table(), SHIPPED):
+        try:
+            found: _Table = {}
+            for *fields, _, high in json.loads(path.read_text())["rows"]:
+                call = Call(*fields)
+                found.setdefault(call[:4], []).append((call, high))
+        except (OSError, ValueError, KeyError, TypeError):  # a user's broken table is no reason to fail
+            continue
+        return found
+    return {}
+
+
+@lru_cache
+def matters(device: str, kind: str) -> bool:
+    """Whether torch was faster anywhere in calls of this kind, so that a call's shape has to be looked up."""
+    return any(high < MARGIN for key, rows in _rows().items() if (key[0], key[2]) == (device, kind) for _, high in rows)
+
+
+@lru_cache(maxsize=4096)
+def torch_is_faster(call: Call) -> str | None:
+    """In words, if every run of the nearest measured shape says so; else None."""
+    if min(call[-3:]) < 1:  # an empty batch
+        return None
+    known = _rows().get(call[:4], [])
+    nearest = min((call.distance(other) for other, _ in known), default=math.inf)
+    if nearest > _FARTHEST:
+        return None
+    highs = [(high, other) for other, high in known if call.distance(other) == nearest]
+    high, other = max(highs)
+    if high >= MARGIN:
+        return None
+    return f"torch's own took {high:.2f} of this kernel's time where T={other.T} B={other.B} H={other.H} was measured"

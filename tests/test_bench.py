@@ -1,0 +1,242 @@
+"""The benchmark's protocol: what is counted, what stops the clock, and that nothing measured is lost."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lstm_fast.bench import limits, memory, report, rivals, runner
+from lstm_fast.bench.cases import GRIDS, MODES, Case
+from lstm_fast.bench.limits import Limits
+
+SMALL = Case(4, 3, 8)
+KINDS = [
+    SMALL,
+    SMALL._replace(packed=True),
+    SMALL._replace(P=4),
+    SMALL._replace(layers=2, bidirectional=True),
+    SMALL._replace(I=2, dtype="bfloat16"),
+    Case(1, 3, 8, cell=True),
+]
+KNOWN = Limits({"float32": 100.0}, 10.0, 1.0)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=Case.label)
+def test_weights_are_counted(case: Case) -> None:
+    matrices = [p.numel() for name, p in rivals.oracle(case, "cpu").named_parameters() if "weight" in name]
+    assert case.weights() == sum(matrices)
+    assert case.flops(7, "inference") == 14 * sum(matrices)
+    assert case.flops(7, "forward+backward") == 42 * sum(matrices)
+
+
+def test_grids_hold_what_others_published() -> None:
+    assert {(case.T, case.B) for case in GRIDS["flashrnn"]["H = 768, T = 1024"]} >= {(1024, 2), (1024, 256)}
+    assert Case(25, 64, 2048) in GRIDS["deepbench"]["training, T = 25"]
+    assert all(case.T == 50 for case in GRIDS["haste"]["T = 50"])
+    for grid in GRIDS.values():
+        cases = [(group, case) for group in grid for case in grid[group]]
+        assert len(set(cases)) == len(cases)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", KINDS, ids=Case.label)
+def test_all_sides_compute_the_same(case: Case, mode: str) -> None:
+    oracle, x = rivals.oracle(case, "cpu"), rivals.make_input(case, "cpu")
+    modules = {name: rivals.RIVALS[name].build(case, oracle) for name in ("torch", "reference")}
+    modules["ours"] = rivals.ours(case, oracle)
+    assert max(runner.check(case, modules, oracle, x).values()) < runner.TOLERANCE[case.dtype]
+    outputs = [rivals.task(module, x, mode)() for module in modules.values()]
+    assert all(y.requires_grad == (mode != "inference") for y in outputs)
+    trained = [all(p.grad is not None for p in module.parameters()) for module in modules.values()]
+    assert trained == [mode == "forward+backward"] * 3
+
+
+@pytest.mark.parametrize("weight", ["weight_hh_l0", "bias_ih_l0"])
+def test_a_wrong_result_stops_the_clock(weight: str) -> None:
+    oracle, x = rivals.oracle(SMALL, "cpu"), rivals.make_input(SMALL, "cpu")
+    ours = rivals.ours(SMALL, oracle)
+    with torch.no_grad():
+        getattr(ours, weight)[0] += 1e-2
+    with pytest.raises(runner.WrongResultError, match=r"ours differs from torch by .* in norm, more than 1e-04"):
+        runner.check(SMALL, {"ours": ours}, oracle, x)
+    with torch.no_grad():
+        getattr(ours, weight)[0] = float("nan")
+    with pytest.raises(runner.WrongResultError, match="nan"):
+        runner.check(SMALL, {"ours": ours}, oracle, x)
+
+
+def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
+    called: list[str] = []
+    calls = {name: lambda name=name: called.append(name) for name in ("ours", "torch", "reference")}
+    times = runner.interleave(calls, "cpu", 0.0)
+    assert [len(each) for each in times.values()] == [runner.FEWEST_ROUNDS] * 3
+    changes = sum(a != b for a, b in pairwise(called))
+    assert changes >= 3 * runner.FEWEST_ROUNDS / 2
+
+
+def test_ratios_are_of_pairs_with_a_distribution_free_interval() -> None:
+    ours = [1.0] * 100
+    theirs = [float(i) for i in range(100)]  # the ratios themselves
+    found = runner.compared(ours, theirs)
+    assert found["ratio"] == found["ms"] == 49.5
+    # 95 % for n = 100 by the binomial: order statistics 40 and 61, counted from 1 (Conover 1999, table A3)
+    assert 39 <= found["ratio_low"] <= 40 and 59 <= found["ratio_high"] <= 60
+    assert found["ratio_p20"] < found["ratio_low"] and found["ratio_high"] < found["ratio_p80"]
+
+
+def test_the_limit_is_the_largest() -> None:
+    rows = SMALL.T * SMALL.B
+    ms, what = KNOWN.of(SMALL, rows, "inference")
+    assert (ms, what) == (SMALL.T * 1.0 / 1e3, "exchange")
+    large = Case(2, 1000, 64)
+    assert KNOWN.of(large, 2000, "inference") == (large.flops(2000, "inference") / 100e6, "flops")
+    free = KNOWN._replace(exchange_us=None, gflops={})
+    assert free.of(large, 2000, "forward+backward") == (3 * 4 * large.values(2000) / 10e6, "bytes")
+
+
+def test_this_machines_limits_are_plausible() -> None:
+    """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 8 times that."""
+    found = limits.measure("cpu")
+    threads = torch.get_num_threads()
+    assert 8 < found.gflops["float32"] / threads < 800
+    assert found.gflops["float64"] < found.gflops["float32"] < 8.5 * found.gflops["float64"]
+    assert 0.8 < found.gflops["bfloat16"] / found.gflops["float32"] < 8
+    assert 1 < found.gbytes_per_s < 2000
+    assert found.exchange_us is not None and found.exchange_us < 1000
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "measure", lambda _: KNOWN)
+    monkeypatch.setattr(memory, "startup", dict)
+    monkeypatch.setattr(memory, "peak", lambda case, _: {"ours": 1.0, "torch": 2.0})
+
+
+def run(output: Path, grid: dict[str, list[Case]], stop_at: int | None = None, names: tuple[str, ...] = ("torch",)):
+    def progress(done: int, total: int, what: str) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    return runner.run("test", grid, ["inference", "forward+backward"], names, "cpu", 0.0, output, progress)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_is_written_whole(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "run.json"
+    record = run(output, {"one": [SMALL], "two": KINDS[1:3]}, names=("torch", "haste"))
+    assert json.loads(output.read_text()) == json.loads(json.dumps(record))
+    assert [(row["group"], row["mode"]) for row in record["rows"]] == [
+        (group, mode) for group in ("one", "two", "two") for mode in ("inference", "forward+backward")
+    ]
+    assert record["skipped"] == {"haste": "haste_pytorch is not installed"} and record["failed"] == []
+    for row in record["rows"]:
+        case = Case(*(row[name] for name in Case._fields))
+        assert row["choice"].startswith("cpu:") and row["best_rival"] == "torch"
+        assert row["ratio"] == row["rivals"]["torch"]["ratio"] > 0
+        assert row["us_per_step"] == 1e3 * row["ours"]["ms"] / case.T
+        assert row["share"] == row["limit_ms"] / row["ours"]["ms"]
+    assert [row["group"] for row in record["rows"] if "memory_mb" in row] == ["one", "two"]
+    lengths = rivals.make_input(KINDS[1], "cpu").data.size(0)
+    packed = record["rows"][2]
+    assert packed["gflops"] == pytest.approx(KINDS[1].flops(lengths, "inference") / packed["ours"]["ms"] / 1e6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+    output = tmp_path / "run.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(output, {"one": [SMALL, SMALL._replace(B=2)]}, stop_at=1)
+    assert [row["B"] for row in json.loads(output.read_text())["rows"]] == [3, 3]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = rivals.ours
+
+    def broken(case: Case, source: nn.Module, backend: str) -> nn.Module:
+        module = build(case, source, backend)
+        if case.B == 2:
+            nn.init.zeros_(next(module.parameters()))
+        return module
+
+    monkeypatch.setattr(rivals, "ours", broken)
+    record = run(tmp_path / "run.json", {"one": [SMALL._replace(B=2), SMALL]})
+    assert [row["B"] for row in record["rows"]] == [3, 3]
+    assert record["failed"][0]["B"] == 2 and "ours differs from torch" in record["failed"][0]["why"]
+
+
+def test_rivals_say_what_they_cannot_do() -> None:
+    assert "minutes to compile" in str(rivals.RIVALS["compile"].refuses(Case(64, 1, 8), "cpu"))
+    assert rivals.RIVALS["compile"].refuses(SMALL, "cpu") is None
+    for name in ("haste", "flashrnn"):
+        rival = rivals.RIVALS[name]
+        assert "on a GPU" in str(rival.refuses(SMALL, "cpu"))
+        assert rival.refuses(SMALL, "cuda") is None
+        assert rival.refuses(SMALL._replace(packed=True), "cuda") is not None
+    assert rivals.RIVALS["haste"].refuses(SMALL._replace(dtype="bfloat16"), "cuda") is not None
+
+
+def test_peak_memory_is_that_of_the_shape() -> None:
+    """A hundred thousand rows of 64 hidden units: gates, cells and outputs are 100 MB at least, and not a gigabyte."""
+    found = memory.peak(Case(1000, 100, 64), "cpu")
+    assert all(100 < megabytes < 1000 for megabytes in found.values())
+
+
+def test_startup_is_measured() -> None:
+    found = memory.startup()
+    assert found["import_torch_ms"] > 100 and 0 < found["import_lstm_fast_ms"] < found["import_torch_ms"]
+    assert found["first_call_ms"] > 0 and found["first_call_torch_ms"] > 0
+
+
+def test_a_record_names_machine_versions_and_commit() -> None:
+    found = runner.describe()
+    assert found["cpu"] and found["torch"] == torch.__version__ and found["commit"] != ""
+
+
+def bench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lstm_fast.cli", "bench", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--modes", "training"), "--modes should be among inference, forward, forward+backward, got: training"),
+        (
+            ("--rivals", "torch,keras"),
+            "--rivals should be among torch, flashrnn, haste, reference, compile, got: keras",
+        ),
+        (("--device", "tpu"), "--device should be among cpu, cuda, got: tpu"),
+        (("--grid", "huge"), "'huge'"),
+        (("report", "missing.json"), "missing.json"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = bench(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_readmes_table_is_the_recorded_runs() -> None:
+    runs = [report.load(ROOT / "benchmarks" / "results" / f"cpu-{threads}t.json") for threads in (1, 2)]
+    before, _, rest = (ROOT / "README.md").read_text().partition("<!-- table: begin -->\n")
+    assert before and rest.partition("<!-- table: end -->")[0].strip() == report.readme_table(runs).strip()
+
+
+def test_the_readmes_scores_are_the_recorded_ones() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "translator-tatoeba.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for name, signature in (("bleu", "bleu_signature"), ("chrf", "chrf_signature")):
+        assert f"{record[name]:.2f}  {record[signature]}" in text
+    assert f"{record['training']['seconds'] / 60:.0f} minutes on one" in text
+    assert f"{record['training']['sentences_per_second']:.0f} sentences a second" in text

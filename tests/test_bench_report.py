@@ -1,0 +1,372 @@
+"""What reports say of recorded runs, number by number, and what they refuse."""
+
+import json
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from lstm_fast.bench import report
+from lstm_fast.bench.cases import Case
+
+SMALL = Case(4, 3, 8)
+
+
+def row(case: Case = SMALL, ratio: float = 2.0, ms: float = 1.0, **other: Any) -> dict[str, Any]:
+    """A row against torch that takes ``ms``, give or take a tenth."""
+    torch = {"ms": ms * ratio, "p20": ms * ratio, "p80": ms * ratio, "ratio": ratio, "ratio_p20": ratio - 0.2}
+    torch.update(ratio_p80=ratio + 0.2, ratio_low=ratio - 0.1, ratio_high=ratio + 0.1)
+    return {
+        "group": "dense",
+        **case._asdict(),
+        "mode": "inference",
+        "choice": "cpu: a whole layer in one C++ call",
+        "rounds": 30,
+        "ours": {"ms": ms, "p20": 0.9 * ms, "p80": 1.1 * ms},
+        "rivals": {"torch": torch},
+        "best_rival": "torch",
+        "ratio": ratio,
+        "us_per_step": 1e3 * ms / case.T,
+        "gflops": 200.0,
+        "gbytes_per_s": 3.0,
+        "limit_ms": 0.75 * ms,
+        "limit": "flops",
+        "share": 0.75,
+        **other,
+    }
+
+
+def run(*rows: dict[str, Any], **other: Any) -> dict[str, Any]:
+    about = {"date": "2026-11-23", "commit": "0123456789abcdef", "cpu": "A CPU", "torch": "2.13.0", "threads": 1}
+    return {**about, "grid": "test", "device": "cpu", "skipped": {}, "rows": list(rows), "failed": [], **other}
+
+
+def lonely(**other: Any) -> dict[str, Any]:
+    """A row without a rival or a limit."""
+    nothing = {"rivals": {}, **dict.fromkeys(("best_rival", "ratio", "limit_ms", "limit", "share"))}
+    return {**row(), **nothing, **other}
+
+
+def without(found: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != key}
+
+
+def write(path: Path, found: object) -> Path:
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+    recorded = run(row(), lonely(), failed=[{"group": "dense", **SMALL._asdict(), "why": "no memory"}])
+    assert report.load(write(tmp_path / "run.json", recorded)) == recorded
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ([], "it is not a JSON object"),
+        (without(run(), "rows"), "it has no 'rows'"),
+        (run(device="cuda"), "it has no 'gpu'"),
+        (run(rows={}), "its 'rows' is not a list"),
+        (run(skipped=["haste"]), "its 'skipped' is not a JSON object"),
+        (run(failed=[{}]), "its failed row 1 has no 'T'"),
+        (run(row(), 3), "its row 2 is not a JSON object"),
+        (run(row(), without(row(), "dtype")), "its row 2 has no 'dtype'"),
+        (run(row(ours={"ms": 1.0, "p20": 1.0})), "'ours' in its row 1 has no 'p80'"),
+        (run(row(best_rival="haste")), "'rivals' in its row 1 has no 'haste'"),
+        (run(row(rivals={"torch": {"ms": 1.0, "ratio": 1.0}})), "'torch' in its row 1 has no 'ratio_low'"),
+    ],
+)
+def test_another_file_is_refused_with_what_is_wrong(found: object, why: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", found)
+    with pytest.raises(report.ReportError) as caught:
+        report.load(path)
+    assert str(caught.value) == f"{path} is not a recorded run: {why}"
+
+
+@pytest.mark.parametrize("content", [b'{"rows": [', b"\xff", b""])
+def test_a_file_that_is_cut_short_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(report.ReportError, match=re.escape(f"{path} is not a recorded run: it is not JSON (")):
+        report.load(path)
+
+
+def test_table_has_a_line_a_row_and_geometric_means() -> None:
+    first, second = row(ratio=1.0), row(SMALL._replace(B=64, packed=True), ratio=4.0, ms=12.5)
+    other = row(SMALL._replace(dtype="bfloat16"), ratio=0.5, group="bf16", mode="forward")
+    lines = report.table(run(first, second, other, lonely(group="alone"))).splitlines()
+    assert lines[0] == "test: 2026-11-23, 1 thread, A CPU, torch 2.13.0, commit 012345678"
+    assert lines[2] == "dense"
+    assert lines[3].split("  ")[1].strip() == "case" and lines[3].endswith("of the limit")
+    assert re.split(" {2,}", lines[5].strip()) == [
+        *("T4 B64 H8 packed float32", "inference", "12.5", "torch", "50", "4.00×", "3.90..4.10"),
+        *("3125", "200", "3", "75 % flops"),
+    ]
+    assert lines[6] == "  geometric mean, inference: 2.00× (1.00..4.00)"
+    assert lines[8] == "bf16"
+    assert lines[11] == "  geometric mean, forward: 0.50× (0.50..0.50)"
+    assert lines[13] == "alone"
+    assert re.split(" {2,}", lines[15].strip()) == [
+        "T4 B3 H8 float32",
+        "inference",
+        "1",
+        *"––––",
+        "250",
+        "200",
+        "3",
+        "–",
+    ]
+    assert len(lines) == 16
+    rows = [line for line in lines if line.startswith("  T4")]
+    assert len({line.index("inference" if "inference" in line else "forward") for line in rows}) == 1
+
+
+def test_table_names_the_best_rival_and_its_ratio() -> None:
+    found = row()
+    found["rivals"]["haste"] = {
+        **found["rivals"]["torch"],
+        "ms": 1.5,
+        "ratio": 1.5,
+        "ratio_low": 1.4,
+        "ratio_high": 1.6,
+    }
+    found.update(best_rival="haste", ratio=1.5)
+    text = report.table(run(found, device="cuda", gpu="A GPU"))
+    assert re.search(r"haste +1\.5 +1\.50× +1\.40\.\.1\.60", text)
+    assert "A GPU" in text and "A CPU" not in text
+
+
+def test_table_says_what_was_not_measured() -> None:
+    whole = {"group": "dense", **SMALL._asdict(), "why": "ours differs from torch"}
+    recorded = run(skipped={"haste": "not installed"}, failed=[whole, {**whole, "mode": "forward", "why": "no"}])
+    assert report.table(recorded).splitlines()[-4:] == [
+        "",
+        "skipped haste: not installed",
+        "failed T4 B3 H8 float32: ours differs from torch",
+        "failed T4 B3 H8 float32, forward: no",
+    ]
+
+
+def two_runs(**other: Any) -> list[dict[str, Any]]:
+    """With two threads and with one; the group "late" is only in the second."""
+    trained = [row(ratio=ratio, mode="forward+backward") for ratio in (1.0, 2.0, 4.0)]
+    return [
+        run(row(ratio=3.0), threads=2, **other),
+        run(row(ratio=1.0), row(ratio=4.0), *trained, lonely(), row(group="late"), row(ratio=9.0, mode="forward")),
+    ]
+
+
+def test_readme_table() -> None:
+    assert report.readme_table(two_runs()).splitlines() == [
+        "How many times as long torch.nn.LSTM takes as lstm_fast.LSTM: the geometric mean, and the least and the most "
+        "of a group's shapes, each the median of interleaved pairs. A CPU, torch 2.13.0, commit 012345678.",
+        "",
+        "| | inference, 1 thread | inference, 2 threads | forward+backward, 1 thread | forward+backward, 2 threads |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense | 2.00× (1.00..4.00) | 3.00× (3.00..3.00) | 2.00× (1.00..4.00) | – |",
+        "| late | 2.00× (2.00..2.00) | – | – | – |",
+    ]
+
+
+def test_readme_ratios_are_those_against_torch() -> None:
+    found = row(ratio=2.0)
+    found["rivals"]["haste"] = {**found["rivals"]["torch"], "ratio": 1.5}
+    text = report.readme_table([run({**found, "best_rival": "haste", "ratio": 1.5}, commit="0123456789a+changes")])
+    assert text.endswith("| dense | 2.00× (2.00..2.00) | – |\n")
+    assert "commit 012345678+changes." in text
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"commit": "fedcba"}, "commit (0123456789abcdef, fedcba)"),
+        ({"cpu": "B CPU", "torch": "2.12.0"}, "machine (A CPU, B CPU) and torch (2.12.0, 2.13.0)"),
+        ({"device": "cuda", "gpu": "A GPU"}, "machine (A CPU, A GPU)"),
+    ],
+)
+def test_mixed_runs_are_refused(other: dict[str, str], what: str) -> None:
+    with pytest.raises(report.ReportError) as caught:
+        report.readme_table(two_runs(**other))
+    assert str(caught.value) == f"a table needs runs of one machine, torch and commit; they differ in {what}"
+
+
+def test_readme_keeps_all_but_the_table(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    begin, end = report.MARKERS
+    readme.write_bytes(f"# Über\r\n{begin}\nold\n{end}\n\nmore {end}\n".encode())
+    for _ in range(2):
+        report.write_readme(readme, two_runs())
+        table = report.readme_table(two_runs())
+        assert readme.read_bytes().decode() == f"# Über\r\n{begin}\n{table}{end}\n\nmore {end}\n"
+    assert list(tmp_path.iterdir()) == [readme]
+
+
+@pytest.mark.parametrize("text", ["no marker", report.MARKERS[0], "\n".join(reversed(report.MARKERS))])
+def test_a_readme_without_markers_is_left_alone(text: str, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(report.ReportError, match=r"README\.md has no table to replace"):
+        report.write_readme(readme, two_runs())
+    assert readme.read_text() == text
+
+
+def test_runs_that_are_refused_leave_the_readme_alone(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(report.MARKERS))
+    with pytest.raises(report.ReportError, match="differ in commit"):
+        report.write_readme(readme, two_runs(commit="fedcba"))
+    assert readme.read_text() == "\n".join(report.MARKERS) and list(tmp_path.iterdir()) == [readme]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved."""
+    saved: list[Figure] = []
+    save: Callable[..., None] = Figure.savefig
+
+    def spy(figure: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return saved
+
+
+def grid() -> list[dict[str, Any]]:
+    """Dense rows at T 25 and 128, B 1 and 8, H 64 and 256, without one of them; at T 1 for B = 1 only; and others."""
+    shapes = [*product((25, 128), (1, 8), (64, 256)), (1, 1, 64), (1, 1, 256)]
+    shapes.remove((128, 8, 256))
+    rows = [row(Case(*shape), ratio=shape[1] / 2, ms=shape[0] * shape[1] * shape[2] / 1e4) for shape in shapes]
+    return [*rows, row(Case(512, 512, 512, packed=True)), row(Case(512, 512, 512, layers=2))]
+
+
+def test_heat_maps(tmp_path: Path, figures: list[Figure]) -> None:
+    paths = report.plots(run(*grid()), tmp_path / "new")
+    assert [path.name for path in paths] == [f"test-cpu-1t-{kind}-inference-float32.png" for kind in ("ratio", "time")]
+    assert all(min(imread(path).shape[:2]) > 300 for path in paths)
+    *panels, bar = figures[0].axes
+    assert [axes.get_title() for axes in panels] == ["T = 25", "T = 128"]
+    assert [[text.get_text() for text in axes.texts] for axes in panels] == [
+        ["0.50", "0.50", "4.00", "4.00"],
+        ["0.50", "0.50", "4.00"],
+    ]
+    for axes in panels:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "256"]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "8"]
+        norm = axes.images[0].norm
+        assert norm(1.0) == pytest.approx(0.5) and norm(4.0) == pytest.approx(1) and norm(0.5) == pytest.approx(0.25)
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["0.25", "1.00", "4.00"]
+
+
+def test_curves(tmp_path: Path, figures: list[Figure]) -> None:
+    """B = 1 serves six points over T; both T serve both B for H = 64, T = 25 for H = 256 too."""
+    report.plots(run(*grid()), tmp_path)
+    over_steps, over_batches = figures[1].axes
+    assert (over_steps.get_title(), over_steps.get_xlabel()) == ("B = 1", "T")
+    assert (over_batches.get_title(), over_batches.get_xlabel()) == ("T = 25", "B")
+    assert {axes.get_xscale() + axes.get_yscale() for axes in figures[1].axes} == {"loglog"}
+    ours, torch, limit = over_steps.lines[:3]  # of H = 64
+    assert list(ours.get_xdata()) == [1, 25, 128]
+    assert list(ours.get_ydata()) == pytest.approx([0.0064, 0.16, 0.8192])
+    assert list(torch.get_ydata()) == pytest.approx([0.0032, 0.08, 0.4096])
+    assert list(limit.get_ydata()) == pytest.approx([0.0048, 0.12, 0.6144])
+    assert [line.get_linestyle() for line in (ours, torch, limit)] == ["-", "--", ":"]
+    assert len({line.get_color() for line in (ours, torch, limit)}) == 1
+    assert over_steps.lines[3].get_color() != ours.get_color()
+
+
+def test_bands_show_the_limit_of_most_rows(tmp_path: Path, figures: list[Figure]) -> None:
+    limits = {1: ["exchange", "exchange", "flops"], 4: ["flops", "bytes", "bytes"], 16: [None, None, None]}
+    rows = [
+        row(Case(T, 1, H), limit=limit)
+        for T, found in limits.items()
+        for H, limit in zip((8, 16, 32), found, strict=True)
+    ]
+    assert len(report.plots(run(*rows), tmp_path)) == 1  # of one B there is no heat map
+    first, second = figures[0].axes[0].patches
+    assert (first.get_x(), first.get_x() + first.get_width()) == pytest.approx((1 / 1.2, 2))
+    assert (second.get_x(), second.get_x() + second.get_width()) == pytest.approx((2, 8))
+    legend = figures[0].legends[0]
+    colors = {patch.get_label(): patch.get_facecolor() for patch in legend.get_patches()}
+    assert [each.get_facecolor() for each in (first, second)] == [colors["limit: exchange"], colors["limit: bytes"]]
+
+
+def test_nothing_to_plot_writes_nothing(tmp_path: Path) -> None:
+    alone = [lonely(), row(SMALL._replace(packed=True)), row(SMALL._replace(packed=True, B=2, H=2))]
+    assert report.plots(run(*alone), tmp_path / "new") == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_rivals_and_limits_leave_curves(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [lonely(T=T, B=B, H=H) for T in (1, 2) for B in (1, 2) for H in (8, 16)]
+    assert [path.name for path in report.plots(run(*rows), tmp_path)] == ["test-cpu-1t-time-inference-float32.png"]
+    assert len(figures[0].axes) == 2 and not figures[0].axes[0].patches
+
+
+def test_each_mode_dtype_and_input_has_its_own_plots(tmp_path: Path) -> None:
+    rows = [
+        {**each, "mode": mode, "dtype": dtype, "I": inputs}
+        for each in grid()
+        for mode, dtype, inputs in [
+            ("forward", "float32", 0),
+            ("inference", "bfloat16", 0),
+            ("inference", "bfloat16", 1),
+        ]
+    ]
+    names = [path.name for path in report.plots(run(*rows, threads=2), tmp_path)]
+    assert names == [
+        f"test-cpu-2t-{kind}-{what}.png"
+        for what in ("forward-float32", "inference-bfloat16", "inference-bfloat16-I1")
+        for kind in ("ratio", "time")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_slower_rows_are_found_and_noisy_ones_are_not() -> None:
+    cases = [SMALL._replace(H=H) for H in (1, 2, 3, 4)]
+    old = run(*(row(case) for case in cases), row(SMALL._replace(H=5)))
+    noisy = {"ms": 2.0, "p20": 1.1, "p80": 3.0}  # its p20 is the old p80
+    times = [1.5, 3.0, 2.0, 1 / 9]
+    new = run(*(row(case, ms=ms, group="renamed") for case, ms in zip(cases, times, strict=True)))
+    new["rows"][2]["ours"] = noisy
+    text, slower = report.compare(old, new)
+    assert slower
+    assert text.splitlines() == [
+        "slower: 3.00×  T4 B3 H2 float32, inference: 1 ms, then 3 ms",
+        "slower: 1.50×  T4 B3 H1 float32, inference: 1 ms, then 1.5 ms",
+        "2 of 4 rows slower; new time / old time: 1.00× (0.11..3.00)",
+        "rows only in the old run: 1; only in the new: 0",
+    ]
+    assert "1 of 4 rows slower" in report.compare(old, new, threshold=1.5)[0]
+    assert not report.compare(old, new, threshold=3.0)[1]
+
+
+def test_a_row_is_known_by_case_and_mode() -> None:
+    old = run(row(), row(mode="forward"), row(SMALL._replace(dtype="bfloat16")))
+    new = run(row(ms=1.01), row(SMALL._replace(packed=True), ms=9.0), row(mode="forward+backward", ms=9.0))
+    assert report.compare(old, new) == (
+        "0 of 1 rows slower; new time / old time: 1.01× (1.01..1.01)\nrows only in the old run: 2; only in the new: 2",
+        False,
+    )
+    with pytest.raises(report.ReportError, match="the two runs have no row in common"):
+        report.compare(run(row()), run(row(mode="forward")))
+
+
+@pytest.mark.parametrize(
+    ("other", "then"),
+    [
+        ({"threads": 2}, "A CPU with 2 threads"),
+        ({"cpu": "B CPU"}, "B CPU with 1 thread"),
+        ({"device": "cuda", "gpu": "A GPU"}, "A GPU with 1 thread"),
+    ],
+)
+def test_comparing_machines_is_said_first(other: dict[str, Any], then: str) -> None:
+    text, slower = report.compare(run(row()), run(row(), **other))
+    assert text.splitlines()[0] == f"The machines differ: A CPU with 1 thread, then {then}."
+    assert not slower

@@ -1,0 +1,121 @@
+"""``auto`` leaves to torch what torch was measured to do faster, and nothing else."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lstm_fast
+from lstm_fast import measured
+from lstm_fast.bench.cases import Case
+
+ABOUT = {"date": "2026-01-01", "commit": "abc", "cpu": "a CPU", "torch": "2.13.0", "threads": 1, "device": "cpu"}
+
+
+def row(case: Case, mode: str, low: float, high: float, choice: str = "cpu: as asked") -> dict[str, Any]:
+    return {
+        **case._asdict(),
+        "mode": mode,
+        "choice": choice,
+        "rivals": {"torch": {"ratio_low": low, "ratio_high": high}},
+    }
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Writes runs' rows as the user's table."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caches = (measured._rows, measured.matters, measured.torch_is_faster)
+
+    def forget() -> None:
+        for cache in caches:
+            cache.cache_clear()
+
+    def write(*runs: list[dict[str, Any]]) -> None:
+        path = measured.users_table()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured.table_from([{**ABOUT, "rows": rows} for rows in runs])))
+        forget()
+
+    forget()
+    yield write
+    forget()
+
+
+CELL = Case(1, 4, 16, cell=True)
+
+
+def call(case: Case, trains: bool = False, kind: str = "cell") -> measured.Call:
+    return measured.Call("cpu", case.dtype, kind, trains, case.T, case.B, case.H)
+
+
+def test_torch_takes_a_call_that_it_was_faster_in(tables: Any) -> None:
+    tables([row(CELL, "inference", 0.6, 0.7), row(CELL, "forward+backward", 1.1, 1.2)])
+    cell, x = lstm_fast.LSTMCell(16, 16), torch.randn(4, 16)
+    with torch.no_grad():
+        assert lstm_fast.explain(cell, x).startswith("torch: cpu: torch's own took 0.70 of this kernel's time")
+        theirs = torch.nn.LSTMCell.forward(cell, x)
+        assert all(torch.equal(a, b) for a, b in zip(cell(x), theirs, strict=True))
+    assert lstm_fast.explain(cell, x).startswith("cpu:")
+    assert lstm_fast.explain(lstm_fast.LSTM(16, 16), x).startswith("cpu:")
+    named = lstm_fast.LSTMCell(16, 16, backend="cpu")
+    with torch.no_grad():
+        assert lstm_fast.explain(named, x) == "cpu: asked for"
+
+
+def test_the_nearest_shape_decides_within_reach(tables: Any) -> None:
+    tables([row(CELL, "inference", 0.6, 0.7), row(CELL._replace(B=64), "inference", 1.1, 1.2)])
+    assert measured.torch_is_faster(call(CELL._replace(B=8))) is not None
+    assert measured.torch_is_faster(call(CELL._replace(B=32))) is None
+    assert measured.torch_is_faster(call(CELL._replace(B=1, H=8))) is None  # three factors of two away
+    assert measured.torch_is_faster(call(CELL._replace(B=0))) is None
+    assert measured.torch_is_faster(call(CELL, kind="layer")) is None
+
+
+def test_every_run_and_the_whole_interval_have_to_agree(tables: Any) -> None:
+    tables([row(CELL, "inference", 0.6, 0.7)], [row(CELL, "inference", 0.9, 1.1)])
+    assert measured.torch_is_faster(call(CELL)) is None
+    tables([row(CELL, "inference", 0.6, 0.7)], [row(CELL, "inference", 0.8, 0.9)])
+    assert "took 0.90" in str(measured.torch_is_faster(call(CELL)))
+
+
+def test_rows_that_say_nothing_of_the_kernel_are_left_out(tables: Any) -> None:
+    """Those where torch ran already, and those of a kind that no call is looked up by."""
+    rows = [
+        row(CELL, "inference", 0.5, 0.5, "torch: it was faster"),
+        row(CELL, "forward", 0.5, 0.5),
+        row(Case(8, 4, 16, layers=2), "inference", 0.5, 0.5),
+        row(Case(8, 4, 16, bidirectional=True), "inference", 0.5, 0.5),
+    ]
+    assert measured.table_from([{**ABOUT, "rows": rows}])["rows"] == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [[1]]}'])
+def test_a_broken_table_of_the_users_is_passed_over(text: str, tables: Any) -> None:
+    tables([])
+    measured.users_table().write_text(text)
+    assert lstm_fast.explain(lstm_fast.LSTM(16, 16), torch.randn(3, 4, 16)).startswith("cpu:")
+
+
+def test_shapes_of_every_form_are_found(tables: Any) -> None:
+    slower = [row(Case(6, 4, 16), "inference", 0.5, 0.6), row(Case(6, 4, 16, packed=True), "inference", 0.5, 0.6)]
+    tables(slower)
+    x = torch.randn(6, 4, 16)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, [6, 4, 4, 1])
+    first = lstm_fast.LSTM(16, 16, batch_first=True)
+    with torch.no_grad():
+        assert "T=6 B=4 H=16" in lstm_fast.explain(lstm_fast.LSTM(16, 16), x)
+        assert "T=6 B=4 H=16" in lstm_fast.explain(first, x.transpose(0, 1))
+        assert "T=6 B=4 H=16" in lstm_fast.explain(lstm_fast.LSTM(16, 16), packed)
+        assert lstm_fast.explain(lstm_fast.LSTM(16, 16), x[:, 0]).startswith("torch:")  # B = 1 is two factors away
+        assert lstm_fast.explain(lstm_fast.LSTM(16, 16), x[:2, 0]).startswith("cpu:")
+        assert lstm_fast.explain(lstm_fast.LSTM(16, 16, proj_size=8), x).startswith("cpu:")
+
+
+def test_the_shipped_table_is_what_the_recorded_runs_say() -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    runs = [json.loads((results / f"{name}-{n}t.json").read_text()) for name in ("cpu", "cells") for n in (1, 2)]
+    assert json.loads(measured.SHIPPED.read_text()) == measured.table_from(runs)
