@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lstm_fast.bench import rivals, runner
+from lstm_fast.bench import rivals, runner, timing
 from lstm_fast.bench.cases import Case
 from lstm_fast.kernels import persistent
 
@@ -116,8 +116,8 @@ def errors(x: Any, theirs: nn.Module, ours: nn.Module) -> tuple[float, float]:
 
 def measure(ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
     """Medians in ms and the ratio theirs/ours, over interleaved pairs."""
-    times = runner.interleave({"ours": ours, "theirs": theirs}, "cuda", 0, PAIRS)
-    found = runner.compared(times["ours"], times["theirs"])
+    times = timing.interleave({"ours": ours, "theirs": theirs}, "cuda", 0, PAIRS)
+    found = timing.compared(times["ours"], times["theirs"])
     kept = {name: found[name] for name in ("ratio", "ratio_p20", "ratio_p80", "ratio_low", "ratio_high")}
     return {"ours_ms": statistics.median(times["ours"]), "theirs_ms": found["ms"], **kept, "pairs": PAIRS}
 
@@ -228,7 +228,7 @@ def run_kernels(device: str = "cuda") -> dict[str, Any]:
         ("forward", lambda: forward(cells)),
         ("backward", backward),
     ):
-        timer, times = runner.timer("cuda", call), []
+        timer, times = timing.timer("cuda", call), []
         for _ in range(3 + PAIRS):
             gates.copy_(start) if name != "backward" else gates.copy_(start.sigmoid())
             times.append(1e3 * timer() / T)

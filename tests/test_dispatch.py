@@ -126,7 +126,7 @@ def gpu_kernels(monkeypatch):
 
 def choose_on_gpu(hidden, backend="auto", **call):
     call = {"proj_size": 0, "traced": False, "transformed": False, **call}
-    return dispatch.choose(backend, GPU, torch.bfloat16, hidden, **call)
+    return dispatch.choose(backend, GPU, torch.bfloat16, hidden, **call, kind="layer", shape=lambda: (8, 4))
 
 
 def test_on_a_gpu_what_fits_a_cluster_is_persistent_and_the_rest_is_torchs(gpu_kernels):

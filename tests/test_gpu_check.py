@@ -276,7 +276,7 @@ def clock(monkeypatch):
 
         return timed
 
-    monkeypatch.setattr(gpu_bench.runner, "timer", timer)
+    monkeypatch.setattr(gpu_bench.timing, "timer", timer)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)

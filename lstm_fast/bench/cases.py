@@ -48,10 +48,12 @@ class Case(NamedTuple):
         """Of the products over ``rows`` rows, each multiply-add two; a backward pass is two forward passes more."""
         return 2.0 * rows * self.weights() * (3 if mode == "forward+backward" else 1)
 
-    def values(self, rows: int) -> int:
-        """Elements of what any implementation has to read or write once: input, output and weights."""
+    def bytes(self, rows: int, mode: str) -> int:
+        """What any implementation has to read or write: input, output and weights once; a backward pass
+        reads them again and writes their gradients."""
         features = (2 if self.bidirectional else 1) * (self.P or self.H)
-        return rows * (self.inputs + features) + self.weights()
+        size = {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        return size * (rows * (self.inputs + features) + self.weights()) * (3 if mode == "forward+backward" else 1)
 
     def label(self) -> str:
         """What sets it apart, in words."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import random
-import statistics
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,9 @@ import lstm_fast
 from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
+from lstm_fast.bench.timing import compared, interleave, spread
 from lstm_fast.environment import environment
 
-FEWEST_ROUNDS = 7
-_CALL_SECONDS = 2e-4  # a shorter call is timed several times in a row
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
@@ -52,73 +48,6 @@ def describe() -> dict[str, Any]:
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
-
-
-def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
-    """What measures the milliseconds of one call of ``call``: by events on a GPU, by the clock on a CPU."""
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-        def on_gpu() -> float:
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end))
-
-        return on_gpu
-    begin = time.perf_counter()
-    call()
-    calls = max(1, int(_CALL_SECONDS / (time.perf_counter() - begin)))
-
-    def on_cpu() -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return 1e3 * (time.perf_counter() - begin) / calls
-
-    return on_cpu
-
-
-def interleave(
-    calls: dict[str, Callable[[], Any]], device: str, seconds: float, fewest: int = FEWEST_ROUNDS
-) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew."""
-    for call in [*calls.values()] * (3 if device == "cuda" else 1):
-        call()
-    timers = {name: timer(device, call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, drawn = list(calls), random.Random(0)
-    end = time.perf_counter() + seconds
-    while len(times[order[0]]) < fewest or time.perf_counter() < end:
-        drawn.shuffle(order)
-        for name in order:
-            times[name].append(timers[name]())
-    return times
-
-
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, p20 and p80 in ms."""
-    tenths = statistics.quantiles(times, n=10)
-    return {"ms": statistics.median(times), "p20": tenths[1], "p80": tenths[7]}
-
-
-def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """theirs/ours round by round: median, p20, p80, and the median's 95 % confidence interval.
-
-    The interval is the order statistics' (distribution-free): the ranks n/2 -+ 0.98 sqrt(n) of the sorted ratios.
-    """
-    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    tenths, n = statistics.quantiles(ratios, n=10), len(ratios)
-    low = max(0, int(n / 2 - 0.98 * n**0.5))
-    return {
-        **spread(theirs),
-        "ratio": statistics.median(ratios),
-        "ratio_p20": tenths[1],
-        "ratio_p80": tenths[7],
-        "ratio_low": ratios[low],
-        "ratio_high": ratios[n - 1 - low],
-    }
 
 
 def check(case: Case, modules: dict[str, nn.Module], oracle: nn.Module, x: Any) -> dict[str, float]:
@@ -177,7 +106,6 @@ def run_case(
         against = {name: compared(times["ours"], times[name]) for name in served}
         best = min(against, key=lambda name: against[name]["ms"], default=None)
         limit, what = limits.of(case, rows, mode)
-        size = torch.empty(0, dtype=getattr(torch, case.dtype)).element_size()
         yield {
             "group": group,
             **case._asdict(),
@@ -191,7 +119,7 @@ def run_case(
             "ratio": against[best]["ratio"] if best is not None else None,
             "us_per_step": 1e3 * mine["ms"] / case.T,
             "gflops": case.flops(rows, mode) / mine["ms"] / 1e6,
-            "gbytes_per_s": (3 if mode == "forward+backward" else 1) * size * case.values(rows) / mine["ms"] / 1e6,
+            "gbytes_per_s": case.bytes(rows, mode) / mine["ms"] / 1e6,
             "limit_ms": limit,
             "limit": what,
             "share": limit / mine["ms"],

@@ -1,0 +1,81 @@
+"""The clock: interleaved rounds, and what is said of their times."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+FEWEST_ROUNDS = 7
+_CALL_SECONDS = 2e-4  # a shorter call is timed several times in a row
+
+
+def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
+    """What measures the milliseconds of one call of ``call``: by events on a GPU, by the clock on a CPU."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def on_gpu() -> float:
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end))
+
+        return on_gpu
+    begin = time.perf_counter()
+    call()
+    calls = max(1, int(_CALL_SECONDS / (time.perf_counter() - begin)))
+
+    def on_cpu() -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return 1e3 * (time.perf_counter() - begin) / calls
+
+    return on_cpu
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], device: str, seconds: float, fewest: int = FEWEST_ROUNDS
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew."""
+    for call in [*calls.values()] * (3 if device == "cuda" else 1):
+        call()
+    timers = {name: timer(device, call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, drawn = list(calls), random.Random(0)
+    end = time.perf_counter() + seconds
+    while len(times[order[0]]) < fewest or time.perf_counter() < end:
+        drawn.shuffle(order)
+        for name in order:
+            times[name].append(timers[name]())
+    return times
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80 in ms."""
+    tenths = statistics.quantiles(times, n=10)
+    return {"ms": statistics.median(times), "p20": tenths[1], "p80": tenths[7]}
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """theirs/ours round by round: median, p20, p80, and the median's 95 % confidence interval.
+
+    The interval is the order statistics' (distribution-free): the ranks n/2 -+ 0.98 sqrt(n) of the sorted ratios.
+    """
+    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    tenths, n = statistics.quantiles(ratios, n=10), len(ratios)
+    low = max(0, int(n / 2 - 0.98 * n**0.5))
+    return {
+        **spread(theirs),
+        "ratio": statistics.median(ratios),
+        "ratio_p20": tenths[1],
+        "ratio_p80": tenths[7],
+        "ratio_low": ratios[low],
+        "ratio_high": ratios[n - 1 - low],
+    }
