@@ -8,9 +8,7 @@ if a part fails or a GPU backend is missing, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -28,7 +26,7 @@ import torch
 
 import lstm_fast
 from benchmarks import exchange, gpu_bench
-from lstm_fast.bench.runner import describe
+from lstm_fast.bench.runner import describe, write
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("persistent", "cuda", "triton")
@@ -153,25 +151,6 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def environment() -> dict[str, Any]:
-    """``describe()`` with the driver's and Triton's versions, and the clocks as they are."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-    driver = clocks = None
-    if shutil.which(query[0]):
-        said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].split(", ")
-        driver, clocks = said[0].strip(), [part.strip() for part in said[1:]]
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    return {**describe(), "driver": driver, "clocks": clocks, "triton": triton}
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
 def parts(text: str) -> list[str]:
     """A comma-separated choice of PARTS."""
     found = text.split(",")
@@ -190,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-check needs an NVIDIA GPU, and torch {torch.__version__} finds none", file=sys.stderr)
         return 2
     status = lstm_fast.backends()
-    record: dict[str, Any] = {**environment(), "backends": {name: status[name].detail for name in BACKENDS}}
+    record: dict[str, Any] = {**describe(), "backends": {name: status[name].detail for name in BACKENDS}}
     missing = {name: status[name].detail for name in BACKENDS if not status[name].available}
     for name, detail in missing.items():
         print(f"{name} is missing: {detail}")

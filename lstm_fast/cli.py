@@ -21,7 +21,7 @@ def main() -> None:
         missing = str(error.name).partition(".")[0]
         if missing not in _EXTRA:
             raise
-        print(f"The translator needs {missing}: pip install 'lstm_fast[translate]'", file=sys.stderr)
+        print(f"This command needs {missing}: pip install 'lstm_fast[translate]'", file=sys.stderr)
         sys.exit(2)
     sys.exit(run())
 

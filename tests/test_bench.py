@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lstm_fast.bench import limits, memory, report, rivals, runner, timing
 from lstm_fast.bench.cases import GRIDS, MODES, Case
@@ -54,6 +54,23 @@ def test_all_sides_compute_the_same(case: Case, mode: str) -> None:
     assert all(y.requires_grad == (mode != "inference") for y in outputs)
     trained = [all(p.grad is not None for p in module.parameters()) for module in modules.values()]
     assert trained == [mode == "forward+backward"] * 3
+
+
+def test_training_gives_the_inputs_gradient_too() -> None:
+    seen: list[Tensor] = []
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            seen.append(x)
+            return (2 * x,)
+
+    for mode in MODES:
+        rivals.task(Doubled(), torch.zeros(2, 3), mode)()
+    assert [x.requires_grad for x in seen] == [False, True, True]
+    assert torch.equal(seen[-1].grad, torch.full((2, 3), 2.0))  # type: ignore[arg-type]
+    packed = rivals.make_input(SMALL._replace(packed=True), "cpu")
+    leaf, values = rivals.differentiable(packed)
+    assert leaf.data is values and values.is_leaf and torch.equal(leaf.batch_sizes, packed.batch_sizes)
 
 
 @pytest.mark.parametrize("weight", ["weight_hh_l0", "bias_ih_l0"])

@@ -85,7 +85,7 @@ def test_info_needs_torch_alone_and_the_rest_names_its_extra(missing):
         assert "reference" in done.stdout
     done = subprocess.run([sys.executable, "-c", code, "train"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == f"The translator needs {missing}: pip install 'lstm_fast[translate]'\n"
+    assert done.stderr == f"This command needs {missing}: pip install 'lstm_fast[translate]'\n"
 
 
 def test_training_says_which_kernels_served_and_where_the_model_is(command, text):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -50,7 +52,7 @@ def pretended(monkeypatch, tmp_path):
         status = gpu_check.lstm_fast.dispatch.Status(backends_ok, "as the test says")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
-        monkeypatch.setattr(gpu_check, "environment", lambda: {"gpu": "NVIDIA Test 1", "driver": "1.2"})
+        monkeypatch.setattr(gpu_check, "describe", lambda: {"gpu": "NVIDIA Test 1", "driver": "1.2"})
         monkeypatch.setattr(gpu_check.lstm_fast, "backends", lambda: dict.fromkeys(gpu_check.BACKENDS, status))
         for name, part in parts.items():
             monkeypatch.setitem(gpu_check.PARTS, name, part)
@@ -389,8 +391,16 @@ def test_failed_and_skipped_tests_are_named(monkeypatch):
     assert set(names[:3]) == {"test_gpu.py", "test_gpu_check.py", "test_gpu_persistent.py"} and len(set(names)) > 20
 
 
-def test_environment_names_driver_and_triton():
-    assert {"driver", "clocks", "triton", "commit", "torch"} <= gpu_check.environment().keys()
+def test_a_record_names_driver_clocks_and_triton(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.1, 1980 MHz, 2619 MHz\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
+    found = gpu_check.describe()
+    assert (found["gpu"], found["driver"], found["clocks"]) == ("NVIDIA Test 1", "580.1", ["1980 MHz", "2619 MHz"])
+    assert found["triton"] == importlib.metadata.version("triton")
 
 
 # ---- The exchange of a cluster -------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def _cpu_rates() -> tuple[dict[str, float], float | None]:
 
 
 def _gpu_rates() -> tuple[dict[str, float], None]:
-    """Of large products; fp32 as torch.backends.cudnn.allow_tf32 has it in an LSTM."""
+    """Of large products, fp32 as torch.backends.cudnn.allow_tf32 has it in an LSTM, without exchanges."""
     rates, allowed = {}, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:

@@ -184,19 +184,30 @@ RIVALS: dict[str, Rival] = {
 DEFAULT = ("torch", "flashrnn", "haste")  # the others are slow to run or to compile
 
 
+def differentiable(x: Any) -> tuple[Any, Tensor]:
+    """The input as a leaf whose gradient is asked for, as behind an embedding or another layer; and its values."""
+    values: Tensor = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
+    return x._replace(data=values) if isinstance(x, PackedSequence) else values, values
+
+
 def task(module: nn.Module, x: Any, mode: str) -> Callable[[], Tensor]:
-    """One call of ``mode``, which returns the output; "forward" saves what a backward pass needs."""
+    """One call of ``mode``, which returns the output.
+
+    "forward" saves what a backward pass needs; "forward+backward" gives the gradients of all weights and of the input.
+    """
+    leaf, values = differentiable(x)
 
     def infer() -> Tensor:
         with torch.no_grad():
             return output(module(x))
 
     def forward() -> Tensor:
-        return output(module(x))
+        return output(module(leaf))
 
     def train() -> Tensor:
         module.zero_grad()
-        y = output(module(x))
+        values.grad = None
+        y = output(module(leaf))
         y.backward(torch.ones_like(y))
         return y
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 import lstm_fast
 from lstm_fast.bench import memory, rivals
@@ -42,11 +44,17 @@ def commit() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions, commit, date, load and a GPU's clocks, ready for JSON."""
+    """Machine, versions, commit, date, load, and a GPU's driver and clocks as they are, ready for JSON."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found = {"date": date, "commit": commit(), **environment(), "load": os.getloadavg()[0]}
+    found: dict[str, Any] = {"date": date, "commit": commit(), **environment(), "load": os.getloadavg()[0]}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        found["triton"] = importlib.metadata.version("triton")
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    if torch.cuda.is_available() and shutil.which(query[0]) is not None:
+        said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].split(", ")
+        found.update(driver=said[0].strip(), clocks=[part.strip() for part in said[1:]])
     return found
 
 
@@ -59,13 +67,13 @@ def check(case: Case, modules: dict[str, nn.Module], oracle: nn.Module, x: Any) 
     """
 
     def results(module: nn.Module) -> list[Tensor]:
-        data = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
+        leaf, values = rivals.differentiable(x)
         names = [name for name, _ in oracle.named_parameters()]
         weights = [p for name, p in module.named_parameters() if name in names]
-        y = rivals.output(module(x._replace(data=data) if isinstance(x, PackedSequence) else data))
+        y = rivals.output(module(leaf))
         torch.manual_seed(2)
         dy = torch.randn(y.shape, device=y.device).to(y.dtype)
-        return [y.detach(), *torch.autograd.grad(y, [data, *weights], dy)]
+        return [y.detach(), *torch.autograd.grad(y, [values, *weights], dy)]
 
     right = results(oracle)
     tf32 = right[0].is_cuda and case.dtype == "float32" and torch.backends.cudnn.allow_tf32
