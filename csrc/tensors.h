@@ -1,10 +1,13 @@
 // torch's tensors without torch's headers, so that one binary serves every torch.
 #pragma once
 
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 namespace lstm::tensors {
@@ -53,7 +56,8 @@ struct Types {
 };
 
 inline const Types& types() {
-    static const Types found = [] {
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Types> found;  // an import may let other threads in
+    const auto find = [] {
         const py::object tensor = py::module_::import("torch").attr("Tensor");
         const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
         const void* api = nullptr;
@@ -62,8 +66,8 @@ inline const Types& types() {
         const auto* const exchange = static_cast<const ExchangeApi*>(api);
         const bool known = exchange != nullptr && exchange->major == 1;
         return Types{tensor.ptr(), py::module_::import("torch.nn").attr("Parameter").ptr(), known ? exchange : nullptr};
-    }();
-    return found;
+    };
+    return found.call_once_and_store_result(find).get_stored();
 }
 
 // A tensor on the CPU as it lies; nothing where torch can't tell in this way, or it isn't contiguous.
