@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SHIPPED = Path(__file__).with_name("measured.json")
-MARGIN = 0.97  # what an interval's upper end has to stay below
+MARGIN = 0.95  # what an interval's upper end has to stay below
+_LEAVING_MS = 0.009  # what it takes to hand a call over to torch, measured on a core of an AMD EPYC
 _FARTHEST = 2.0  # from a measured shape, in factors of two of T, B and H together
 
 
@@ -41,8 +42,8 @@ def users_table() -> Path:
 
 
 def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A table of recorded runs (lstm_fast/bench/runner.py): for each call and number of threads, the interval of
-    torch's time over ours; of rows that aren't plain in any other way."""
+    """A table of recorded runs (lstm_fast/bench/runner.py): for each call and number of threads the interval of torch's
+    time, reached through ``auto``, over ours; of rows that aren't plain in any other way."""
     rows = []
     for run in runs:
         for row in run["rows"]:
@@ -51,8 +52,9 @@ def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 continue
             kind = "cell" if row["cell"] else "packed" if row["packed"] else "projected" if row["P"] else "layer"
             call = Call(run["device"], row["dtype"], kind, row["mode"] != "inference", row["T"], row["B"], row["H"])
-            rivals = row["rivals"]["torch"]
-            rows.append([*call, round(rivals["ratio_low"], 3), round(rivals["ratio_high"], 3)])
+            theirs = row["rivals"]["torch"]
+            leaving = 1 + _LEAVING_MS / theirs["ms"]
+            rows.append([*call, *(round(leaving * theirs[end], 3) for end in ("ratio_low", "ratio_high"))])
     named = ("date", "commit", "cpu", "gpu", "torch", "threads")
     return {"about": [{key: run[key] for key in named if key in run} for run in runs], "rows": sorted(rows)}
 

@@ -15,12 +15,14 @@ from lstm_fast.bench.cases import Case
 ABOUT = {"date": "2026-01-01", "commit": "abc", "cpu": "a CPU", "torch": "2.13.0", "threads": 1, "device": "cpu"}
 
 
-def row(case: Case, mode: str, low: float, high: float, choice: str = "cpu: as asked") -> dict[str, Any]:
+def row(
+    case: Case, mode: str, low: float, high: float, choice: str = "cpu: as asked", ms: float = 1e9
+) -> dict[str, Any]:
     return {
         **case._asdict(),
         "mode": mode,
         "choice": choice,
-        "rivals": {"torch": {"ratio_low": low, "ratio_high": high}},
+        "rivals": {"torch": {"ms": ms, "ratio_low": low, "ratio_high": high}},
     }
 
 
@@ -80,6 +82,13 @@ def test_every_run_and_the_whole_interval_have_to_agree(tables: Any) -> None:
     assert measured.torch_is_faster(call(CELL)) is None
     tables([row(CELL, "inference", 0.6, 0.7)], [row(CELL, "inference", 0.8, 0.9)])
     assert "took 0.90" in str(measured.torch_is_faster(call(CELL)))
+
+
+def test_what_handing_over_takes_counts(tables: Any) -> None:
+    """A call of microseconds is over before torch has begun."""
+    tables([row(CELL, "inference", 0.6, 0.7, ms=0.015), row(CELL, "forward+backward", 0.6, 0.7, ms=0.15)])
+    assert measured.torch_is_faster(call(CELL)) is None
+    assert measured.torch_is_faster(call(CELL, trains=True)) is not None
 
 
 def test_rows_that_say_nothing_of_the_kernel_are_left_out(tables: Any) -> None:
