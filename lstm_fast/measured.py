@@ -1,7 +1,7 @@
 """Where torch's own LSTM was measured to be faster, so that ``auto`` leaves those calls to it.
 
 The table is made from recorded benchmark runs by ``lstm-fast bench tune``. The one that is shipped comes from the runs
-in benchmarks/results; one that a user made on their own machine takes its place.
+in benchmarks/results; one that a user made on their own machine takes its place for the device it is about.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Call(NamedTuple):
 
 def users_table() -> Path:
     """Where ``lstm-fast bench tune`` writes, and ``auto`` looks first."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lstm_fast" / "measured.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lstm_fast" / "measured.json"
 
 
 def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -62,19 +61,26 @@ def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
 _Table = dict[tuple[str, str, str, bool], list[tuple[Call, float]]]
 
 
+def _read(path: Path) -> _Table:
+    found: _Table = {}
+    for *fields, _, high in json.loads(path.read_text())["rows"]:
+        call = Call(*fields)
+        found.setdefault(call[:4], []).append((call, high))
+    return found
+
+
 @lru_cache(maxsize=1)
 def _rows() -> _Table:
-    """By all but the shape: each shape with its upper end."""
-    for path in (users_table(), SHIPPED):
+    """By all but the shape: each shape with its upper end; for the devices in a user's table, that one's alone."""
+    found: _Table = {}
+    for path in (SHIPPED, users_table()):
         try:
-            found: _Table = {}
-            for *fields, _, high in json.loads(path.read_text())["rows"]:
-                call = Call(*fields)
-                found.setdefault(call[:4], []).append((call, high))
-        except (OSError, ValueError, KeyError, TypeError):  # a user's broken table is no reason to fail
+            table = _read(path)
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or a user's is broken: no reason to fail
             continue
-        return found
-    return {}
+        devices = {key[0] for key in table}
+        found = {key: rows for key, rows in found.items() if key[0] not in devices} | table
+    return found
 
 
 @lru_cache

@@ -68,6 +68,18 @@ def test_torch_takes_a_call_that_it_was_faster_in(tables: Any) -> None:
         assert lstm_fast.explain(named, x) == "cpu: asked for"
 
 
+def test_a_table_of_another_device_leaves_the_shipped_one(tables: Any) -> None:
+    shipped = Case(1, 1, 128, cell=True)
+    tables([])
+    assert measured.torch_is_faster(call(shipped, trains=True)) is not None
+    table = measured.table_from([{**ABOUT, "device": "cuda", "rows": [row(CELL, "inference", 0.5, 0.6)]}])
+    measured.users_table().write_text(json.dumps(table))
+    measured._rows.cache_clear()
+    assert measured._rows()["cuda", "float32", "cell", False] and measured.torch_is_faster(call(shipped, trains=True))
+    tables([row(CELL, "inference", 0.5, 0.6)])
+    assert measured.torch_is_faster(call(shipped, trains=True)) is None
+
+
 def test_the_nearest_shape_decides_within_reach(tables: Any) -> None:
     tables([row(CELL, "inference", 0.6, 0.7), row(CELL._replace(B=64), "inference", 1.1, 1.2)])
     assert measured.torch_is_faster(call(CELL._replace(B=8))) is not None
