@@ -218,6 +218,15 @@ def test_a_record_names_machine_versions_and_commit() -> None:
     assert found["cpu"] and found["torch"] == torch.__version__ and found["commit"] != ""
 
 
+def test_another_projects_commit_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "runner.py").touch()
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "runner.py"))
+    assert runner.commit() == "unknown"
+
+
 def bench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lstm_fast.cli", "bench", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

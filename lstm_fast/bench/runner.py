@@ -34,8 +34,9 @@ class WrongResultError(RuntimeError):
 
 def commit() -> str:
     """The checkout's commit, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
-    root = Path(__file__).parent
-    try:
+    root, this = Path(__file__).parent, Path(__file__).name
+    try:  # an installed copy may lie in some other project's checkout
+        subprocess.run(["git", "ls-files", "--error-unmatch", this], cwd=root, capture_output=True, check=True)
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         changes = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
