@@ -142,6 +142,19 @@ def test_table_names_the_best_rival_and_its_ratio() -> None:
     assert "A GPU" in text and "A CPU" not in text
 
 
+def test_table_says_what_the_machine_could_do_and_what_starting_takes() -> None:
+    limits = {"gflops": {"float32": 270.0}, "bandwidth": [[2**19, 180.0], [2**25, 50.0]], "exchange_us": 0.25}
+    names = ("import_lstm_fast_ms", "import_torch_ms", "first_call_ms", "first_call_torch_ms")
+    startup = dict(zip(names, (15.0, 700.0, 2.0, 25.0), strict=True))
+    memory = row(Case(9, 8, 16), mode="forward+backward", memory_mb={"ours": 10.0, "torch": 20.0})
+    lines = report.table(run(memory, limits=limits, startup=startup)).splitlines()
+    assert lines[1:3] == [
+        "limits: float32 270 GFLOP/s; 180 GB/s to 0.5 MiB, 50 GB/s to 32 MiB; 0.25 µs to meet",
+        "import 15 ms after torch's 700; first training pass 2 ms, torch's 25",
+    ]
+    assert lines[-1] == "  peak memory of T9 B8 H16 float32, forward+backward: ours 10 MB, torch 20 MB"
+
+
 def test_table_says_what_was_not_measured() -> None:
     whole = {"group": "dense", **SMALL._asdict(), "why": "ours differs from torch"}
     recorded = run(skipped={"haste": "not installed"}, failed=[whole, {**whole, "mode": "forward", "why": "no"}])

@@ -56,7 +56,7 @@ def load(path: Path) -> Run:
 
 def table(run: Run) -> str:
     """Every row beside its best rival, and geometric means by group and mode; then what wasn't measured, and why."""
-    lines = [f"{run['grid']}: {run['date']}, {_threads(run['threads'])}, {_origin(run)}"]
+    lines = [f"{run['grid']}: {run['date']}, {_threads(run['threads'])}, {_origin(run)}", *_machine_lines(run)]
     cells = [_HEADS, *map(_cells, run["rows"])]
     pads = [("<" if head in _LEFT else ">") + str(max(map(len, c))) for head, *c in zip(_HEADS, *cells, strict=True)]
     head, *texts = ("  " + "  ".join(map(format, each, pads)).rstrip() for each in cells)
@@ -67,6 +67,9 @@ def table(run: Run) -> str:
             ratios = [row["ratio"] for row in rows if row["mode"] == mode and row["ratio"] is not None]
             if ratios:
                 lines.append(f"  geometric mean, {mode}: {_summary(ratios)}")
+        for row in rows:
+            sizes = [f"{side} {_number(size)} MB" for side, size in row.get("memory_mb", {}).items()]
+            lines += [f"  peak memory of {_case(row).label()}, {row['mode']}: {', '.join(sizes)}"] * bool(sizes)
     lines += [""] * bool(run["skipped"] or run["failed"])
     lines += [f"skipped {rival}: {why}" for rival, why in run["skipped"].items()]
     for row in run["failed"]:  # without a mode where all failed at once
@@ -162,6 +165,21 @@ def compare(old: Run, new: Run, threshold: float = 1.05) -> tuple[str, bool]:
     lines.append(f"{len(slower)} of {len(times)} rows slower; new time / old time: {_summary(times.values())}")
     lines.append(f"rows only in the old run: {len(before) - len(times)}; only in the new: {len(after) - len(times)}")
     return "\n".join(lines), bool(slower)
+
+
+def _machine_lines(run: Run) -> list[str]:
+    """What the machine could do at most, and what starting takes, where the run says so."""
+    lines = []
+    if limits := run.get("limits"):
+        rates = ", ".join(f"{name} {_number(rate)} GFLOP/s" for name, rate in limits["gflops"].items())
+        traffic = ", ".join(f"{_number(rate)} GB/s to {size / 2**20:g} MiB" for size, rate in limits["bandwidth"])
+        meeting = limits["exchange_us"]
+        lines.append(f"limits: {rates}; {traffic}" + (f"; {meeting:.2f} µs to meet" if meeting else ""))
+    if startup := run.get("startup"):
+        times = ("import_lstm_fast_ms", "import_torch_ms", "first_call_ms", "first_call_torch_ms")
+        own, torch, first, torch_first = (_number(startup[name]) for name in times)
+        lines.append(f"import {own} ms after torch's {torch}; first training pass {first} ms, torch's {torch_first}")
+    return lines
 
 
 def _flaws(run: Any) -> Iterator[str]:
