@@ -207,7 +207,8 @@ def _no_steps_backward(grads: Sequence[Tensor | None], inputs: Sequence[Any]) ->
     """The gradients of the 13 inputs where h_n is h0 and c_n is c0."""
     found = [None if t is None else torch.zeros_like(t) for t in inputs]
     for index in (1, 2):
-        found[index] = found[index] if grads[index] is None else grads[index]
+        grad = grads[index]
+        found[index] = found[index] if grad is None else grad.clone()  # an operator's output is never its input
     return found
 
 

@@ -121,3 +121,14 @@ def test_no_steps_hand_the_states_and_their_gradients_through(backend: str, crea
     assert torch.equal(grads[1], torch.full_like(h0, 2))
     assert torch.equal(grads[2], torch.full_like(c0, 3))
     assert all(not g.any() for g in (grads[0], *grads[STATES:]))
+
+
+def test_the_operator_hands_gradients_through_too() -> None:
+    """Its outputs may not be its inputs, which torch.library refuses."""
+    tensors = inputs(directions=1)
+    tensors[0] = tensors[0][:0]
+    y, h_n, c_n, gates, cells = torch.ops.lstm_fast.layer(*tensors, None, "cpu", True)
+    needs = [t is not None for t in tensors]
+    grads = torch.ops.lstm_fast.layer_backward(y, h_n, c_n, *tensors, None, y, gates, cells, "cpu", needs)
+    assert torch.equal(grads[1], h_n) and torch.equal(grads[2], c_n)
+    assert grads[1].data_ptr() != h_n.data_ptr()
