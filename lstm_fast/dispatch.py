@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lstm_fast import measured
-from lstm_fast.kernels import cpu, cuda, persistent, triton_gates
+from lstm_fast.kernels import cpu, cuda, dtype_name, persistent, triton_gates
 
 KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "triton": triton_gates, "cpu": cpu}
 BACKENDS = ("auto", *KERNELS, "reference")
@@ -47,11 +47,6 @@ def backends() -> dict[str, Status]:
     """Every backend by name, and whether it can run in this process; for one that can't, why."""
     missing = {name: kernel.unavailable() for name, kernel in KERNELS.items()}
     return {name: Status(missing.get(name) is None, missing.get(name) or what) for name, what in _WHAT.items()}
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """ "float32" of torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_backend(name: str) -> str:
@@ -105,7 +100,7 @@ def choose(
     for candidate in order.get(device.type, ()):
         why_not = _refuses(candidate, device, dtype, hidden, proj_size, transformed)
         if why_not is None and not compiling and measured.matters(device.type, kind):
-            call = measured.Call(device.type, name_of(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
+            call = measured.Call(device.type, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
             why_not = measured.torch_is_faster(call)
         if why_not is None:
             return Choice(candidate, _WHAT[candidate] + (f" ({'; '.join(reasons)})" if reasons else ""))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,20 @@ from lstm_fast.bench.cases import Case
 _UNROLLED = 32  # steps that torch.compile writes out one by one, in seconds
 
 
-class Rival(Protocol):
-    """One implementation.
+class Rival:
+    """One implementation."""
 
-    ``missing() -> str | None``: what this process lacks to run it. ``refuses(case, device) -> str | None``: why a case
-    can't run. ``build(case, oracle) -> module``: with the oracle's weights, on its device.
-    """
+    def missing(self) -> str | None:
+        """What this process lacks to run it."""
+        return None
 
-    def missing(self) -> str | None: ...
-    def refuses(self, case: Case, device: str) -> str | None: ...
-    def build(self, case: Case, oracle: nn.Module) -> nn.Module: ...
+    def refuses(self, case: Case, device: str) -> str | None:
+        """Why a case can't run."""
+        return None
+
+    def build(self, case: Case, oracle: nn.Module) -> nn.Module:
+        """A module with the oracle's weights, on its device."""
+        raise NotImplementedError
 
 
 def oracle(case: Case, device: str) -> nn.Module:
@@ -73,27 +77,15 @@ def ours(case: Case, source: nn.Module, backend: str = "auto") -> lstm_fast.LSTM
     return module
 
 
-class _Torch:
+class _Torch(Rival):
     """torch.nn.LSTM: oneDNN on a CPU, cuDNN on a GPU."""
-
-    def missing(self) -> str | None:
-        return None
-
-    def refuses(self, case: Case, device: str) -> str | None:
-        return None
 
     def build(self, case: Case, oracle: nn.Module) -> nn.Module:
         return oracle
 
 
-class _Reference:
+class _Reference(Rival):
     """The equations in plain torch, step by step."""
-
-    def missing(self) -> str | None:
-        return None
-
-    def refuses(self, case: Case, device: str) -> str | None:
-        return None
 
     def build(self, case: Case, oracle: nn.Module) -> nn.Module:
         return ours(case, oracle, backend="reference")
@@ -112,7 +104,7 @@ class _Compiled(_Reference):
         return module
 
 
-class _OneLayerOnGpu:
+class _OneLayerOnGpu(Rival):
     """What the libraries below serve."""
 
     package: str

@@ -8,7 +8,6 @@ steps; the ratio is the median of theirs / ours pair by pair.
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import lstm_fast
+from lstm_fast.bench.timing import compared
 from lstm_fast.translate.batches import Batch, collate, plan_epoch
 from lstm_fast.translate.corpus import Splits, builtin
 from lstm_fast.translate.model import Translator
@@ -158,15 +158,13 @@ class _Side:
 def _compare(ours: _Side, theirs: _Side, tokens: int) -> dict[str, Any]:
     """Rates, ratios and loss curves of the counted steps."""
     a, b = ours.seconds[WARM_UP:], theirs.seconds[WARM_UP:]
-    ratios = statistics.quantiles((y / x for x, y in zip(a, b, strict=True)), n=10)
+    ratios = compared(a, b)
     curves = torch.tensor([ours.losses, theirs.losses], dtype=torch.float64)[:, WARM_UP:]
     difference = (curves[0] / curves[1] - 1).abs()  # NaN, which is within no tolerance, where a loss is
     trained = torch.arange(WARM_UP + 1, len(ours.losses) + 1)
     return {
         "tokens_per_s": {"ours": tokens / sum(a), "torch": tokens / sum(b)},
-        "ratio": ratios[4],
-        "ratio_p20": ratios[1],
-        "ratio_p80": ratios[7],
+        **{name: ratios[name] for name in ("ratio", "ratio_p20", "ratio_p80")},
         "loss": {"ours": curves[0].tolist(), "torch": curves[1].tolist()},
         "loss_difference": difference.max().item(),
         "same_curve": bool((difference <= TOLERANCE * trained).all()),

@@ -38,11 +38,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh, w_hr
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of w_ih, w_hh, either bias, w_hr
 Saved = tuple[Tensor, Tensor]  # gates and cells
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 class LayerInputs(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import Gradients, LayerInputs, Saved
+from lstm_fast.kernels import Gradients, LayerInputs, Saved, dtype_name
 from lstm_fast.reference import accumulate_dtype
 
 _problem: str | None = None
@@ -30,7 +30,7 @@ def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None
     if device.type != "cpu":
         return f"it serves tensors on the CPU, not on {device.type}"
     if dtype not in _CODES:
-        return f"it serves {', '.join(_C.DTYPES)}, not {str(dtype).removeprefix('torch.')}"
+        return f"it serves {', '.join(_C.DTYPES)}, not {dtype_name(dtype)}"
     return None
 
 

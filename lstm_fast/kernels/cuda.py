@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import hoisted, stepwise
+from lstm_fast.kernels import dtype_name, hoisted, stepwise
 
 _problem: str | None = None
 try:
@@ -34,8 +34,8 @@ def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None
     """None if the kernel serves tensors of this device and dtype, else why not."""
     if device.type != "cuda":
         return f"it serves tensors on a CUDA GPU, not on {device.type}"
-    if _name(dtype) not in _C.DTYPES:
-        return f"it serves {', '.join(_C.DTYPES)}, not {_name(dtype)}"
+    if dtype_name(dtype) not in _C.DTYPES:
+        return f"it serves {', '.join(_C.DTYPES)}, not {dtype_name(dtype)}"
     return _lacks_code(torch.cuda.get_device_capability(device))
 
 
@@ -51,7 +51,7 @@ def bind_forward(
         y=y.data_ptr(),
         cells=0 if cells is None else cells.data_ptr(),
         sizes=_sizes(gates, c),
-        dtype=_C.DTYPES[_name(gates.dtype)],
+        dtype=_C.DTYPES[dtype_name(gates.dtype)],
         device=gates.device.index if gates.is_cuda else None,
         stream=_stream(gates),
     )
@@ -70,7 +70,7 @@ def bind_backward(
         dc=dc.data_ptr(),
         dgates=dgates.data_ptr(),
         sizes=_sizes(gates, dc),
-        dtype=_C.DTYPES[_name(gates.dtype)],
+        dtype=_C.DTYPES[dtype_name(gates.dtype)],
         device=gates.device.index if gates.is_cuda else None,
         stream=_stream(gates),
     )
@@ -100,7 +100,3 @@ def _sizes(gates: Tensor, state: Tensor) -> tuple[int, int, int, int]:
 
 def _stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import hoisted, stepwise
+from lstm_fast.kernels import dtype_name, hoisted, stepwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNITS = (32, 256)  # fewest and most of one program
@@ -39,7 +39,7 @@ def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None
         under = "with TRITON_INTERPRET=1" if _interpreted() else "without TRITON_INTERPRET=1"
         return f"{under} it serves tensors on {served}, not on {device.type}"
     if dtype not in DTYPES:
-        return f"it serves {', '.join(map(_name, DTYPES))}, not {_name(dtype)}"
+        return f"it serves {', '.join(map(dtype_name, DTYPES))}, not {dtype_name(dtype)}"
     return None
 
 
@@ -93,7 +93,3 @@ def _kernels() -> ModuleType:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
