@@ -242,6 +242,7 @@ def bench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         ),
         (("--device", "tpu"), "--device should be among cpu, cuda, got: tpu"),
         (("--grid", "huge"), "'huge'"),
+        (("train", "--steps", "1"), "'--steps'"),
         (("report", "missing.json"), "missing.json"),
     ],
 )
@@ -268,3 +269,10 @@ def test_the_readmes_scores_are_the_recorded_ones() -> None:
         assert f"{record[name]:.2f}  {record[signature]}" in text
     assert f"{record['training']['seconds'] / 60:.0f} minutes on one" in text
     assert f"{record['training']['sentences_per_second']:.0f} sentences a second" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_missing_is_named(tmp_path: Path) -> None:
+    done = bench("--device", "cuda", folder=tmp_path)
+    assert done.returncode == 2 and "--device cuda needs an NVIDIA GPU" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

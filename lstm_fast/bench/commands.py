@@ -57,6 +57,8 @@ def bench(
         torch.set_num_threads(threads)
     device = device or _device()
     _one(device, ("cpu", "cuda"), "--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device cuda needs an NVIDIA GPU, and torch {torch.__version__} finds none")
     output = out or Path(f"bench-{grid.value}.json")
     _run(grid.value, cases, chosen_modes, chosen_rivals, device, seconds, output, backend)
     record = report.load(output)
@@ -154,7 +156,7 @@ def tune(
 @app.command("train")
 def train_command(
     task: Annotated[TaskName | None, typer.Argument(help="Else all of them.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the optimiser, on each side.", min=1)] = 40,
+    steps: Annotated[int, typer.Option(help="Of the optimiser, on each side.", min=2)] = 40,
     threads: Annotated[int | None, typer.Option(help="Threads; else torch's number.", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON of the results.")] = None,
 ) -> None:
