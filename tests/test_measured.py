@@ -26,10 +26,21 @@ def row(
     }
 
 
+users_table = measured.users_table  # which tests stay away from
+
+
+def test_a_users_table_lies_in_their_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert users_table() == Path("/elsewhere/lstm_fast/measured.json")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert users_table() == Path("/home/someone/.cache/lstm_fast/measured.json")
+
+
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Writes runs' rows as the user's table."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "users_table", lambda: tmp_path / "new" / "measured.json")
     caches = (measured._rows, measured.matters, measured.torch_is_faster)
 
     def forget() -> None:
