@@ -26,6 +26,7 @@ CLUSTERS_NVCC = (12, 8)  # the oldest that knows all of the PTX in csrc/cuda/sim
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-DNDEBUG",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",

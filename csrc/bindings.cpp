@@ -15,6 +15,7 @@
 #include "cpu/limits.h"
 #include "cuda/persistent.h"
 #include "gates.h"
+#include "inference.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -335,6 +336,7 @@ PYBIND11_MODULE(_C, m) {
         "bfloat16"_a = static_cast<int>(lstm::Dtype::bfloat16), "float16"_a = static_cast<int>(lstm::Dtype::float16));
     m.def("build_info", build_info, "How this extension was built.");
     m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a);
+    m.def("infer", lstm::tensors::infer, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a);
     bind_cpu(m);
     bind_gates(m);
     bind_persistent(m);

@@ -85,31 +85,46 @@ inline std::optional<View> view(py::handle tensor) {
     return found;
 }
 
+// w_ih, w_hh, b_ih, b_hh, w_hr of one direction; nothing where one is absent.
+using WeightViews = std::array<std::optional<View>, 5>;
+
+inline bool same_dtype(const View& a, const View& b) {
+    return a.kind == b.kind && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+// Whether weights have x's dtype and the sizes of I, H and R features.
+inline bool weights_fit(const WeightViews& weights, const View& x, std::int64_t input, std::int64_t hidden,
+                        std::int64_t features) {
+    const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = weights;
+    for (const auto& weight : weights) {
+        if (weight && !same_dtype(*weight, x)) return false;
+    }
+    if (!w_ih || !w_ih->has_sizes({4 * hidden, input}) || !w_hh || !w_hh->has_sizes({4 * hidden, features}))
+        return false;
+    if (b_ih.has_value() != b_hh.has_value()) return false;
+    if (b_ih && !(b_ih->has_sizes({4 * hidden}) && b_hh->has_sizes({4 * hidden}))) return false;
+    return w_hr ? w_hr->has_sizes({features, hidden}) : features == hidden;
+}
+
 // Whether the 13 inputs of a layer (lstm_fast/autograd.py) lie contiguously on the CPU, in one dtype and with sizes
 // that fit each other. False says no more than that this quick look can't tell.
 inline bool layer_inputs_fit(const py::sequence& inputs) {
-    constexpr std::size_t states = 3, of_direction = 5;
+    constexpr std::size_t states = 3, of_direction = std::tuple_size_v<WeightViews>;
     const py::object first = inputs[0];
     const auto x = view(first), h0 = view(py::object(inputs[1])), c0 = view(py::object(inputs[2]));
     if (!x || !h0 || !c0 || x->dims != 2 || h0->dims != 3 || c0->dims != 3) return false;
-    const auto alike = [&](const View& t) { return t.kind == x->kind && t.bits == x->bits && t.lanes == x->lanes; };
     const std::int64_t directions = c0->sizes[0], batch = c0->sizes[1], hidden = c0->sizes[2], features = h0->sizes[2];
-    if (directions < 1 || directions > 2 || !h0->has_sizes({directions, batch, features}) || !alike(*h0) || !alike(*c0))
-        return false;
+    if (directions < 1 || directions > 2 || !h0->has_sizes({directions, batch, features})) return false;
+    if (!same_dtype(*h0, *x) || !same_dtype(*c0, *x)) return false;
     for (std::int64_t d = 0; d < directions; ++d) {
-        std::array<std::optional<View>, of_direction> weights;
+        WeightViews weights;
         for (std::size_t i = 0; i < of_direction; ++i) {
             const py::object weight = inputs[states + d * of_direction + i];
             if (weight.is_none()) continue;
             weights[i] = view(weight);
-            if (!weights[i] || !alike(*weights[i])) return false;
+            if (!weights[i]) return false;
         }
-        const auto& [w_ih, w_hh, b_ih, b_hh, w_hr] = weights;
-        if (!w_ih || !w_ih->has_sizes({4 * hidden, x->sizes[1]})) return false;
-        if (!w_hh || !w_hh->has_sizes({4 * hidden, features})) return false;
-        if (b_ih.has_value() != b_hh.has_value()) return false;
-        if (b_ih && !(b_ih->has_sizes({4 * hidden}) && b_hh->has_sizes({4 * hidden}))) return false;
-        if (w_hr ? !w_hr->has_sizes({features, hidden}) : features != hidden) return false;
+        if (!weights_fit(weights, *x, x->sizes[1], hidden, features)) return false;
     }
     return true;
 }

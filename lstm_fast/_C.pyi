@@ -10,6 +10,14 @@ DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
 def layer_inputs_fit(inputs: _Tensors) -> bool: ...
+def infer(
+    parameters: dict[str, Any],
+    names: list[list[str]],
+    x: Tensor,
+    hx: Any,
+    module: tuple[int, int, int, int, bool, bool],
+    threads: int,
+) -> Any: ...
 def cpu_layer_forward(
     steps: list[int],
     sizes: tuple[int, int, int, int, int, int],

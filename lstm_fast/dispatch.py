@@ -16,6 +16,7 @@ KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "trito
 BACKENDS = ("auto", *KERNELS, "reference")
 _AUTO_ORDER = {"cuda": ("persistent",), "cpu": ("cpu",)}
 _PROJECTS = ("cpu",)
+_CPU = torch.device("cpu")
 # Two launches a step are slower than cuDNN, and faster than the reference: they serve graphs, which can't hold cuDNN's.
 _COMPILED_ORDER = {**_AUTO_ORDER, "cuda": ("persistent", "cuda", "triton")}
 
@@ -99,9 +100,8 @@ def choose(
     order = _COMPILED_ORDER if compiling else _AUTO_ORDER
     for candidate in order.get(device.type, ()):
         why_not = _refuses(candidate, device, dtype, hidden, proj_size, transformed)
-        if why_not is None and not compiling and measured.matters(device.type, kind):
-            call = measured.Call(device.type, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
-            why_not = measured.torch_is_faster(call)
+        if why_not is None and not compiling:
+            why_not = _torch_is_faster(device, dtype, hidden, kind, shape)
         if why_not is None:
             return Choice(candidate, _WHAT[candidate] + (f" ({'; '.join(reasons)})" if reasons else ""))
         reasons.append(f"{candidate}: {why_not}")
@@ -109,6 +109,24 @@ def choose(
     if compiling and dtype.is_floating_point:
         return Choice("reference", "; ".join([*reasons, "torch's own LSTM would break the compiled graph"]))
     return Choice("torch", "; ".join(reasons))
+
+
+def surely_cpu(backend: str, dtype: torch.dtype, hidden: int, kind: str, shape: Callable[[], tuple[int, int]]) -> bool:
+    """Whether ``choose`` gives tensors on a CPU to its kernel, if neither tracer nor transform is at work: the same
+    answer, or False, in a tenth of the time."""
+    if backend != "auto":
+        return backend == "cpu"
+    return "LSTM_FAST_BACKEND" not in os.environ and _torch_is_faster(_CPU, dtype, hidden, kind, shape) is None
+
+
+def _torch_is_faster(
+    device: torch.device, dtype: torch.dtype, hidden: int, kind: str, shape: Callable[[], tuple[int, int]]
+) -> str | None:
+    """In words; None if it was not measured to be."""
+    if not measured.matters(device.type, kind):
+        return None
+    call = measured.Call(device.type, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
+    return measured.torch_is_faster(call)
 
 
 def _refuses(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fast.autograd import layer, transforms_active
-from lstm_fast.dispatch import Choice, check_backend, choose
+from lstm_fast.dispatch import Choice, check_backend, choose, surely_cpu
 from lstm_fast.kernels import Weights
+from lstm_fast.kernels.cpu import infer
 
 State = tuple[Tensor, Tensor]
 
@@ -29,6 +30,18 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def _followed() -> bool:
+    """Whether someone needs more of a call than its results, or changes how they are computed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or transforms_active()
+    )
+
+
 class _Fused(nn.Module):
     """What LSTM and LSTMCell share: the choice of a backend, and standing aside for tracers."""
 
@@ -41,6 +54,15 @@ class _Fused(nn.Module):
         proj_size = getattr(self, "proj_size", 0)
         place = (self.backend, data.device, dtype, self.hidden_size, proj_size)
         return choose(*place, _traced(), transforms_active(), self._kind(x), lambda: self._shape(x))
+
+    def _infer(self, x: Any, hx: Any, names: list[list[str]], sizes: tuple[int, int, int, int, bool, bool]) -> Any:
+        """The results if the call is plain inference on a CPU, in a third of the time; None if it isn't, or if its
+        arguments need more than a quick look."""
+        if type(x) is not Tensor or _followed():
+            return None
+        if not surely_cpu(self.backend, x.dtype, self.hidden_size, self._kind(x), lambda: self._shape(x)):
+            return None
+        return infer(self._parameters, names, x, hx, sizes, torch.get_num_threads())
 
     def _kind(self, x: Tensor | PackedSequence) -> str:
         """``measured.Call``'s."""
@@ -161,6 +183,11 @@ class LSTM(_Fused, nn.RNNBase):
             return self._as_fx_leaf(input, hx)
         if isinstance(hx, Tensor):
             raise TypeError("hx should be a tuple (h_0, c_0), got: Tensor")
+        features, directions = self.proj_size or self.hidden_size, 2 if self.bidirectional else 1
+        sizes = (self.input_size, self.hidden_size, features, directions, self.batch_first, False)
+        found = None if self._drops() else self._infer(input, hx, self._all_weights, sizes)
+        if found is not None:
+            return found
         packed = isinstance(input, PackedSequence)
         if not packed and input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -170,6 +197,9 @@ class LSTM(_Fused, nn.RNNBase):
             return self._torch_class.forward(self, input, hx)
         forward = self._forward_packed if packed else self._forward_dense
         return forward(input, hx, dtype, choice)
+
+    def _drops(self) -> bool:
+        return self.dropout > 0 and self.training
 
     def _kind(self, x: Tensor | PackedSequence) -> str:
         return "packed" if isinstance(x, PackedSequence) else "projected" if self.proj_size > 0 else "layer"
@@ -231,7 +261,7 @@ class LSTM(_Fused, nn.RNNBase):
             h, c = (h_0, c_0) if self.num_layers == 1 else (h_0[rows], c_0[rows])
             x, h_n, c_n = layer(x, h, c, weights, batch_sizes, backend)
             states.append((h_n, c_n if cell_dtype == dtype else c_n.to(cell_dtype)))
-            if self.dropout > 0 and self.training and k < self.num_layers - 1:
+            if self._drops() and k < self.num_layers - 1:
                 x = nn.functional.dropout(x, self.dropout, True)
         if len(states) == 1:
             return x, *states[0]
@@ -274,6 +304,9 @@ class LSTM(_Fused, nn.RNNBase):
         return (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
 
 
+_CELL = [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]]
+
+
 class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
     """Drop-in replacement for :class:`torch.nn.LSTMCell`: one step of one layer.
 
@@ -313,6 +346,9 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         if isinstance(input, torch.fx.Proxy):
             return self._as_fx_leaf(input, hx)
+        found = self._infer(input, hx, _CELL, (self.input_size, self.hidden_size, self.hidden_size, 1, False, True))
+        if found is not None:
+            return found
         h, c = self._checked_state(input, hx)
         dtype = self._compute_dtype(input, hx)
         choice = self._choose(input, dtype)

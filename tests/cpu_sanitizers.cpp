@@ -125,6 +125,11 @@ Bytes layer(const Case& c, int threads, InstructionSet set, Dtype dtype) {
         shape,
         ForwardArgs{
             x.data(), h0.data(), c0.data(), {w, w}, y.data(), h_n.data(), c_n.data(), gates.data(), cells.data()});
+    std::vector<T> y_inferred(y.size()), c_inferred(c_n.size());  // inference from zeros
+    run_with<Forward, T>(
+        shape,
+        ForwardArgs{
+            x.data(), nullptr, nullptr, {w, w}, y_inferred.data(), nullptr, c_inferred.data(), nullptr, nullptr});
     std::vector<std::vector<T>> gradients;
     for (int d = 0; d < 2; ++d) {
         for (const Index size : {w_ih.size(), w_hh.size(), bias.size(), w_hr.size()}) gradients.emplace_back(size);
@@ -145,7 +150,7 @@ Bytes layer(const Case& c, int threads, InstructionSet set, Dtype dtype) {
                                               dc.data(),
                                               dx.data(),
                                               {of(0), of(1)}});
-    Bytes all = bytes_of(y, h_n, c_n, gates, cells, dh, dc, dx);
+    Bytes all = bytes_of(y, h_n, c_n, gates, cells, y_inferred, c_inferred, dh, dc, dx);
     for (const auto& gradient : gradients) {
         const Bytes more = bytes_of(gradient);
         all.insert(all.end(), more.begin(), more.end());

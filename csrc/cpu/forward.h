@@ -205,12 +205,15 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
     }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
         const Index d = i / s.batch, b = i % s.batch;
-        for (Index unit = 0; unit < f.padded; unit += kUnits)
-            load_units<Isa>(f.c0 + i * s.hidden + unit, std::min(kUnits, s.hidden - unit), f.c + i * f.padded + unit);
-        for (Index turn = 0; turn < 2; ++turn) {  // a row may join at any step
+        A* const c = f.c + i * f.padded;
+        if (f.c0 == nullptr) std::fill_n(c, f.padded, A(0));
+        for (Index unit = 0; f.c0 != nullptr && unit < f.padded; unit += kUnits)
+            load_units<Isa>(f.c0 + i * s.hidden + unit, std::min(kUnits, s.hidden - unit), c + unit);
+        const Index features = f.h0 == nullptr ? 0 : f.features;  // that are not 0
+        for (Index turn = 0; turn < 2; ++turn) {                  // a row may join at any step
             O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.ld + f.h_first;
             for (Index j = 0; j < f.ld - f.h_first; ++j)
-                to[j] = j < f.features ? operand<O>(f.h0[i * f.features + j]) : O{};
+                to[j] = j < features ? operand<O>(f.h0[i * features + j]) : O{};
         }
     }
 }
@@ -321,12 +324,13 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
         const Index d = i / s.batch, b = i % s.batch;
+        store_row<Isa>(f.c + i * f.padded, s.hidden, f.c_n + i * s.hidden, false);
+        if (f.h_n == nullptr) continue;
         Index last = 0;  // the step where sequence b ends its walk
         if (d == 0)
             last = std::partition_point(s.steps, s.steps + s.time, [b](Index n) { return n > b; }) - s.steps - 1;
         std::memcpy(f.h_n + i * f.features, f.y + ((f.walk.start[last] + b) * s.directions + d) * f.features,
                     f.features * sizeof(T));
-        store_row<Isa>(f.c + i * f.padded, s.hidden, f.c_n + i * s.hidden, false);
     }
 }
 

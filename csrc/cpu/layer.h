@@ -47,11 +47,11 @@ struct Weights {
 
 struct ForwardArgs {
     const void* x;       // T [N, I]
-    const void* h0;      // T [D, B, R]
-    const void* c0;      // T [D, B, H]
+    const void* h0;      // T [D, B, R]; null for zeros
+    const void* c0;      // T [D, B, H]; null for zeros
     Weights weights[2];  // one for each direction
     void* y;             // T [N, D * R], written: direction d fills columns d * R ..
-    void* h_n;           // T [D, B, R], written: each sequence's state after its own last step of the walk
+    void* h_n;           // T [D, B, R], written: each sequence's state after its own last step of the walk; may be null
     void* c_n;           // T [D, B, H], written
     void* gates;         // T [D, N, 4H], written: activated, for the backward pass; null when there will be none
     void* cells;         // A [D, N, H], written: c_t for the backward pass; null likewise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,19 @@ from torch import Tensor
 from lstm_fast.kernels import Gradients, LayerInputs, Saved, dtype_name
 from lstm_fast.reference import accumulate_dtype
 
+
+def _cannot_tell(*_: Any) -> None:
+    """What ``infer`` gives where the extension is missing."""
+
+
+infer: Callable[..., Any] = _cannot_tell  # csrc/inference.h
 _problem: str | None = None
 _CODES: dict[torch.dtype, int] = {}  # of the dtypes it serves
 try:
     import lstm_fast._C as _C
 
     _CODES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
+    infer = _C.infer
 except ImportError as error:
     _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
 

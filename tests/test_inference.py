@@ -1,0 +1,324 @@
+"""Inference in one call from Python to C++ (csrc/inference.h): what takes it, what doesn't, and that
+both ways agree."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
+
+import lstm_fast
+from lstm_fast import lstm as module_file
+
+IN, H = 3, 5
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no exchange API"
+)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What each quick look gave."""
+    found = []
+
+    def spy(*args):
+        found.append(infer(*args))
+        return found[-1]
+
+    infer = module_file.infer
+    monkeypatch.setattr(module_file, "infer", spy)
+    return found
+
+
+def without(monkeypatch, call):
+    """``call()`` where the quick look never tells."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module_file, "infer", lambda *_: None)
+        return call()
+
+
+def flat(result):
+    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
+
+
+def lstm_state(module, batch):
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    features = module.proj_size or module.hidden_size
+    dtype = module.weight_ih_l0.dtype
+    middle = () if batch is None else (batch,)
+    return torch.randn(count, *middle, features).to(dtype), torch.randn(count, *middle, H).to(dtype)
+
+
+CONFIGS = {
+    "one layer": {},
+    "three layers": {"num_layers": 3},
+    "both directions": {"bidirectional": True, "num_layers": 2},
+    "projected": {"proj_size": 2, "num_layers": 2},
+    "no bias": {"bias": False},
+    "projected, no bias": {"bias": False, "proj_size": 2, "bidirectional": True},
+    "dropout outside training": {"dropout": 0.5, "num_layers": 2},
+    **{name: {"dtype": getattr(torch, name)} for name in ("float64", "bfloat16", "float16")},
+}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("shape", [(4, 2), (1, 1), (130, 3), (4,)], ids=str)
+def test_an_lstm_gives_torchs_values_and_the_slower_ways_bits(answers, monkeypatch, config, shape, given):
+    torch.manual_seed(0)
+    module = lstm_fast.LSTM(IN, H, **config).eval()
+    x = torch.randn(*shape, IN).to(module.weight_ih_l0.dtype)
+    hx = lstm_state(module, shape[1] if len(shape) == 2 else None) if given else None
+    with torch.no_grad():
+        got = module(x, hx)
+        want = without(monkeypatch, lambda: module(x, hx))
+    assert len(answers) == 1 and answers[0] is got
+    assert isinstance(got, tuple) and isinstance(got[1], tuple)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    oracle = nn.LSTM(IN, H, **(config | {"dtype": torch.float64})).eval()
+    oracle.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
+    with torch.no_grad():
+        exact = oracle(x.double(), None if hx is None else (hx[0].double(), hx[1].double()))
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[x.dtype]
+    for a, b in zip(flat(got), flat(exact), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(2,), ()], ids=str)
+def test_a_cell_gives_torchs_values_and_the_slower_ways_bits(answers, monkeypatch, shape, bias, given):
+    torch.manual_seed(0)
+    module = lstm_fast.LSTMCell(IN, H, bias=bias, backend="cpu")
+    x = torch.randn(*shape, IN)
+    hx = (torch.randn(*shape, H), torch.randn(*shape, H)) if given else None
+    oracle = nn.LSTMCell(IN, H, bias=bias).double()
+    oracle.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        got = module(x, hx)
+        want = without(monkeypatch, lambda: module(x, hx))
+        exact = oracle(x.double(), None if hx is None else (hx[0].double(), hx[1].double()))
+    assert answers[0] is got
+    for a, b, c in zip(got, want, exact, strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+        torch.testing.assert_close(a.double(), c, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 1)], ids=str)
+def test_batch_first_is_served_where_rows_lie_step_by_step(answers, shape):
+    module = lstm_fast.LSTM(IN, H, batch_first=True)
+    twin = nn.LSTM(IN, H, batch_first=True)
+    twin.load_state_dict(module.state_dict())
+    x, hx = torch.randn(*shape, IN), lstm_state(module, shape[0])
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, hx), twin(x, hx))
+    assert answers[0] is not None
+
+
+def test_results_own_their_memory_and_follow_changed_weights(answers):
+    module, x = lstm_fast.LSTM(IN, H), torch.randn(1, 1, IN)
+    with torch.no_grad():
+        y, (h, c) = module(x)
+        before = copy.deepcopy((y, h, c))
+        y.zero_(), c.zero_()
+        assert torch.equal(h, before[1])
+        module.weight_hh_l0.data.mul_(2)  # of which no version counter hears
+        module.bias_ih_l0.data += 1
+        twin = nn.LSTM(IN, H)
+        twin.load_state_dict(module.state_dict())
+        torch.testing.assert_close(module(x, before[1:]), twin(x, before[1:]))
+    assert all(answer is not None for answer in answers)
+
+
+def test_inference_mode_gives_inference_tensors(answers):
+    module = lstm_fast.LSTM(IN, H)
+    with torch.inference_mode():
+        y, _ = module(torch.randn(4, 2, IN))
+    assert y.is_inference() and answers[0] is not None
+
+
+# ---- What stands aside ---------------------------------------------------------------------------------------------
+
+
+def plain():
+    return lstm_fast.LSTM(IN, H), nn.LSTM(IN, H)
+
+
+def twins(ours, theirs):
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def normed():
+    ours, theirs = twins(*plain())
+    for module in (ours, theirs):
+        torch.manual_seed(4)
+        parametrizations.weight_norm(module, "weight_hh_l0")
+    return ours, theirs
+
+
+def strided():
+    ours, theirs = twins(*plain())
+    with torch.no_grad():
+        ours.weight_hh_l0.set_(ours.weight_hh_l0.t().contiguous().t())
+    return ours, theirs
+
+
+X = torch.randn(4, 2, IN)
+ASIDE = {
+    "input of other strides": (lambda: twins(*plain()), torch.randn(2, 4, IN).transpose(0, 1), None),
+    "batch first": (
+        lambda: twins(lstm_fast.LSTM(IN, H, batch_first=True), nn.LSTM(IN, H, batch_first=True)),
+        torch.randn(2, 4, IN),
+        None,
+    ),
+    "states in a list": (lambda: twins(*plain()), X, [torch.randn(1, 2, H), torch.randn(1, 2, H)]),
+    "states of other strides": (lambda: twins(*plain()), X, (torch.randn(H, 2, 1).permute(2, 1, 0),) * 2),
+    "weights of other strides": (strided, X, None),
+    "parametrised": (normed, X, None),
+}
+
+
+@pytest.mark.parametrize("make, x, hx", ASIDE.values(), ids=ASIDE.keys())
+def test_what_needs_a_longer_look_gets_it(answers, make, x, hx):
+    ours, theirs = make()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, hx), theirs(x, hx))
+    assert answers == [None]
+
+
+def test_packed_input_is_not_looked_at(answers):
+    packed = nn.utils.rnn.pack_padded_sequence(X, [4, 2])
+    with torch.no_grad():
+        lstm_fast.LSTM(IN, H)(packed)
+    assert answers == []
+
+
+def grad(module):
+    return module(X)[0].sum().backward()
+
+
+def autocast(module):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert module(X)[0].dtype == torch.bfloat16
+
+
+def mode(module):
+    with torch.no_grad(), FlopCounterMode(display=False):
+        module(X)
+
+
+def vmap(module):
+    with torch.no_grad():
+        torch.func.vmap(lambda x: module(x)[0])(torch.stack([X, X]))
+
+
+def trace(module):
+    with torch.no_grad():
+        assert "aten::lstm" in str(torch.jit.trace(module, X, check_trace=False).inlined_graph)
+
+
+def dual(module):
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        module(X)
+
+
+def named(module):
+    module.backend = "reference"
+    with torch.no_grad():
+        module(X)
+
+
+def dropping(module):
+    module.dropout, module.num_layers = 0.5, 1
+    with torch.no_grad():
+        module(X)
+
+
+def of_environment(module):
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv("LSTM_FAST_BACKEND", "reference")
+        module(X)
+
+
+def subclass(module):
+    class Own(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        module(X.as_subclass(Own))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [grad, autocast, mode, vmap, trace, dual, named, dropping, of_environment, subclass],
+    ids=lambda c: c.__name__,
+)
+def test_who_needs_more_than_results_is_never_answered_in_haste(answers, call):
+    call(lstm_fast.LSTM(IN, H))
+    assert answers == []
+
+
+def test_where_torch_is_measured_to_be_faster_it_serves(answers, monkeypatch):
+    monkeypatch.setattr(module_file, "surely_cpu", lambda *_: False)
+    with torch.no_grad():
+        lstm_fast.LSTM(IN, H)(X)
+    assert answers == []
+
+
+WRONG = {
+    "features": (torch.randn(4, 2, IN + 1), None),
+    "dtype": (X.double(), None),
+    "dimensions": (torch.randn(1, 4, 2, IN), None),
+    "no steps": (torch.randn(0, 2, IN), None),
+    "states' batch": (X, (torch.randn(1, 3, H), torch.randn(1, 3, H))),
+    "states' features": (X, (torch.randn(1, 2, H), torch.randn(1, 2, H + 1))),
+    "states' dimensions": (X, (torch.randn(2, H), torch.randn(2, H))),
+    "states' dtype": (X, (torch.randn(1, 2, H).double(), torch.randn(1, 2, H).double())),
+    "one state": (X, (torch.randn(1, 2, H),)),
+}
+
+
+@pytest.mark.parametrize("x, hx", WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_said_as_with_gradients(x, hx):
+    module = lstm_fast.LSTM(IN, H)
+    with pytest.raises(Exception) as with_gradients:
+        module(x, hx)
+    with torch.no_grad(), pytest.raises(with_gradients.type) as without_gradients:
+        module(x, hx)
+    assert str(without_gradients.value) == str(with_gradients.value)
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+def test_a_weight_of_the_wrong_size_is_refused(name):
+    module = lstm_fast.LSTM(IN, H)
+    weight = getattr(module, name)
+    setattr(module, name, nn.Parameter(torch.randn(weight.size(0) - 1, *weight.shape[1:])))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=name[:-3]):
+        module(X)
+
+
+def test_calls_side_by_side_give_what_one_alone_gives():
+    module = lstm_fast.LSTM(IN, 64, num_layers=2)
+    xs = [torch.randn(50, 2, IN) for _ in range(4)]
+    with torch.no_grad():
+        want = [module(x)[0] for x in xs]
+    wrong = []
+
+    def work(index):
+        with torch.no_grad():
+            for _ in range(30):
+                if not torch.equal(module(xs[index])[0], want[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
