@@ -129,62 +129,8 @@ LSTM_HD T store(Acc<T> x) {
 
 namespace math {
 
-// x = n ln2 + r with |r| <= ln2 / 2, n an integer. |x| < 2^15.
-struct Reduced {
-    std::int32_t n;
-    float r;
-};
-
-LSTM_HD Reduced reduce(float x) {
-    const float shifter = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
-    const float shifted = x * 0x1.715476p0f + shifter;
-    const float n = shifted - shifter;
-    // ln2 in two parts; the first has 9 bits, so that n * part is exact.
-    const float r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
-    return {static_cast<std::int32_t>(bit_cast<std::uint32_t>(shifted) - 0x4b400000u), r};
-}
-
-// e^r - 1 for |r| <= ln2 / 2: r + r^2 q(r), q a Chebyshev fit, relative error below 2e-8.
-LSTM_HD float expm1_polynomial(float r) {
-    float q = 0x1.6d1606p-10f;
-    q = q * r + 0x1.12106cp-7f;
-    q = q * r + 0x1.555516p-5f;
-    q = q * r + 0x1.5554d8p-3f;
-    q = q * r + 0.5f;
-    return r + (r * r) * q;
-}
-
-LSTM_HD float power_of_two(std::int32_t n) {  // -126 <= n <= 127
-    return bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
-}
-
-// NaN passes each clamp below, since every comparison with it is false.
-LSTM_HD float exp(float x) {
-#ifdef __CUDA_ARCH__
-    return expf(x);
-#else
-    const float low = x < -105.0f ? -105.0f : x;      // e^-105 rounds to 0
-    const float clamped = low > 89.0f ? 89.0f : low;  // e^89 overflows to infinity
-    const Reduced y = reduce(clamped);
-    const std::int32_t half = y.n >> 1;  // two factors: n leaves the range of one exponent
-    return (1.0f + expm1_polynomial(y.r)) * power_of_two(half) * power_of_two(y.n - half);
-#endif
-}
-
-LSTM_HD float tanh(float x) {
-#ifdef __CUDA_ARCH__
-    return tanhf(x);
-#else
-    const std::uint32_t sign = bit_cast<std::uint32_t>(x) & 0x80000000u;
-    const float magnitude = bit_cast<float>(bit_cast<std::uint32_t>(x) ^ sign);
-    const float clamped = magnitude > 10.0f ? 10.0f : magnitude;  // tanh is 1 from 9.02 on
-    const Reduced y = reduce(clamped + clamped);
-    const float scale = power_of_two(y.n);
-    const float expm1 = scale * expm1_polynomial(y.r) + (scale - 1.0f);
-    return bit_cast<float>(bit_cast<std::uint32_t>(expm1 / (expm1 + 2.0f)) | sign);
-#endif
-}
-
+LSTM_HD float exp(float x) { return ::expf(x); }
+LSTM_HD float tanh(float x) { return ::tanhf(x); }
 LSTM_HD double exp(double x) { return ::exp(x); }
 LSTM_HD double tanh(double x) { return ::tanh(x); }
 
@@ -217,19 +163,8 @@ LSTM_HD A tanh(A x) {
 }
 
 // 1 / (1 + e^-x), through e^-|x| so that nothing overflows and small values keep their relative accuracy.
-// On the host a float result below 2^-126 becomes 0, which takes half the instructions that a subnormal would.
 template <bool kFast = false, typename A>
 LSTM_HD A sigmoid(A x) {
-#ifndef __CUDA_ARCH__
-    if constexpr (!kFast && sizeof(A) == sizeof(float)) {
-        const float magnitude = bit_cast<float>(bit_cast<std::uint32_t>(x) & 0x7fffffffu);
-        const bool far = magnitude > 0x1.5d58ap6f;  // 126 ln2
-        const Reduced y = reduce(far ? -0x1.5d58ap6f : -magnitude);
-        const float scale = power_of_two(y.n), power = scale * expm1_polynomial(y.r) + scale;
-        const float t = far ? 0.0f : power;
-        return (x < 0.0f ? t : 1.0f) / (1.0f + t);
-    }
-#endif
     const A t = exp<kFast>(x < A(0) ? x : -x);
     return divide<kFast>(x < A(0) ? t : A(1), A(1) + t);
 }
@@ -262,16 +197,19 @@ struct CellBackward {
 };
 
 // i, f, g, o, c: what cell_forward returned. dh, dc: gradients of its h and c, dc without the part that comes through
-// h.
+// h. A may be a vector of units.
+template <typename A>
+LSTM_HD CellBackward<A> cell_backward_of(A i, A f, A g, A o, A tanh_c, A c_prev, A dh, A dc) {
+    const A da_o = dh * tanh_c * o * (1 - o);                // B1
+    const A dc_total = dc + dh * o * (1 - tanh_c * tanh_c);  // B2
+    const A da_i = dc_total * g * i * (1 - i);               // B3
+    const A da_f = dc_total * c_prev * f * (1 - f);          // B4
+    const A da_g = dc_total * i * (1 - g * g);               // B5
+    return {da_i, da_f, da_g, da_o, dc_total * f};           // B6
+}
 template <bool kFast = false, typename A>
 LSTM_HD CellBackward<A> cell_backward(A i, A f, A g, A o, A c, A c_prev, A dh, A dc) {
-    const A tanh_c = math::tanh<kFast>(c);
-    const A da_o = dh * tanh_c * o * (A(1) - o);                // B1
-    const A dc_total = dc + dh * o * (A(1) - tanh_c * tanh_c);  // B2
-    const A da_i = dc_total * g * i * (A(1) - i);               // B3
-    const A da_f = dc_total * c_prev * f * (A(1) - f);          // B4
-    const A da_g = dc_total * i * (A(1) - g * g);               // B5
-    return {da_i, da_f, da_g, da_o, dc_total * f};              // B6
+    return cell_backward_of(i, f, g, o, math::tanh<kFast>(c), c_prev, dh, dc);
 }
 
 }  // namespace lstm

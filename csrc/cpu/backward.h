@@ -2,11 +2,13 @@
 // gradients, while they are in cache, dx and what they add to the gradients of the weights (gradients.h).
 #pragma once
 
+#include "activations.h"
 #include "team.h"
 
 namespace lstm::cpu {
 
-constexpr Index kBackwardRows = 256;  // of a chunk
+constexpr Index kBackwardRows =
+    kDepth;  // of a chunk: the sums that make the weights' gradients are as long as they can be
 
 // Gradients of all rows of a chunk, the left side of products along rows and down columns.
 template <typename A>
@@ -17,11 +19,20 @@ struct ChunkGradients {
     A* pairs;  // [D, rows of a chunk / 2, columns, 2] the same, where products read pairs
 };
 
+// Where the gradient of a weight belongs, null where not asked for; and where it adds up over chunks: in its place, or,
+// if T rounds, in memory of its own.
+template <typename T>
+struct Gradient {
+    T* to;
+    Acc<T>* sum;
+};
+
 template <typename T>
 struct Backward {
     using A = Acc<T>;
     using Type = T;
-    static constexpr bool rounded = !std::is_same_v<T, A>;  // gradients of weights add up elsewhere than in T
+    static constexpr bool rounded = !std::is_same_v<T, A>;
+    static constexpr bool coarse = sizeof(T) == 2;  // activations, as in the forward pass
 
     Backward(const Shape& shape, const BackwardArgs& args, Arena& arena)
         : walk(shape, kBackwardRows),
@@ -53,12 +64,10 @@ struct Backward {
           factors(arena.take<A>(s.directions * factor_tiles * tile_size(walk.chunk_rows))) {
         for (int d = 0; d < s.directions; ++d) {
             const WeightGradients& g = args.gradients[d];
-            gradients[d] = {static_cast<T*>(g.w_ih), static_cast<T*>(g.w_hh), static_cast<T*>(g.w_hr),
-                            static_cast<T*>(g.bias)};
-            sums[d] = {sum_of(gradients[d].w_ih, 4 * s.hidden * s.input, arena),
-                       sum_of(gradients[d].w_hh, 4 * s.hidden * s.features, arena),
-                       sum_of(gradients[d].w_hr, s.features * s.hidden, arena),
-                       sum_of(gradients[d].bias, 4 * s.hidden, arena)};
+            gradients[d] = {gradient_of(g.w_ih, 4 * s.hidden * s.input, arena),
+                            gradient_of(g.w_hh, 4 * s.hidden * s.features, arena),
+                            gradient_of(g.w_hr, s.features * s.hidden, arena),
+                            gradient_of(g.bias, 4 * s.hidden, arena)};
         }
     }
 
@@ -68,18 +77,17 @@ struct Backward {
                 std::is_same_v<T, BFloat16> ? arena.take<A>(rows * columns) : nullptr};
     }
 
-    // Where the gradient of a weight adds up: in place, or in memory of its own.
-    A* sum_of(T* gradient, Index size, Arena& arena) const {
-        if constexpr (!rounded) {
-            return gradient;
+    Gradient<T> gradient_of(void* to, Index size, Arena& arena) const {
+        T* const typed = static_cast<T*>(to);
+        if constexpr (rounded) {
+            return {typed, arena.take<A>(to == nullptr || walk.chunks() == 1 ? 0 : size)};
         } else {
-            return gradient == nullptr ? nullptr : arena.take<A>(size);
+            return {typed, typed};
         }
     }
 
-    template <typename P>
-    struct OfWeights {
-        P w_ih, w_hh, w_hr, bias;
+    struct Gradients {
+        Gradient<T> w_ih, w_hh, w_hr, bias;
     };
 
     const Walk walk;
@@ -93,8 +101,7 @@ struct Backward {
     const A* cells;
     A *dh_user, *dc;
     T* dx;
-    OfWeights<T*> gradients[2];
-    OfWeights<A*> sums[2];
+    Gradients gradients[2];
     A* w_ih;               // [D, input tiles, 4H, 64] packed
     A* w_hh;               // [D, feature tiles, 4H, 64] packed
     A* w_hr;               // [D, tiles, R, 64] packed
@@ -153,15 +160,20 @@ LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index rows, Index col
     }
 }
 
-// 16 units where they lie, or, where they don't lie as 16 of the accumulation type, their copy.
+// 16 units in vectors, from where they lie or, where only count < 16 of them exist, from a copy with 0 behind.
 template <typename Isa, typename T>
-LSTM_HD const Acc<T>* staged(const T* units, Index count, Acc<T>* copy) {
-    if constexpr (std::is_same_v<T, Acc<T>>) {
-        if (count == kUnits) return units;
+struct Units {
+    LSTM_HD Units(const T* units, Index count) : there(units), whole(count == kUnits) {
+        if (!whole) load_units<Isa>(units, count, copy);
     }
-    load_units<Isa>(units, count, copy);
-    return copy;
-}
+    LSTM_HD Vector<Isa, Acc<T>> at(Index j) const {
+        return whole ? load_vector<Isa>(there + j) : load_vector<Isa>(copy + j);
+    }
+
+    const T* there;
+    bool whole;
+    alignas(64) Acc<T> copy[kUnits];
+};
 
 // Row b of step t, 16 units: B1 to B6 from dh, and dy unless it is null. da, m: those of the row.
 template <typename Isa, typename T>
@@ -172,36 +184,29 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
     const Index row = f.walk.start[t] + b, state = (d * f.s.batch + b) * hidden + unit;
     const Index before = f.walk.before(d, t, b);
     const T* const gates = f.gates + (d * rows + row) * 4 * hidden + unit;
-    alignas(64) A kept[4][kUnits], c_kept[kUnits], prev_kept[kUnits], dc_kept[kUnits], dy_kept[kUnits] = {};
-    const A* const i = staged<Isa>(gates, count, kept[0]);
-    const A* const forget = staged<Isa>(gates + hidden, count, kept[1]);
-    const A* const g = staged<Isa>(gates + 2 * hidden, count, kept[2]);
-    const A* const o = staged<Isa>(gates + 3 * hidden, count, kept[3]);
-    const A* const c = staged<Isa>(f.cells + (d * rows + row) * hidden + unit, count, c_kept);
-    const A* const c_prev =
-        before < 0 ? staged<Isa>(f.c0 + state, count, prev_kept)
-                   : staged<Isa>(f.cells + (d * rows + f.walk.start[before] + b) * hidden + unit, count, prev_kept);
-    const A* const dy = dy_row == nullptr ? dy_kept : staged<Isa>(dy_row + unit, count, dy_kept);
-    const A* const dh = dh_row + unit;
-    const A* const dc = staged<Isa>(f.dc + state, count, dc_kept);
-    alignas(64) A out[4][kUnits], dc_out[kUnits];
-#pragma omp simd
-    for (Index j = 0; j < kUnits; ++j) {
-        const CellBackward<A> cell = cell_backward(i[j], forget[j], g[j], o[j], c[j], c_prev[j], dh[j] + dy[j], dc[j]);
-        out[0][j] = cell.da_i;
-        out[1][j] = cell.da_f;
-        out[2][j] = cell.da_g;
-        out[3][j] = cell.da_o;
-        dc_out[j] = cell.dc_prev;
+    const Units<Isa, T> i(gates, count), forget(gates + hidden, count), g(gates + 2 * hidden, count);
+    const Units<Isa, T> o(gates + 3 * hidden, count), c_first(f.c0 + state, count);
+    const A* const cells = f.cells + d * rows * hidden + unit;
+    const Units<Isa, A> c(cells + row * hidden, count), dc(f.dc + state, count);
+    const Units<Isa, A> c_before(cells + (before < 0 ? row : f.walk.start[before] + b) * hidden, count);
+    const Units<Isa, T> dy(dy_row == nullptr ? gates : dy_row + unit, count);
+    alignas(64) A out[4][kUnits], dc_out[kUnits], m_out[kUnits];
+    for (Index j = 0; j < kUnits; j += lanes<Isa, A>) {
+        Vector<Isa, A> tanh_c[1] = {c.at(j)}, dh = load_vector<Isa>(dh_row + unit + j);
+        activate<Isa, Backward<T>::coarse, 1>(tanh_c);
+        if (dy_row != nullptr) dh += dy.at(j);
+        const auto cell = cell_backward_of(i.at(j), forget.at(j), g.at(j), o.at(j), tanh_c[0],
+                                           before < 0 ? c_first.at(j) : c_before.at(j), dh, dc.at(j));
+        store_vector<Isa, A>(cell.da_i, out[0] + j);
+        store_vector<Isa, A>(cell.da_f, out[1] + j);
+        store_vector<Isa, A>(cell.da_g, out[2] + j);
+        store_vector<Isa, A>(cell.da_o, out[3] + j);
+        store_vector<Isa, A>(cell.dc_prev, dc_out + j);
+        store_vector<Isa, A>(o.at(j) * tanh_c[0], m_out + j);
     }
     store_units<Isa>(dc_out, count, f.dc + state);
     for (int k = 0; k < 4; ++k) store_units<Isa>(out[k], count, da + k * hidden + unit);
-    if (f.projected) {
-        alignas(64) A m_units[kUnits];
-#pragma omp simd
-        for (Index j = 0; j < kUnits; ++j) m_units[j] = o[j] * math::tanh(c[j]);
-        store_units<Isa>(m_units, count, m + unit);
-    }
+    if (f.projected) store_units<Isa>(m_out, count, m + unit);
 }
 
 // One step of one direction, as one thread walks it.

@@ -4,6 +4,7 @@
 // again.
 #pragma once
 
+#include "activations.h"
 #include "team.h"
 
 namespace lstm::cpu {
@@ -16,6 +17,7 @@ template <typename T>
 struct Forward {
     using A = Acc<T>;
     using Type = T;
+    static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
         : walk(shape, kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A))),
@@ -151,16 +153,18 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
         const A* const z = products + r * kTile;
         A* const c = f.c + (d * f.s.batch + b + r) * f.padded + unit;
         alignas(64) A a[4][kUnits], h_new[kUnits];
-#pragma omp simd
-        for (Index j = 0; j < kUnits; ++j) {
-            const CellForward<A> cell = cell_forward(z[j] + bias[j], z[16 + j] + bias[16 + j], z[32 + j] + bias[32 + j],
-                                                     z[48 + j] + bias[48 + j], c[j]);
-            a[0][j] = cell.i;
-            a[1][j] = cell.f;
-            a[2][j] = cell.g;
-            a[3][j] = cell.o;
-            c[j] = cell.c;
-            h_new[j] = cell.h;
+        for (Index j = 0; j < kUnits; j += lanes<Isa, A>) {
+            Vector<Isa, A> gates[4], tanh_c[1];
+#pragma GCC unroll 4
+            for (Index k = 0; k < 4; ++k)
+                gates[k] = load_vector<Isa>(z + k * kUnits + j) + load_vector<Isa>(bias + k * kUnits + j);
+            activate<Isa, Forward<T>::coarse, 0b0100>(gates);  // F1 to F4
+#pragma GCC unroll 4
+            for (Index k = 0; k < 4; ++k) store_vector<Isa, A>(gates[k], a[k] + j);
+            tanh_c[0] = gates[1] * load_vector<Isa>(c + j) + gates[0] * gates[2];  // F5
+            store_vector<Isa, A>(tanh_c[0], c + j);
+            activate<Isa, Forward<T>::coarse, 1>(tanh_c);
+            store_vector<Isa, A>(gates[3] * tanh_c[0], h_new + j);  // F6
         }
         if (f.feature_tiles == 0) {
             store_state<Isa>(f, d, first + r, unit, count, h_new, after + (b + r) * f.ld + f.h_first + unit);
@@ -324,7 +328,7 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
         const Index d = i / s.batch, b = i % s.batch;
-        store_row<Isa>(f.c + i * f.padded, s.hidden, f.c_n + i * s.hidden, false);
+        store_row<Isa>(f.c + i * f.padded, s.hidden, static_cast<const T*>(nullptr), f.c_n + i * s.hidden);
         if (f.h_n == nullptr) continue;
         Index last = 0;  // the step where sequence b ends its walk
         if (d == 0)

@@ -17,16 +17,16 @@ struct Factor {
     Index columns;                       // of the factor and of the weight
     const ChunkGradients<Acc<T>>* rows;  // whose columns are the weight's rows
     Index parts;                         // in which threads share them
-    Acc<T>* sum;                         // the gradient; null where not asked for
+    Gradient<T> gradient;
 };
 
 // Factors of one direction, as their tiles follow each other.
 template <typename T>
 LSTM_HD std::array<Factor<T>, 3> factors_of(const Backward<T>& f, int d) {
-    const auto& sums = f.sums[d];
-    return {Factor<T>{Factor<T>::x, f.s.input, &f.da, 4, sums.w_ih},
-            Factor<T>{Factor<T>::states, f.s.features, &f.da, 4, sums.w_hh},
-            Factor<T>{Factor<T>::m, f.projected ? f.s.hidden : 0, &f.dr, 1, sums.w_hr}};
+    const auto& of = f.gradients[d];
+    return {Factor<T>{Factor<T>::x, f.s.input, &f.da, 4, of.w_ih},
+            Factor<T>{Factor<T>::states, f.s.features, &f.da, 4, of.w_hh},
+            Factor<T>{Factor<T>::m, f.projected ? f.s.hidden : 0, &f.dr, 1, of.w_hr}};
 }
 
 // One tile of a factor, packed.
@@ -63,7 +63,7 @@ LSTM_HD void for_factors(const Backward<T>& f, int d, const Take& take) {
         reinterpret_cast<Operand<Isa, T>*>(f.factors) + d * f.factor_tiles * tile_size(f.walk.chunk_rows);
     for (const Factor<T>& factor : factors_of(f, d)) {
         for (Index tile = 0; tile < tiles_of(factor.columns); ++tile, packed += tile_size(f.walk.chunk_rows)) {
-            if (factor.sum != nullptr) take(factor, tile, packed);
+            if (factor.gradient.to != nullptr) take(factor, tile, packed);
         }
     }
 }
@@ -104,15 +104,31 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
             }
             alignas(64) Acc<T> products[kRowsAtOnce * kTile];
             multiply<Isa>(rows, left, f.da.ld, right.b, right.ldb, depth, products, kTile, false);
-            for (Index r = 0; r < rows; ++r) store_row<Isa>(products + r * kTile, count, dx + r * input, add);
+            for (Index r = 0; r < rows; ++r) {
+                T* const row = dx + r * input;
+                store_row<Isa>(products + r * kTile, count, add ? row : nullptr, row);
+            }
         }
+    }
+}
+
+// Adds a row's part from chunk number `index` to what the earlier ones gave, from element `at` of a gradient on; after
+// the last chunk it is in its place.
+template <typename Isa, typename T>
+LSTM_HD void add_up(const Backward<T>& f, Index index, const Acc<T>* part, Index count, const Gradient<T>& gradient,
+                    Index at) {
+    const Acc<T>* const before = index == 0 ? nullptr : gradient.sum + at;
+    if (index + 1 == f.walk.chunks()) {
+        store_row<Isa>(part, count, before, gradient.to + at);
+    } else {
+        store_row<Isa>(part, count, before, gradient.sum + at);
     }
 }
 
 // B8 of one tile of a weight and one part of its rows: they are the gradients' columns, transposed, times the factor.
 template <typename Isa, typename T>
 LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk, Index part,
-                             const Operand<Isa, T>* packed, Index tile, bool accumulate) {
+                             const Operand<Isa, T>* packed, Index tile, Index index) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
     constexpr Index unit = sizeof(A) / sizeof(O);  // 2 where products read pairs
@@ -120,9 +136,10 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
     const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile);
     const Index rows = g.columns / factor.parts, first = part * rows, lda = unit == 2 ? g.columns : g.ld;
     const O* const a = (unit == 2 ? chunk_pairs<const O>(f, g, d) : chunk_rows<const O>(f, g, d)) + first * unit;
-    A* const to = factor.sum + first * columns + tile * kTile;
-    if (count == kTile) {
-        multiply<Isa, Along::columns>(rows, a, lda, packed, kTile, chunk.rows, to, columns, accumulate);
+    const Index at = first * columns + tile * kTile;
+    if (count == kTile && (!Backward<T>::rounded || index + 1 < f.walk.chunks())) {
+        A* const sum = factor.gradient.sum + at;
+        multiply<Isa, Along::columns>(rows, a, lda, packed, kTile, chunk.rows, sum, columns, index > 0);
         return;
     }
     alignas(64) A products[kRowsAtOnce * kTile];
@@ -130,27 +147,30 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
         const Index block = std::min(kRowsAtOnce, rows - row);
         multiply<Isa, Along::columns>(block, a + row * unit, lda, packed, kTile, chunk.rows, products, kTile, false);
         for (Index r = 0; r < block; ++r)
-            store_row<Isa, A>(products + r * kTile, count, to + (row + r) * columns, accumulate);
+            add_up<Isa>(f, index, products + r * kTile, count, factor.gradient, at + (row + r) * columns);
     }
 }
 
-// Sums of 16 columns of the pre-activations' gradients.
-template <typename Isa, typename T>
-LSTM_HD void bias_gradient(const Backward<T>& f, int d, const Chunk& chunk, Index column, bool accumulate) {
+// Sums of a few columns of the pre-activations' gradients, whose rows end in columns that nobody reads.
+template <typename Isa, Index Columns, typename T>
+LSTM_HD void bias_gradient(const Backward<T>& f, int d, const Chunk& chunk, Index column, Index index) {
+    using A = Acc<T>;
     using O = Operand<Isa, T>;
-    const Index count = std::min(kUnits, 4 * f.s.hidden - column);
+    constexpr Index side = lanes<Isa, A>, vectors = Columns / side;
     const O* const da = chunk_rows<const O>(f, f.da, d) + column;
-    alignas(64) Acc<T> sum[kUnits] = {}, units[kUnits];
+    Vector<Isa, A> sums[vectors] = {};
     for (Index row = 0; row < chunk.rows; ++row) {
-        load_units<Isa>(da + row * f.da.ld, count, units);
-        for (Index j = 0; j < kUnits; ++j) sum[j] += units[j];
+#pragma GCC unroll 16
+        for (Index v = 0; v < vectors; ++v) sums[v] += load_vector<Isa>(da + row * f.da.ld + v * side);
     }
-    store_row<Isa, Acc<T>>(sum, count, f.sums[d].bias + column, accumulate);
+    alignas(64) A sum[Columns];
+    std::memcpy(sum, sums, sizeof(sum));
+    add_up<Isa>(f, index, sum, std::min(Columns, 4 * f.s.hidden - column), f.gradients[d].bias, column);
 }
 
-// All that a walked chunk gives beside dh. Threads share tiles, and the gates of each.
+// All that the walked chunk number `index` gives beside dh. Threads share tiles, and the gates of each.
 template <typename Isa, typename T>
-LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], bool accumulate, const Team& team,
+LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], Index index, const Team& team,
                                 int thread) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
@@ -170,11 +190,18 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
         if (f.dx != nullptr) input_gradients<Isa>(f, d, chunks[d], team, thread);
         for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* packed) LSTM_INLINED {
             for (Index part = 0; part < factor.parts; ++part) {
-                if (mine()) weight_gradient<Isa>(f, factor, d, chunks[d], part, packed, tile, accumulate);
+                if (mine()) weight_gradient<Isa>(f, factor, d, chunks[d], part, packed, tile, index);
             }
         });
-        for (Index column = 0; f.sums[d].bias != nullptr && column < 4 * s.hidden; column += kUnits) {
-            if (mine()) bias_gradient<Isa>(f, d, chunks[d], column, accumulate);
+        for (Index column = 0, count; f.gradients[d].bias.to != nullptr && column < 4 * s.hidden; column += count) {
+            const bool tile = column + kTile <= 4 * s.hidden;
+            count = tile ? kTile : kUnits;
+            if (!mine()) continue;
+            if (tile) {
+                bias_gradient<Isa, kTile>(f, d, chunks[d], column, index);
+            } else {
+                bias_gradient<Isa, kUnits>(f, d, chunks[d], column, index);
+            }
         }
     }
 }
@@ -199,13 +226,6 @@ LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread
     }
 }
 
-// A sum [rows, columns] to the gradient in T.
-template <typename Isa, typename T>
-LSTM_HD void round_sum(const Acc<T>* sum, T* gradient, Index rows, Index columns, const Team& team, int thread) {
-    for (Index row = thread; gradient != nullptr && row < rows; row += team.threads)
-        store_row<Isa>(sum + row * columns, columns, gradient + row * columns, false);
-}
-
 template <typename Isa, typename T>
 LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
     const Shape& s = f.s;
@@ -216,21 +236,11 @@ LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
         const Chunk chunks[2] = {{f.walk, index, true}, {f.walk, index, false}};
         walk_back<Isa>(f, chunks, team, thread);
         meet();
-        gradients_of_chunk<Isa>(f, chunks, index > 0, team, thread);
+        gradients_of_chunk<Isa>(f, chunks, index, team, thread);
         meet();
     }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads)
         std::copy_n(f.dh + i * f.feature_tiles * kTile, s.features, f.dh_user + i * s.features);
-    if constexpr (Backward<T>::rounded) {
-        for (int d = 0; d < s.directions; ++d) {
-            const auto& from = f.sums[d];
-            const auto& to = f.gradients[d];
-            round_sum<Isa>(from.w_ih, to.w_ih, 4 * s.hidden, s.input, team, thread);
-            round_sum<Isa>(from.w_hh, to.w_hh, 4 * s.hidden, s.features, team, thread);
-            round_sum<Isa>(from.w_hr, to.w_hr, s.features, s.hidden, team, thread);
-            round_sum<Isa>(from.bias, to.bias, 4, s.hidden, team, thread);
-        }
-    }
 }
 
 }  // namespace lstm::cpu

@@ -102,6 +102,10 @@ LSTM_HD void multiply(Index rows, const O* a, Index lda, const O* b, Index ldb, 
             const O* const a_block = a + first * of_row + p * of_depth;
             const O* const b_block = b + p * ldb;
             A* const c_block = c + first * ldc;
+            for (Index r = 0; along == Along::columns && r < count; ++r) {  // c lies far away: let it come meanwhile
+                for (Index column = 0; column < kTile; column += 64 / sizeof(A))
+                    __builtin_prefetch(c_block + r * ldc + column, 1);
+            }
 #define LSTM_CASE(n)                                                                               \
     case n:                                                                                        \
         multiply_rows<Isa, n, along>(a_block, lda, b_block, ldb, depth, c_block, ldc, accumulate); \

@@ -79,6 +79,12 @@ __attribute__((target(LSTM_AVX512_TARGET))) inline __m512 load_halves(const Floa
 __attribute__((target(LSTM_AVX512_TARGET))) inline void store_halves(__m512 from, Float16* to, Avx512) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, from, _MM_FROUND_TO_NEAREST_INT));
 }
+
+// bf16 likewise, which takes what is subnormal for 0, as the products do.
+__attribute__((target(LSTM_PAIRS_TARGET))) inline void store_brain(__m512 from, BFloat16* to) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(from);
+    std::memcpy(to, &narrow, sizeof(narrow));
+}
 #endif
 
 // What a product reads of x.
@@ -115,7 +121,11 @@ LSTM_HD Vector<Isa, Acc<T>> load_vector(const T* from) {
 
 template <typename Isa, typename T>
 LSTM_HD void store_vector(const Vector<Isa, Acc<T>>& from, T* to) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
+    if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Operand<Isa, T>, T>) {
+#ifdef __x86_64__
+        store_brain(from, to);
+#endif
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
         typename Isa::Wide bits;
         std::memcpy(&bits, &from, sizeof(bits));
         const auto narrow = __builtin_convertvector(round_to_bf16(bits), typename Isa::Narrow);
@@ -158,19 +168,17 @@ LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
     }
 }
 
-// Any number of elements from one type to another, or, if add, on top of what is there.
-template <typename Isa, typename T>
-LSTM_HD void store_row(const Acc<T>* from, Index count, T* to, bool add) {
-    alignas(64) Acc<T> x[kUnits], sum[kUnits];
-    for (Index j = 0; j < count; j += kUnits) {
-        const Index units = std::min(kUnits, count - j);
-        for (Index i = 0; i < kUnits; ++i) x[i] = i < units ? from[j + i] : Acc<T>(0);
-        if (add) {
-            load_units<Isa>(to + j, units, sum);
-            for (Index i = 0; i < kUnits; ++i) x[i] += sum[i];
-        }
-        store_units<Isa>(x, units, to + j);
+// to = from + before, any number of elements; before may be null for nothing, and may be `to`.
+template <typename Isa, typename T, typename B>
+LSTM_HD void store_row(const Acc<T>* from, Index count, const B* before, T* to) {
+    using A = Acc<T>;
+    Index j = 0;
+    for (; j + lanes<Isa, A> <= count; j += lanes<Isa, A>) {
+        Vector<Isa, A> x = load_vector<Isa>(from + j);
+        if (before != nullptr) x += load_vector<Isa>(before + j);
+        store_vector<Isa, T>(x, to + j);
     }
+    for (; j < count; ++j) to[j] = store<T>(before == nullptr ? from[j] : from[j] + load(before[j]));
 }
 
 // Two rows of a block trade lanes, those with bit Half in their number for those without.
