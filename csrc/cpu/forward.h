@@ -10,6 +10,7 @@
 namespace lstm::cpu {
 
 constexpr Index kForwardBytes = 1 << 18;  // of a chunk's pre-activations
+constexpr Index kForwardRows = 64;        // of a chunk at least, for which W_ih is read once
 constexpr Index kJoinedBytes = 5 << 17;   // of the weights of one product
 constexpr Index kJoinedBatch = 4;
 
@@ -20,7 +21,7 @@ struct Forward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
-        : walk(shape, kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A))),
+        : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), kForwardRows)),
           s(walk.s),
           tiles(tiles_of(s.hidden, kUnits)),
           padded(tiles * kUnits),
@@ -180,6 +181,13 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
     }
 }
 
+// Whether each tile of W_ih is needed once and by one thread, which then packs it in one place after the other's use:
+// it never leaves the second cache.
+template <typename T>
+LSTM_HD bool packs_in_passing(const Forward<T>& f, const Team& team) {
+    return !f.unpacked && !f.joined && f.walk.chunks() == 1 && (!team.by_rows || team.threads == 1);
+}
+
 // The tiles of this thread, and the states, as the products read them.
 template <typename Isa, typename T>
 LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) {
@@ -191,7 +199,7 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         const Index tile = i % f.tiles, unit = tile * kUnits, count = std::min(kUnits, s.hidden - unit);
         if (!f.unpacked) {
             O* const packed = packed_tile<O>(f, 0, i);
-            pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed);
+            if (!packs_in_passing(f, team)) pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed);
             pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed + tile_size(s.input));
         }
         for (Index gate = 0; gate < 4; ++gate) {
@@ -233,11 +241,14 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
     } else {
         x = f.converted + d * f.walk.chunk_rows * input;
     }
+    const bool in_passing = packs_in_passing(f, team);
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
+        const auto rows_of_w = gate_rows(f.weights[d].w_ih, f.s.hidden, input, tile);
+        O* const packed = packed_tile<O>(f, d, in_passing ? part.tile : tile);
+        if (in_passing) pack_rows<Isa>(rows_of_w, input, packed);
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
-            multiply_weight<Isa>(f, rows, x + first * input, input,
-                                 gate_rows(f.weights[d].w_ih, f.s.hidden, input, tile),
-                                 packed_tile<const O>(f, d, tile), input, f.of_tile(d, tile) + first * kTile, false);
+            multiply_weight<Isa>(f, rows, x + first * input, input, rows_of_w, packed, input,
+                                 f.of_tile(d, tile) + first * kTile, false);
         };
         if (part.all_rows(team)) {
             take(0, chunk.rows);
