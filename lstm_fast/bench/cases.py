@@ -82,6 +82,7 @@ GRIDS: dict[str, Grid] = {
     },
     "cpu": {
         **{f"fp32, B = {B}": _cases((25, 128), (B,), _HIDDEN) for B in (1, 8, 32, 128)},
+        "fp32, B = 64, H = 512": _cases((25, 128), (64,), (512,)),
         "fp32, B = 1, T = 1..64": _cases((1, 4, 16, 64), (1,), _HIDDEN),
         "fp32, packed": [case._replace(packed=True) for case in _SHAPES],
         "fp32, projected to H / 2": [case._replace(P=case.H // 2) for case in _SHAPES],
