@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 import lstm_fast
-from benchmarks import exchange, gpu_bench
+from benchmarks import gpu_bench
+from lstm_fast.bench import exchange
 from lstm_fast.bench.runner import describe, write
 
 ROOT = Path(__file__).parents[1]

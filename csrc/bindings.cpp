@@ -315,6 +315,19 @@ void upload([[maybe_unused]] const std::vector<std::int32_t>& values, [[maybe_un
     if (!error.empty()) throw std::runtime_error("the starts of the steps could not be copied: " + error);
 }
 
+// How many clusters of each size run at once, and for each step what it is, its size, blocks, clocks and nanoseconds.
+using Steps = std::vector<std::tuple<std::string, int, int, double, double>>;
+std::pair<std::vector<std::pair<int, int>>, Steps> measure_exchange([[maybe_unused]] int device) {
+#ifdef LSTM_FAST_WITH_CLUSTERS
+    const lstm::persistent::cuda::Exchange found = lstm::persistent::cuda::measure_exchange(device);
+    Steps steps;
+    for (const auto& step : found.steps) steps.emplace_back(step.what, step.size, step.blocks, step.clocks, step.ns);
+    return {found.clusters, steps};
+#else
+    throw std::runtime_error("lstm_fast._C was built without clusters");
+#endif
+}
+
 void bind_persistent(py::module_& m) {
     m.def("persistent_plan", persistent_plan, py::kw_only(), "kind"_a, "backward"_a, "hidden"_a, "batch"_a,
           "directions"_a, "granted"_a);
@@ -324,6 +337,7 @@ void bind_persistent(py::module_& m) {
           "starts"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "kind"_a, "device"_a, "queue"_a);
     m.def("persistent_backward", persistent_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a, "w_hh"_a,
           "starts"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "sizes"_a, "plan"_a, "kind"_a, "device"_a, "queue"_a);
+    m.def("measure_exchange", measure_exchange, Released(), "device"_a);
     m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
 }
 

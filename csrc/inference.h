@@ -61,6 +61,7 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
 
     // of states, [D * layers, B, features], without the dimensions that a cell and an unbatched input don't have
     const auto count = static_cast<std::int64_t>(names.size());
+    if (count < 1 || count % module.directions != 0) return py::none();
     const auto state_shape = [&](std::int64_t features) {
         Shape shape;
         if (!module.cell) shape.push_back(count);
@@ -85,9 +86,10 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
     std::vector<py::object> held;  // while others may change the module
     std::vector<cpu::Weights> weights;
     for (std::int64_t k = 0; k < count; ++k) {
+        WeightViews views;
+        if (!py::isinstance<py::list>(names[k]) || py::len(names[k]) > views.size()) return py::none();
         const auto own = py::reinterpret_borrow<py::list>(names[k]);
         const bool projected = own.size() % 2 == 1;
-        WeightViews views;
         for (std::size_t i = 0; i < own.size(); ++i) {
             PyObject* const found = PyDict_GetItemWithError(parameters.ptr(), py::object(own[i]).ptr());
             if (found == nullptr) return py::none();

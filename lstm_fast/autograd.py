@@ -106,6 +106,9 @@ def _check(inputs: Sequence[Tensor | None]) -> None:
     shapes = ((gates, x.size(1)), (gates, projected), (gates,), (gates,), (projected, hidden))
     for index, weight in enumerate(inputs[_STATES : _STATES + directions * _PER_DIRECTION]):
         if weight is None:
+            if index % _PER_DIRECTION < 2:
+                name, direction = _NAMES[index % _PER_DIRECTION], index // _PER_DIRECTION
+                raise RuntimeError(f"{name} of direction {direction} of {directions} should be given, got None")
             if index % _PER_DIRECTION == _PER_DIRECTION - 1 and projected != hidden:
                 raise RuntimeError(
                     f"weight_hr should be given where h_0 has {projected} features, not {hidden}, got None"

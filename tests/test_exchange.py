@@ -1,4 +1,4 @@
-"""The exchange benchmark's build; tests/test_gpu_check.py covers what becomes of its run."""
+"""The exchange benchmark: its machine code, and what becomes of its run; a GPU's own is tests/test_gpu.py's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import exchange
-from tests.test_cuda_compile import sass
+from lstm_fast import _C
+from lstm_fast.bench import exchange, limits
+from tests.test_cuda_compile import CUDA, sass
+
+STEP = {"what": "message", "size": 16, "blocks": 2, "clocks": 210.5, "ns": 120.0}
+EXCHANGES = [
+    {**STEP, "what": "exchange", "size": 512, "blocks": blocks, "ns": ns} for blocks, ns in ((8, 900), (16, 750))
+]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
@@ -19,11 +25,11 @@ def test_its_clock_counts_the_exchange_alone(tmp_path, arch):
     """Without a warning; the widest messages, and no division of integers between them."""
     cubin = tmp_path / "exchange.cubin"
     options = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-cubin"]
-    command = ["nvcc", *options, "-o", str(cubin), str(exchange.SOURCE)]
+    command = ["nvcc", *options, "-o", str(cubin), str(CUDA / "persistent_exchange.cu")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     kernels = sass(cubin)
-    (code,) = (text for name, text in kernels.items() if "8exchange" in name.replace("exchange_cu", ""))
+    (code,) = (text for name, text in kernels.items() if "exchange_steps" in name)
     assert len(kernels) == 4
     for instruction in ("STAS.128", "SYNCS.PHASECHK", "SR_CLOCKLO", "SR_GLOBALTIMERLO"):
         assert instruction in code
@@ -31,28 +37,66 @@ def test_its_clock_counts_the_exchange_alone(tmp_path, arch):
     assert all("LDL" not in text and "STL" not in text for text in kernels.values())
 
 
-@pytest.mark.parametrize("capability, target", [((9, 0), "90a"), ((10, 0), "100"), ((12, 0), "120")])
-@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH", "PATH"])
-def test_nvcc_is_found_as_the_build_finds_it_and_told_the_card(monkeypatch, tmp_path, name, capability, target):
-    """An nvcc that keeps what it was told, and whose program prints an empty result."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    printed = json.dumps({"clusters": {}, "steps": []})
-    (folder / "nvcc").write_text(
-        f"""#!/bin/sh
-echo "$@" > {tmp_path}/told
-while [ "$1" != -o ]; do shift; done
-printf '#!/bin/sh\\necho \\047{printed}\\047\\n' > "$2"
-chmod +x "$2"
-"""
-    )
-    (folder / "nvcc").chmod(0o755)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if name == "PATH" else "/usr/bin:/bin")
-    if name != "PATH":
-        monkeypatch.setenv(name, str(tmp_path))
-    assert exchange.measure()["ok"]
-    told = (tmp_path / "told").read_text().split()
-    assert f"-gencode=arch=compute_{target},code=sm_{target}" in told and told[-1] == str(exchange.SOURCE)
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A GPU of compute capability 9.0, and a measuring process that is the shell script that the test gives."""
+
+    def install(script: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(exchange.sys, "executable", str(path))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(_C, "build_info", lambda: {"clusters": True})
+    return install
+
+
+def test_without_its_needs_it_is_skipped(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert exchange.measure() == {"ok": True, "summary": "skipped: compute capability 8.6 has no clusters"}
+    monkeypatch.setattr(_C, "build_info", lambda: {"clusters": False})
+    assert exchange.measure() == {"ok": True, "summary": "skipped: lstm_fast._C was built without clusters"}
+    assert exchange.shortest_us() is None
+
+
+def test_it_gives_what_its_process_prints(card):
+    printed = json.dumps({"clusters": {"2": 66}, "steps": [STEP, *EXCHANGES]})
+    card(f"test \"$*\" = '-m lstm_fast.bench.exchange 3' && echo '{printed}'")
+    found = exchange.measure()
+    assert found["ok"] and found["steps"][0] == STEP
+    assert "66 of 2" in found["summary"] and "210.5 clocks" in found["summary"]
+    assert exchange.shortest_us() == 0.75
+
+
+def test_it_tells_what_failed(card, monkeypatch):
+    card("echo no such card >&2; exit 3")
+    assert exchange.measure() == {"ok": False, "summary": "the measurement failed: no such card"}
+    monkeypatch.setattr(exchange, "SECONDS", 0.2)
+    card("sleep 5")
+    assert exchange.measure() == {"ok": False, "summary": "the measurement did not end within 0.2 s"}
+
+
+def test_the_process_prints_what_the_extension_measures(monkeypatch, capsys):
+    steps = [("message", 16, 2, 210.5, 120.0), ("exchange", 512, 8, 1600.0, 900.0)]
+    monkeypatch.setattr(_C, "measure_exchange", lambda device: ([(2, 66), (16, device)], steps), raising=False)
+    exchange.main(7)
+    assert json.loads(capsys.readouterr().out) == {
+        "clusters": {"2": 66, "16": 7},
+        "steps": [STEP, {"what": "exchange", "size": 512, "blocks": 8, "clocks": 1600.0, "ns": 900.0}],
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_the_extension_says_why():
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice: |built without clusters"):
+        _C.measure_exchange(0)
+
+
+def test_a_gpus_limit_counts_the_shortest_exchange(monkeypatch):
+    monkeypatch.setattr(limits, "_gpu_rates", lambda: {"float32": 4e4})
+    monkeypatch.setattr(limits, "_seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(limits, "_SIZES", {"cuda": ()})
+    monkeypatch.setattr(exchange, "measure", lambda: {"ok": True, "steps": EXCHANGES})
+    assert limits.measure("cuda").exchange_us == 0.75

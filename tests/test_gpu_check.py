@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import exchange, gpu_bench, gpu_check
+from benchmarks import gpu_bench, gpu_check
 
 ROW = {"group": "bf16", "backend": "persistent", "T": 64, "B": 16, "H": 512, "mode": "inference", "us_per_step": 23.4}
 TIMES = {"ours_ms": 1.5, "theirs_ms": 3.0, "ratio": 2.0, "ratio_p20": 1.9, "ratio_p80": 2.1, "pairs": 20}
@@ -401,58 +400,3 @@ def test_a_record_names_driver_clocks_and_triton(monkeypatch, tmp_path):
     found = gpu_check.describe()
     assert (found["gpu"], found["driver"], found["clocks"]) == ("NVIDIA Test 1", "580.1", ["1980 MHz", "2619 MHz"])
     assert found["triton"] == importlib.metadata.version("triton")
-
-
-# ---- The exchange of a cluster -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_the_exchange_benchmark_compiles_without_a_warning(tmp_path):
-    options = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Werror", "all-warnings"]
-    command = ["nvcc", *options, "-Xcompiler", "-Wall,-Wextra", "-o", str(tmp_path / "exchange"), str(exchange.SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-
-
-@pytest.fixture
-def tools(monkeypatch, tmp_path):
-    """nvcc as the test says: a shell script that makes a program of another."""
-
-    def install(nvcc: str) -> None:
-        path = tmp_path / "nvcc"
-        path.write_text(f"#!/bin/sh\n{nvcc}\n")
-        path.chmod(0o755)
-        monkeypatch.setattr(exchange.shutil, "which", lambda *_, **__: str(path))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-
-    return install
-
-
-def program(text: str) -> str:
-    """A compiler whose program runs ``text``."""
-    return f"""while [ "$1" != -o ]; do shift; done; printf '#!/bin/sh\\n{text}\\n' > "$2"; chmod +x "$2" """
-
-
-def test_exchange_without_its_needs_is_skipped(monkeypatch):
-    monkeypatch.setattr(exchange.shutil, "which", lambda *_, **__: None)
-    assert exchange.measure() == {"ok": True, "summary": "skipped: nvcc is not installed"}
-    monkeypatch.setattr(exchange.shutil, "which", lambda *_, **__: "nvcc")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    assert "compute capability 8.6 has no clusters" in exchange.measure()["summary"]
-
-
-def test_exchange_gives_what_its_program_prints(tools):
-    step = {"what": "message", "size": 16, "blocks": 2, "clocks": 210.5, "ns": 120.0}
-    printed = json.dumps({"gpu": "Test", "clusters": {"2": 66}, "steps": [step]})
-    tools(program(f"echo \\047{printed}\\047"))
-    found = exchange.measure()
-    assert found["ok"] and found["steps"] == [step]
-    assert "66 of 2" in found["summary"] and "210.5 clocks" in found["summary"]
-
-
-def test_exchange_tells_what_failed(tools, monkeypatch):
-    tools("echo no such card >&2; exit 3")
-    assert exchange.measure() == {"ok": False, "summary": "nvcc failed: no such card"}
-    monkeypatch.setattr(exchange, "SECONDS", 0.2)
-    tools("sleep 5")
-    assert exchange.measure() == {"ok": False, "summary": "nvcc did not end within 0.2 s"}

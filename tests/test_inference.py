@@ -303,6 +303,18 @@ def test_a_weight_of_the_wrong_size_is_refused(name):
         module(X)
 
 
+def test_a_module_that_was_changed_by_hand_is_not_answered_in_haste(answers):
+    module = lstm_fast.LSTM(IN, H)
+    module.bidirectional = True
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weight_ih of direction 1 of 2 should be given, got None"):
+        module(X)
+    module = lstm_fast.LSTM(IN, H)
+    module._all_weights = [[*module._all_weights[0], "weight_hr_l0", "weight_more_l0"]]
+    with torch.no_grad(), pytest.raises((AttributeError, ValueError)):
+        module(X)
+    assert answers == [None, None]
+
+
 def test_calls_side_by_side_give_what_one_alone_gives():
     module = lstm_fast.LSTM(IN, 64, num_layers=2)
     xs = [torch.randn(50, 2, IN) for _ in range(4)]

@@ -93,6 +93,7 @@ WRONG: dict[str, tuple[int, Callable[[Tensor], Tensor | None], str]] = {
     "no b_ih": (5, lambda _: None, "bias_ih and bias_hh should both be given, or neither"),
     "b_hh of the reverse direction": (11, lambda t: t[1:], r"bias_hh should have size \[20\], got \[19\]"),
     "W_hr": (7, lambda t: t[:, 1:], r"weight_hr should have size \[4, 5\], got \[4, 4\]"),
+    "no W_hh": (9, lambda _: None, "weight_hh of direction 1 of 2 should be given, got None"),
     "no W_hr": (7, lambda _: None, "weight_hr should be given where h_0 has 4 features, not 5, got None"),
 }
 

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../lstm_math.h"
 
@@ -177,6 +179,20 @@ std::string run(const Forward& walk, Kind kind, int device, void* stream);
 std::string run(const Backward& walk, Kind kind, int device, void* stream);
 // Copies int32 [count] from the host, through kernel arguments: no wait, and a CUDA graph may capture it.
 std::string upload(const std::int32_t* from, int count, void* to, int device, void* stream);
+
+// What one step took: "message" of size bytes between two blocks, "exchange" of h with so many units in a cluster of
+// so many blocks, "grid" for a flag through L2, "product" of so many multiply-adds by one warp.
+struct Latency {
+    const char* what;
+    int size, blocks;
+    double clocks, ns;
+};
+struct Exchange {
+    std::vector<std::pair<int, int>> clusters;  // blocks of a cluster, and how many clusters run at once
+    std::vector<Latency> steps;
+};
+// Takes a second and the whole device. Throws std::runtime_error where a launch fails.
+Exchange measure_exchange(int device);
 }  // namespace cuda
 
 }  // namespace lstm::persistent

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lstm_fast.bench import exchange
 from lstm_fast.bench.cases import Case
 from lstm_fast.bench.timing import timer
 
@@ -45,13 +46,13 @@ class Limits(NamedTuple):
 
 def measure(device: str) -> Limits:
     """Of ``device``, "cpu" or "cuda", with the threads torch has now."""
-    rates, exchange = _gpu_rates() if device == "cuda" else _cpu_rates()
+    rates, meeting = (_gpu_rates(), exchange.shortest_us()) if device == "cuda" else _cpu_rates()
     bandwidth = []
     for size in _SIZES[device]:
         source = torch.ones(size, dtype=torch.uint8, device=device)
         target = torch.ones_like(source)
         bandwidth.append((2 * size, 2 * size / _seconds(device, partial(target.copy_, source)) / 1e9))
-    return Limits(rates, bandwidth, exchange)
+    return Limits(rates, bandwidth, meeting)
 
 
 def _seconds(device: str, call: Callable[[], Any]) -> float:
@@ -70,8 +71,8 @@ def _cpu_rates() -> tuple[dict[str, float], float | None]:
     return rates, 1e6 * _C.cpu_meeting_seconds(threads)
 
 
-def _gpu_rates() -> tuple[dict[str, float], None]:
-    """Of large products, fp32 as torch.backends.cudnn.allow_tf32 has it in an LSTM, without exchanges."""
+def _gpu_rates() -> dict[str, float]:
+    """Of large products, fp32 as torch.backends.cudnn.allow_tf32 has it in an LSTM."""
     rates, allowed = {}, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
@@ -80,4 +81,4 @@ def _gpu_rates() -> tuple[dict[str, float], None]:
             rates[name] = 2 * _SQUARE**3 / _seconds("cuda", partial(torch.mm, a, a)) / 1e9
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return rates, None
+    return rates

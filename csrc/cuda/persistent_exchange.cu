@@ -1,25 +1,21 @@
 // What the persistent kernels' design rests on, measured on the card at hand: a message between two blocks of a
-// cluster, a whole exchange of h in a cluster, a step of the grid through L2, and the matrix product. Prints one JSON
-// object.
-#include <cuda_runtime.h>
-
+// cluster, a whole exchange of h in a cluster, a step of the grid through L2, and the matrix product.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
+#include <stdexcept>
 #include <vector>
 
-#include "../csrc/cuda/simt.h"
+#include "persistent_launch.h"
+#include "simt.h"
+
+namespace lstm::persistent::cuda {
+namespace {
 
 using namespace lstm::simt;
 
-namespace {
-
-constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512;
+constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512, kScratch = 1 << 16;
 
 void check(cudaError_t error, const char* what) {
-    if (error == cudaSuccess) return;
-    std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-    std::exit(1);
+    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 struct Times {
@@ -81,7 +77,7 @@ __global__ void __launch_bounds__(32) ping_pong(Times* times) {
 
 // Every block sends its slice of h (8 sequences, `groups` times 8 units of 16 bits) to all blocks and waits for theirs,
 // in the recurrence's messages: two warps a group, a warp's lanes for 4 sequences and 8 blocks at a time.
-__global__ void __launch_bounds__(kMostThreads) exchange(Times* times, int cluster, int groups) {
+__global__ void __launch_bounds__(kMostThreads) exchange_steps(Times* times, int cluster, int groups) {
     const int row = cluster * groups * 16 + 64;  // bytes; an odd number of 64, so that banks differ
     const unsigned bytes = static_cast<unsigned>(cluster * groups) * 128;
     Barrier* const full = barriers(bytes);
@@ -134,71 +130,68 @@ __global__ void __launch_bounds__(kThreads) products(Times* times, float* out) {
     for (int chain = 0; chain < 4; ++chain) out[threadIdx.x * 4 + chain] = d[chain][0] + d[chain][1];
 }
 
-class Launcher {
+// Memory on the card, freed with its owner.
+class Buffer {
   public:
-    Launcher() {
-        check(cudaMalloc(&times_, sizeof(Times)), "cudaMalloc");
-        check(cudaMalloc(&scratch_, 1 << 16), "cudaMalloc");
+    explicit Buffer(std::size_t bytes) { check(cudaMalloc(&data_, bytes), "cudaMalloc"); }
+    ~Buffer() { cudaFree(data_); }
+    Buffer(const Buffer&) = delete;
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(data_);
     }
 
+  private:
+    void* data_ = nullptr;
+};
+
+class Launcher {
+  public:
     // The median of several runs, a step.
     template <typename Run>
-    void measure(const char* name, int size, int blocks, double per_step, Run run) {
+    void measure(const char* what, int size, int blocks, double per_step, Run run) {
         std::vector<Times> found;
         for (int j = 0; j < kRuns; ++j) {
-            check(cudaMemset(scratch_, 0, 1 << 16), "cudaMemset");
-            check(run(), name);
-            check(cudaDeviceSynchronize(), name);
+            check(cudaMemset(scratch(), 0, kScratch), "cudaMemset");
+            check(run(), what);
+            check(cudaDeviceSynchronize(), what);
             Times times{};
-            check(cudaMemcpy(&times, times_, sizeof(times), cudaMemcpyDeviceToHost), "cudaMemcpy");
+            check(cudaMemcpy(&times, this->times(), sizeof(times), cudaMemcpyDeviceToHost), "cudaMemcpy");
             found.push_back(times);
         }
         std::sort(found.begin(), found.end(), [](const Times& x, const Times& y) { return x.clocks < y.clocks; });
         const Times& median = found[kRuns / 2];
-        std::printf("%s\n  {\"what\": \"%s\", \"size\": %d, \"blocks\": %d, \"clocks\": %.1f, \"ns\": %.1f}",
-                    first_ ? "" : ",", name, size, blocks, static_cast<double>(median.clocks) / kSteps / per_step,
-                    static_cast<double>(median.nanoseconds) / kSteps / per_step);
-        first_ = false;
+        const double steps = kSteps * per_step;
+        latencies.push_back({what, size, blocks, static_cast<double>(median.clocks) / steps,
+                             static_cast<double>(median.nanoseconds) / steps});
     }
 
     template <typename... Arguments>
-    cudaError_t clustered(void (*kernel)(Arguments...), int cluster, int threads, int shared, Arguments... arguments) {
-        cudaLaunchAttribute attribute{};
-        cudaLaunchConfig_t config = configure(attribute, cluster, threads, shared, kernel);
-        return cudaLaunchKernelEx(&config, kernel, arguments...);
+    static cudaError_t clustered(void (*kernel)(Arguments...), int cluster, int threads, int shared,
+                                 Arguments... arguments) {
+        const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), cluster, shared);
+        if (error != cudaSuccess) return error;
+        const Configuration launch(cluster, cluster, threads, shared, nullptr);
+        return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
     }
 
-    template <typename Kernel>
-    static cudaLaunchConfig_t configure(cudaLaunchAttribute& attribute, int cluster, int threads, int shared,
-                                        Kernel kernel) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(cluster));
-        config.blockDim = dim3(static_cast<unsigned>(threads));
-        config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        return config;
-    }
+    Times* times() const { return times_.as<Times>(); }
+    void* scratch() const { return scratch_.as<void>(); }
 
-    Times* times() const { return times_; }
-    void* scratch() const { return scratch_; }
+    std::vector<Latency> latencies;
 
   private:
-    Times* times_ = nullptr;
-    void* scratch_ = nullptr;
-    bool first_ = true;
+    Buffer times_{sizeof(Times)}, scratch_{kScratch};
 };
 
 // Clusters of this size, one block a multiprocessor, that run at the same time; 0 where the size is refused.
 int resident(int cluster) {
+    const auto* const kernel = reinterpret_cast<const void*>(exchange_steps);
     int count = 0;
-    cudaLaunchAttribute attribute{};
-    const cudaLaunchConfig_t config = Launcher::configure(attribute, cluster, kMostThreads, 200 * 1024, exchange);
-    if (cudaOccupancyMaxActiveClusters(&count, exchange, &config) != cudaSuccess) {
+    const int shared = 200 * 1024;
+    const Configuration launch(cluster, cluster, kMostThreads, shared, nullptr);
+    if (prepare(kernel, cluster, shared) != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) != cudaSuccess) {
         cudaGetLastError();
         return 0;
     }
@@ -207,27 +200,26 @@ int resident(int cluster) {
 
 }  // namespace
 
-int main() {
-    cudaDeviceProp card{};
-    check(cudaGetDeviceProperties(&card, 0), "cudaGetDeviceProperties");
-    std::printf("{\"gpu\": \"%s\", \"multiprocessors\": %d, \"clusters\": {", card.name, card.multiProcessorCount);
-    for (int cluster = 2; cluster <= 16; cluster *= 2) {
-        std::printf("%s\"%d\": %d", cluster == 2 ? "" : ", ", cluster, resident(cluster));
-    }
-    std::printf("}, \"steps\": [");
+Exchange measure_exchange(int device) {
+    check(cudaSetDevice(device), "cudaSetDevice");
+    int multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    Exchange found;
+    for (int cluster = 2; cluster <= 16; cluster *= 2) found.clusters.emplace_back(cluster, resident(cluster));
     Launcher launch;
     launch.measure("message", 16, 2, 2.0, [&] { return launch.clustered(ping_pong, 2, 32, 1024, launch.times()); });
-    for (int cluster = 2; cluster <= 16; cluster *= 2) {
-        if (resident(cluster) == 0) continue;
+    for (const auto& [cluster, at_once] : found.clusters) {
+        if (at_once == 0) continue;
         for (int hidden : {256, 512, 768}) {
-            launch.measure("exchange", hidden, cluster, 1.0, [&] {
-                const int groups = hidden / 8 / cluster, threads = std::min(64 * groups, kMostThreads);
-                const int shared = 128 + 2 * 8 * (2 * hidden + 64);
-                return launch.clustered(exchange, cluster, threads, shared, launch.times(), cluster, groups);
-            });
+            const int groups = hidden / 8 / cluster, threads = std::min(64 * groups, kMostThreads);
+            const int shared = 128 + 2 * 8 * (2 * hidden + 64);
+            const auto run = [&, size = cluster] {
+                return launch.clustered(exchange_steps, size, threads, shared, launch.times(), size, groups);
+            };
+            launch.measure("exchange", hidden, cluster, 1.0, run);
         }
     }
-    for (int blocks : {16, 64, card.multiProcessorCount}) {
+    for (int blocks : {16, 64, multiprocessors}) {
         launch.measure("grid", 4, blocks, 1.0, [&] {
             Times* times = launch.times();
             auto* flags = static_cast<unsigned*>(launch.scratch());
@@ -240,6 +232,8 @@ int main() {
         products<<<1, kThreads>>>(launch.times(), static_cast<float*>(launch.scratch()));
         return cudaGetLastError();
     });
-    std::printf("]}\n");
-    return 0;
+    found.steps = std::move(launch.latencies);
+    return found;
 }
+
+}  // namespace lstm::persistent::cuda
