@@ -58,8 +58,8 @@ const Case kCases[] = {
     {{13, 13, 13, 7}, 16, 48, 20, 2},      // the same, projected
     {{2, 2, 2, 2, 2, 1}, 70, 130, 65, 2},  // tiles shared by threads, projected
     {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 6, 450, 0, 1},
-    {std::vector<Index>(150, 3), 4, 20, 0, 2},  // several chunks
-    {std::vector<Index>(150, 3), 4, 20, 6, 1},
+    {std::vector<Index>(200, 3), 4, 20, 0, 2},  // several chunks
+    {std::vector<Index>(200, 3), 4, 20, 6, 1},
     {[] {
          std::vector<Index> steps(40, 13);
          steps.resize(60, 7);

@@ -7,8 +7,8 @@
 
 namespace lstm::cpu {
 
-constexpr Index kBackwardRows =
-    kDepth;  // of a chunk: the sums that make the weights' gradients are as long as they can be
+// Rows of a chunk: the sums that make the weights' gradients are as long as they can be.
+constexpr Index kBackwardRows = kDepth;
 
 // Gradients of all rows of a chunk, the left side of products along rows and down columns.
 template <typename A>
