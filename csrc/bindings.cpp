@@ -11,11 +11,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/layer.h"
 #include "cpu/limits.h"
 #include "cuda/persistent.h"
 #include "gates.h"
 #include "inference.h"
+#include "layer_calls.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -59,67 +59,6 @@ py::dict build_info() {
 
 // ---- CPU -----------------------------------------------------------------------------------------------------------
 
-// Sizes are I, H, R, dtype, threads and instruction set.
-using Sizes = std::array<std::int64_t, 6>;
-
-lstm::cpu::Shape cpu_shape(const std::vector<std::int64_t>& steps, std::size_t directions, const Sizes& sizes) {
-    return {steps.data(),
-            static_cast<std::int64_t>(steps.size()),
-            steps.front(),
-            sizes[0],
-            sizes[1],
-            sizes[2],
-            static_cast<int>(directions),
-            static_cast<lstm::Dtype>(sizes[3]),
-            static_cast<int>(sizes[4]),
-            static_cast<lstm::cpu::InstructionSet>(sizes[5])};
-}
-
-using lstm::tensors::Data;
-using Weights = std::vector<std::array<Data, 5>>;  // w_ih, w_hh, b_ih, b_hh, w_hr of each direction
-
-lstm::cpu::Weights cpu_weights(const std::array<Data, 5>& w) {
-    return {w[0].address, w[1].address, w[2].address, w[3].address, w[4].address};
-}
-
-// x, h0, c0, y, h_n, c_n, gates, cells
-void cpu_layer_forward(const std::vector<std::int64_t>& steps, const Sizes& sizes, const Weights& weights,
-                       const std::array<Data, 8>& tensors) {
-    const auto& [x, h0, c0, y, h_n, c_n, gates, cells] = tensors;
-    lstm::cpu::layer_forward(cpu_shape(steps, weights.size(), sizes),
-                             {x.address,
-                              h0.address,
-                              c0.address,
-                              {cpu_weights(weights.front()), cpu_weights(weights.back())},
-                              y.address,
-                              h_n.address,
-                              c_n.address,
-                              gates.address,
-                              cells.address});
-}
-
-// x, h0, c0, y, gates, cells, dy, dh, dc, dx
-void cpu_layer_backward(const std::vector<std::int64_t>& steps, const Sizes& sizes, const Weights& weights,
-                        const std::vector<std::array<Data, 4>>& gradients, const std::array<Data, 10>& tensors) {
-    const auto& [x, h0, c0, y, gates, cells, dy, dh, dc, dx] = tensors;
-    const auto of = [](const std::array<Data, 4>& g) {
-        return lstm::cpu::WeightGradients{g[0].address, g[1].address, g[2].address, g[3].address};
-    };
-    lstm::cpu::layer_backward(cpu_shape(steps, weights.size(), sizes),
-                              {x.address,
-                               h0.address,
-                               c0.address,
-                               {cpu_weights(weights.front()), cpu_weights(weights.back())},
-                               y.address,
-                               gates.address,
-                               cells.address,
-                               dy.address,
-                               dh.address,
-                               dc.address,
-                               dx.address,
-                               {of(gradients.front()), of(gradients.back())}});
-}
-
 double cpu_peak_rate(int dtype, int set, int threads) {
     return lstm::cpu::peak_rate(static_cast<lstm::Dtype>(dtype), static_cast<lstm::cpu::InstructionSet>(set), threads);
 }
@@ -131,9 +70,9 @@ void bind_cpu(py::module_& m) {
         sets.append(std::array{"baseline", "avx2", "avx512", "avx512_bf16"}[set]);
     }
     m.attr("CPU_INSTRUCTION_SETS") = sets;
-    m.def("cpu_layer_forward", cpu_layer_forward, Released(), "steps"_a, "sizes"_a, "weights"_a, "tensors"_a);
-    m.def("cpu_layer_backward", cpu_layer_backward, Released(), "steps"_a, "sizes"_a, "weights"_a, "gradients"_a,
-          "tensors"_a);
+    m.def("cpu_layer_forward", lstm::tensors::layer_forward, "inputs"_a, "sizes"_a, "save"_a);
+    m.def("cpu_layer_backward", lstm::tensors::layer_backward, "inputs"_a, "sizes"_a, "y"_a, "gates"_a, "cells"_a,
+          "grads"_a, "needs"_a);
     m.def("cpu_peak_rate", cpu_peak_rate, Released(), "dtype"_a, "instruction_set"_a, "threads"_a);
     m.def("cpu_meeting_seconds", lstm::cpu::meeting_seconds, Released(), "threads"_a);
 }

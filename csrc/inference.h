@@ -20,21 +20,6 @@ inline std::optional<Dtype> dtype_of(const View& x) {
     return x.bits == 64 ? std::optional(Dtype::float64) : std::nullopt;
 }
 
-using Shape = std::vector<std::int64_t>;
-
-// A tensor as `like` in dtype, and where its elements lie.
-inline std::pair<py::object, char*> new_empty(py::handle like, const Shape& shape) {
-    static PyObject* const name = PyUnicode_InternFromString("new_empty");
-    py::tuple sizes(shape.size());
-    for (std::size_t i = 0; i < shape.size(); ++i) sizes[i] = py::int_(shape[i]);
-    PyObject* const args[] = {like.ptr(), sizes.ptr()};
-    const auto made = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, args, 2, nullptr));
-    if (!made) throw py::error_already_set();
-    const auto lies = view(made);
-    if (!lies) throw std::runtime_error("new_empty gave no plain tensor on the CPU");
-    return {made, static_cast<char*>(lies->data)};
-}
-
 // What a module is: an LSTM with its layers, or an LSTMCell.
 struct Module {
     std::int64_t input, hidden, features;  // I, H, R
@@ -63,19 +48,19 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
     const auto count = static_cast<std::int64_t>(names.size());
     if (count < 1 || count % module.directions != 0) return py::none();
     const auto state_shape = [&](std::int64_t features) {
-        Shape shape;
+        TensorShape shape;
         if (!module.cell) shape.push_back(count);
         if (batched) shape.push_back(batch);
         shape.push_back(features);
         return shape;
     };
-    const Shape h_shape = state_shape(module.features), c_shape = state_shape(module.hidden);
+    const TensorShape h_shape = state_shape(module.features), c_shape = state_shape(module.hidden);
     std::array<std::optional<View>, 2> states;
     if (!hx.is_none()) {
         if (!py::isinstance<py::tuple>(hx) || py::len(hx) != states.size()) return py::none();
         const auto pair = py::reinterpret_borrow<py::tuple>(hx);
         for (std::size_t i = 0; i < states.size(); ++i) {
-            const Shape& shape = i == 0 ? h_shape : c_shape;
+            const TensorShape& shape = i == 0 ? h_shape : c_shape;
             states[i] = view(py::object(pair[i]));
             if (!states[i] || !same_dtype(*states[i], *input)) return py::none();
             if (!std::equal(shape.begin(), shape.end(), states[i]->sizes, states[i]->sizes + states[i]->dims))
@@ -105,22 +90,23 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
         weights.push_back({data(views[0]), data(views[1]), data(views[2]), data(views[3]), data(views[4])});
     }
 
-    Shape y_shape(input->sizes, input->sizes + input->dims);
+    TensorShape y_shape(input->sizes, input->sizes + input->dims);
     y_shape.back() = module.directions * module.features;
-    const auto [y, y_data] = new_empty(x, y_shape);
-    const auto [h_n, h_n_data] = module.cell ? std::pair<py::object, char*>() : new_empty(x, h_shape);
-    const auto [c_n, c_n_data] = new_empty(x, c_shape);
+    const std::int64_t size = size_of(*dtype);
+    const Fresh y = new_empty(x, y_shape, size);
+    const Fresh h_n = module.cell ? Fresh() : new_empty(x, h_shape, size);
+    const Fresh c_n = new_empty(x, c_shape, size);
     {
         const py::gil_scoped_release released;
-        const Shape steps(time, batch);
-        const std::int64_t size = input->bits / 8, rows = time * batch;
+        const std::vector<std::int64_t> steps(time, batch);
+        const std::int64_t rows = time * batch;
         std::array<std::vector<char>, 2> between;  // y of a layer and of the next, by turns
         const void* from = input->data;
         for (std::int64_t k = 0; k < count; k += module.directions) {
             const bool last = k + module.directions == count;
             auto& own = between[k / module.directions % 2];
             if (!last) own.resize(rows * y_shape.back() * size);
-            char* const to = last ? y_data : own.data();
+            char* const to = last ? y.data : own.data();
             const auto at = [&](auto* base, std::int64_t features) {
                 return base == nullptr ? nullptr : base + k * batch * features * size;
             };
@@ -135,15 +121,15 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
                  state(1, module.hidden),
                  {weights[k], weights[k + module.directions - 1]},
                  to,
-                 at(h_n_data, module.features),
-                 at(c_n_data, module.hidden),
+                 at(h_n.data, module.features),
+                 at(c_n.data, module.hidden),
                  nullptr,
                  nullptr});
             from = to;
         }
     }
-    if (module.cell) return py::make_tuple(y, c_n);
-    return py::make_tuple(y, py::make_tuple(h_n, c_n));
+    if (module.cell) return py::make_tuple(y.tensor, c_n.tensor);
+    return py::make_tuple(y.tensor, py::make_tuple(h_n.tensor, c_n.tensor));
 }
 
 }  // namespace lstm::tensors

@@ -24,6 +24,9 @@ namespace lstm {
 // The dtype codes that the bindings pass; bindings.cpp shows them to Python as DTYPES.
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
+// Bytes of an element.
+constexpr std::int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
 // Host storage of the two 16-bit types. CUDA code uses __nv_bfloat16 and __half instead.
 struct BFloat16 {
     std::uint16_t bits;

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <vector>
+
+#include "cpu/arena.h"
+#include "lstm_math.h"
 
 namespace lstm::tensors {
 
@@ -49,25 +53,62 @@ struct ExchangeApi {
     int (*view)(void* tensor, View* out);
 };
 
-// torch.Tensor's and torch.nn.Parameter's own types: what a subclass holds, only its author knows.
+// torch.Tensor's and torch.nn.Parameter's own types (what a subclass holds, only its author knows), and torch.float32.
 struct Types {
-    PyObject *tensor, *parameter;
+    PyObject *tensor, *parameter, *float32;
     const ExchangeApi* api;  // null where this torch has none
 };
 
 inline const Types& types() {
     PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Types> found;  // an import may let other threads in
     const auto find = [] {
-        const py::object tensor = py::module_::import("torch").attr("Tensor");
+        const py::module_ torch = py::module_::import("torch");
+        const py::object tensor = torch.attr("Tensor");
         const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
         const void* api = nullptr;
         if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
             api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
         const auto* const exchange = static_cast<const ExchangeApi*>(api);
         const bool known = exchange != nullptr && exchange->major == 1;
-        return Types{tensor.ptr(), py::module_::import("torch.nn").attr("Parameter").ptr(), known ? exchange : nullptr};
+        return Types{tensor.ptr(), py::module_::import("torch.nn").attr("Parameter").ptr(), torch.attr("float32").ptr(),
+                     known ? exchange : nullptr};
     };
     return found.call_once_and_store_result(find).get_stored();
+}
+
+// Where a tensor's elements begin, in any torch; null with Python's error set where it can't say.
+inline void* data_ptr(py::handle tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+    const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
+    return address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
+}
+
+using TensorShape = std::vector<std::int64_t>;
+
+// A tensor made for a result; None and null where there is none.
+struct Fresh {
+    py::object tensor = py::none();
+    char* data = nullptr;
+};
+
+// As `like` in device and dtype, or of `dtype`, with elements of so many bytes.
+inline Fresh new_empty(py::handle like, const TensorShape& shape, std::int64_t bytes, PyObject* dtype = nullptr) {
+    static PyObject* const name = PyUnicode_InternFromString("new_empty");
+    static PyObject* const keywords = PyTuple_Pack(1, PyUnicode_InternFromString("dtype"));
+    std::vector<py::int_> sizes(shape.begin(), shape.end());
+    std::vector<PyObject*> args{like.ptr()};  // sizes one by one: torch reads a tuple in half the time again
+    for (const py::int_& size : sizes) args.push_back(size.ptr());
+    const std::size_t positional = args.size();
+    if (dtype != nullptr) args.push_back(dtype);
+    for (const std::int64_t size : shape) bytes *= size;
+    Fresh made;
+    made.tensor = py::reinterpret_steal<py::object>(
+        PyObject_VectorcallMethod(name, args.data(), positional, dtype == nullptr ? nullptr : keywords));
+    if (!made.tensor) throw py::error_already_set();
+    made.data = static_cast<char*>(data_ptr(made.tensor));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    cpu::prefer_huge_pages(made.data, bytes);
+    return made;
 }
 
 // A tensor on the CPU as it lies; nothing where torch can't tell in this way, or it isn't contiguous.
@@ -112,7 +153,7 @@ inline bool layer_inputs_fit(const py::sequence& inputs) {
     constexpr std::size_t states = 3, of_direction = std::tuple_size_v<WeightViews>;
     const py::object first = inputs[0];
     const auto x = view(first), h0 = view(py::object(inputs[1])), c0 = view(py::object(inputs[2]));
-    if (!x || !h0 || !c0 || x->dims != 2 || h0->dims != 3 || c0->dims != 3) return false;
+    if (!x || !h0 || !c0 || x->dims < 2 || h0->dims != 3 || c0->dims != 3) return false;
     const std::int64_t directions = c0->sizes[0], batch = c0->sizes[1], hidden = c0->sizes[2], features = h0->sizes[2];
     if (directions < 1 || directions > 2 || !h0->has_sizes({directions, batch, features})) return false;
     if (!same_dtype(*h0, *x) || !same_dtype(*c0, *x)) return false;
@@ -124,7 +165,7 @@ inline bool layer_inputs_fit(const py::sequence& inputs) {
             weights[i] = view(weight);
             if (!weights[i]) return false;
         }
-        if (!weights_fit(weights, *x, x->sizes[1], hidden, features)) return false;
+        if (!weights_fit(weights, *x, x->sizes[x->dims - 1], hidden, features)) return false;
     }
     return true;
 }
@@ -139,9 +180,7 @@ struct type_caster<lstm::tensors::Data> {
 
     bool load(handle from, bool) {
         if (from.is_none()) return true;
-        static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-        const auto address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(from.ptr(), name));
-        if (address) value.address = PyLong_AsVoidPtr(address.ptr());
+        value.address = lstm::tensors::data_ptr(from);
         if (!PyErr_Occurred()) return true;
         PyErr_Clear();
         return false;

@@ -3,6 +3,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lstm_fast.kernels import LayerInputs
+
 _Tensors = Sequence[Tensor | None]
 
 CPU_INSTRUCTION_SETS: list[str]
@@ -19,18 +21,17 @@ def infer(
     threads: int,
 ) -> Any: ...
 def cpu_layer_forward(
-    steps: list[int],
-    sizes: tuple[int, int, int, int, int, int],
-    weights: Sequence[_Tensors],
-    tensors: _Tensors,
-) -> None: ...
+    inputs: LayerInputs, sizes: tuple[int, int, int, int, int, int], save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def cpu_layer_backward(
-    steps: list[int],
+    inputs: LayerInputs,
     sizes: tuple[int, int, int, int, int, int],
-    weights: Sequence[_Tensors],
-    gradients: Sequence[_Tensors],
-    tensors: _Tensors,
-) -> None: ...
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    grads: _Tensors,
+    needs: Sequence[bool],
+) -> list[Tensor | None]: ...
 def cpu_peak_rate(dtype: int, instruction_set: int, threads: int) -> float: ...
 def cpu_meeting_seconds(threads: int) -> float: ...
 

@@ -5,11 +5,13 @@ Eager calls go through ``LayerFunction``; compilers, exporters and dispatch mode
 layer to a kernel (lstm_fast/kernels/__init__.py).
 
 The 13 tensor inputs, in order: x, h0, c0, then for the forward and for the reverse direction w_ih, w_hh, b_ih, b_hh,
-w_hr (None where absent). D directions, N rows over all steps (N = T*B when dense), R features of h.
+w_hr (None where absent). D directions, N rows over all steps (N = T*B when dense), R features of h. x is [.., I] with
+N rows in all, and y has its form: to change it outside would be a node of the graph, as slow as a small layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from lstm_fast import reference
@@ -54,20 +57,20 @@ def layer(
     """One layer, all its directions.
 
     Args:
-        x: rows of all steps, [N, I]; row (t, b) is ``start(t) + b``.
+        x: rows of all steps, [N, I] or with more dimensions in place of N; row (t, b) is ``start(t) + b``.
         h0, c0: [D, B, R] and [D, B, H].
         weights: for each direction w_ih [4H, I], w_hh [4H, R], b_ih [4H], b_hh [4H], w_hr [P, H].
         batch_sizes: active sequences of each step, int64 [T] on the CPU, never growing; None when dense.
         backend: a key of ``dispatch.KERNELS``, or "reference".
     Returns:
-        y [N, D*R], h_n [D, B, R], c_n [D, B, H].
+        y [N, D*R], in x's form, h_n [D, B, R], c_n [D, B, H].
     Raises:
         RuntimeError: a shape, dtype, device or ``batch_sizes`` that doesn't fit the others.
     """
     absent = (None,) * (_PER_DIRECTION * (2 - len(weights)))
     inputs = (x, h0, c0, *(t for direction in weights for t in direction), *absent)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    result: tuple[Tensor, ...]
+    result: tuple[Any, ...]
     if torch.compiler.is_compiling():
         result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
     elif transforms_active():
@@ -75,10 +78,10 @@ def layer(
         result = _differentiable_forward(inputs, _steps(batch_sizes, x, c0))
     elif _watched(x):
         result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
-    elif save:
-        result = LayerFunction.apply(*inputs, batch_sizes, backend, save)
     else:
-        return _forward(*inputs, batch_sizes, backend, save)[:3]
+        if not layer_inputs_fit(inputs):
+            inputs = unwrap_dead_wrappers(inputs)  # tensors that outlived the transform which made them
+        result = (_apply if save else _forward)(*inputs, batch_sizes, backend, save)
     return result[0], result[1], result[2]
 
 
@@ -103,7 +106,7 @@ def _check(inputs: Sequence[Tensor | None]) -> None:
     for name, state in (("hidden", h0), ("cell", c0)):
         if state.dtype != dtype or state.device != device:
             raise _wrong_kind(name, state, x)
-    shapes = ((gates, x.size(1)), (gates, projected), (gates,), (gates,), (projected, hidden))
+    shapes = ((gates, x.size(-1)), (gates, projected), (gates,), (gates,), (projected, hidden))
     for index, weight in enumerate(inputs[_STATES : _STATES + directions * _PER_DIRECTION]):
         if weight is None:
             if index % _PER_DIRECTION < 2:
@@ -135,7 +138,7 @@ def _wrong_kind(name: str, tensor: Tensor, x: Tensor) -> RuntimeError:
 
 def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor) -> list[int]:
     """Active sequences of each step; [] for an empty batch."""
-    rows, batch = x.size(0), c0.size(1)
+    rows, batch = x.shape[:-1].numel(), c0.size(1)
     if batch_sizes is None:
         return [batch] * (rows // batch) if batch > 0 else []
     if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
@@ -167,7 +170,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     with _without_autocast(x):
         if not steps:
             directions, _, hidden = c0.shape
-            y, h_n, c_n = x.new_empty(0, directions * h0.size(2)), h0.clone(), c0.clone()
+            y, h_n, c_n = x.new_empty(*x.shape[:-1], directions * h0.size(2)), h0.clone(), c0.clone()
             acc = reference.accumulate_dtype(x.dtype)
             saved = x.new_empty(directions, 0, 4 * hidden), x.new_empty(directions, 0, hidden, dtype=acc)
         elif backend == "reference":
@@ -187,21 +190,15 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
     x, h0, c0 = inputs[:_STATES]
     steps = _steps(batch_sizes, x, c0)
     grads: list[Tensor | None]
-    with torch.no_grad(), _without_autocast(x):
+    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, _without_autocast(x):
         if not steps:
             grads = _no_steps_backward((dy, dh_n, dc_n), inputs)
         elif backend == "reference":
             grads = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
         else:
-            dy, dh, dc = None if dy is None else dy.contiguous(), _state_gradient(dh_n, h0), _state_gradient(dc_n, c0)
-            of_weights = [needs[i : i + _PER_DIRECTION] for i in _firsts(c0)]
-            dx, found = KERNELS[backend].layer_backward(
-                LayerInputs(x, h0, c0, _directions(inputs), steps),
-                *(y, (gates, cells), dy, dh, dc, needs[0], of_weights),
-            )
-            grads = [dx, dh.to(h0.dtype), dc.to(c0.dtype)]
-            for dw_ih, dw_hh, db, dw_hr in found:
-                grads += [dw_ih, dw_hh, db, None if db is None else db.clone(), dw_hr]  # apart in memory
+            of_outputs = [None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)]
+            layer_inputs = LayerInputs(x, h0, c0, _directions(inputs), steps)
+            grads = KERNELS[backend].layer_backward(layer_inputs, y, (gates, cells), of_outputs, needs)
             grads += [None] * (_INPUTS - len(grads))
     return grads
 
@@ -215,34 +212,24 @@ def _no_steps_backward(grads: Sequence[Tensor | None], inputs: Sequence[Any]) ->
     return found
 
 
-def _state_gradient(grad: Tensor | None, state: Tensor) -> Tensor:
-    acc = reference.accumulate_dtype(state.dtype)
-    if grad is None:
-        return torch.zeros(state.shape, dtype=acc, device=state.device)
-    return grad.to(acc, copy=True, memory_format=torch.contiguous_format)
-
-
-def _firsts(c0: Tensor) -> range:
-    """Where each direction's weights begin among the inputs."""
-    return range(_STATES, _STATES + c0.size(0) * _PER_DIRECTION, _PER_DIRECTION)
-
-
 def _directions(inputs: Sequence[Any]) -> list[Weights]:
-    return [tuple(inputs[i : i + _PER_DIRECTION]) for i in _firsts(inputs[2])]
+    return [tuple(inputs[_STATES + d * _PER_DIRECTION :][:_PER_DIRECTION]) for d in range(inputs[2].size(0))]
 
 
 def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``_forward`` by the reference, differentiable to any order; gates stay in the accumulation dtype."""
     x, h0, c0 = inputs[:_STATES]
+    form = x.shape[:-1]
     if not steps:  # an empty batch: the graph still has to reach every input
         none = sum(t.sum() for t in inputs if t is not None)
-        y = x.new_zeros(0, h0.size(0) * h0.size(2)) + none
+        y = x.new_zeros(*form, h0.size(0) * h0.size(2)) + none
         return y, h0 + none, c0 + none, y, y
-    outs = []
+    outs, x = [], x.flatten(0, -2)
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(_directions(inputs)):
         outs.append(reference.layer(x, h0[d], c0[d], w_ih, w_hh, b_ih, b_hh, w_hr, steps, d == 1))
     y, h_n, c_n, gates, cells = zip(*outs, strict=True)
-    return torch.cat(y, dim=-1), torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
+    whole = torch.cat([t.view(*form, -1) for t in y], dim=-1)  # of a view autograd would not see a change in place
+    return whole, torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
 
 
 def _reference_backward(
@@ -251,6 +238,8 @@ def _reference_backward(
     """The gradients of the 13 inputs by the reference, differentiable to any order."""
     x, h0, c0 = inputs[:_STATES]
     dy, dh_n, dc_n = grads
+    form, x, y = x.shape, x.flatten(0, -2), y.flatten(0, -2)
+    dy = None if dy is None else dy.reshape(*y.shape)  # the one that is_grads_batched knows
     features = h0.size(2)
     found = []
     for d, (w_ih, w_hh, _, _, w_hr) in enumerate(_directions(inputs)):
@@ -264,7 +253,7 @@ def _reference_backward(
             )
         )
     result: list[Tensor | None] = [
-        found[0].x if len(found) == 1 else found[0].x + found[1].x,
+        (found[0].x if len(found) == 1 else found[0].x + found[1].x).view(form),
         torch.stack([g.h0 for g in found]),
         torch.stack([g.c0 for g in found]),
     ]
@@ -283,22 +272,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, batch_sizes, y, gates, cells = ctx.saved_tensors
-    grads = grad_outputs[:_STATES]
-    needs = [bool(need) for need in ctx.needs_input_grad[:_INPUTS]]
-    batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched
-    if torch.is_grad_enabled() or batched or transforms_active():
+    grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
+    found: Sequence[Tensor | None]
+    if torch.is_grad_enabled() or transforms_active() or _batched(grads):
         steps = _steps(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):
             y, _, _, gates, cells = _differentiable_forward(inputs, steps)
-            found: Sequence[Tensor | None]
             if steps:
                 found = _reference_backward(grads, inputs, y, gates, cells, steps)
             else:
                 found = _no_steps_backward(grads, inputs)
     else:
-        args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, needs)
+        args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, list(needs))
         found = torch.ops.lstm_fast.layer_backward(*args) if _watched(inputs[0]) else _backward(*args)
     return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
+
+
+def _batched(grads: Sequence[Tensor | None]) -> bool:
+    """Whether torch.autograd.grad was given is_grads_batched."""
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 class LayerFunction(torch.autograd.Function):
@@ -312,6 +304,10 @@ class LayerFunction(torch.autograd.Function):
         return y, h_n, c_n
 
     backward = staticmethod(_backward_from_context)
+
+
+# What Function.apply calls once it knows that no transform is active.
+_apply = super(torch.autograd.Function, LayerFunction).apply
 
 
 def _forward_op(*args: Any) -> tuple[Tensor, ...]:
@@ -361,13 +357,13 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     _check(inputs)
     x, h0, c0 = inputs[:_STATES]
     directions, _, hidden = c0.shape
-    rows = x.size(0)
+    rows = math.prod(x.shape[:-1])
     gates = cells = None
     if save:
         gates = x.new_empty(directions, rows, 4 * hidden)
         cells = x.new_empty(directions, rows, hidden, dtype=reference.accumulate_dtype(x.dtype))
     return (
-        x.new_empty(rows, directions * h0.size(2)),
+        x.new_empty(*x.shape[:-1], directions * h0.size(2)),
         h0.new_empty(h0.shape),
         c0.new_empty(c0.shape),
         x.new_empty(0) if gates is None else gates,

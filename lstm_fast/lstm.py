@@ -223,13 +223,11 @@ class LSTM(_Fused, nn.RNNBase):
         else:
             self.check_forward_args(x, hx, None)
         x = x.transpose(0, 1) if self.batch_first else x  # [T, B, I]
-        steps, batch = x.size(0), x.size(1)
-        if steps == 0:
+        if x.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        y, h_n, c_n = self._layers(x.reshape(steps * batch, x.size(-1)), hx, None, dtype, choice.backend)
+        y, h_n, c_n = self._layers(x.contiguous(), hx, None, dtype, choice.backend)
         if not batched:
-            return y, (h_n.squeeze(1), c_n.squeeze(1))
-        y = y.view(steps, batch, y.size(-1))
+            return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
 
     def _forward_packed(
@@ -246,7 +244,7 @@ class LSTM(_Fused, nn.RNNBase):
     def _layers(
         self, x: Tensor, hx: State, batch_sizes: Tensor | None, dtype: torch.dtype, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Every layer over rows x [N, I]: y [N, D*R], h_n [D*L, B, R], c_n [D*L, B, H]."""
+        """Every layer over x [T, B, I], or packed [N, I]: y in x's form, h_n [D*L, B, R], c_n [D*L, B, H]."""
         directions = 2 if self.bidirectional else 1
         h_0, c_0 = hx
         cell_dtype = dtype

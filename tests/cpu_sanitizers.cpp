@@ -119,7 +119,9 @@ Bytes layer(const Case& c, int threads, InstructionSet set, Dtype dtype) {
     const auto bias = random<T>(4 * hidden, 6), w_hr = random<T>(features * hidden, 7);
     const auto dy = random<T>(rows * c.directions * features, 8);
     std::vector<T> y(dy.size()), h_n(h0.size()), c_n(c0.size()), gates(c.directions * rows * 4 * hidden), dx(x.size());
-    std::vector<A> cells(c.directions * rows * hidden), dh(h0.size(), A(0.1)), dc(c0.size(), A(0.2));
+    std::vector<A> cells(c.directions * rows * hidden);
+    const auto dh_n = random<T>(h0.size(), 9), dc_n = random<T>(c0.size(), 10);
+    std::vector<T> dh0(h0.size()), dc0(c0.size());
     const Weights w{w_ih.data(), w_hh.data(), bias.data(), bias.data(), c.projected > 0 ? w_hr.data() : nullptr};
     run_with<Forward, T>(
         shape,
@@ -146,11 +148,13 @@ Bytes layer(const Case& c, int threads, InstructionSet set, Dtype dtype) {
                                               gates.data(),
                                               cells.data(),
                                               dy.data(),
-                                              dh.data(),
-                                              dc.data(),
+                                              dh_n.data(),
+                                              dc_n.data(),
                                               dx.data(),
+                                              dh0.data(),
+                                              dc0.data(),
                                               {of(0), of(1)}});
-    Bytes all = bytes_of(y, h_n, c_n, gates, cells, y_inferred, c_inferred, dh, dc, dx);
+    Bytes all = bytes_of(y, h_n, c_n, gates, cells, y_inferred, c_inferred, dx, dh0, dc0);
     for (const auto& gradient : gradients) {
         const Bytes more = bytes_of(gradient);
         all.insert(all.end(), more.begin(), more.end());

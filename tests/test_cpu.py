@@ -84,11 +84,9 @@ def layer(
     assert saved is not None
     y, saved = placed(y), (placed(saved[0]), placed(saved[1], acc))
     dy = placed(torch.randn(rows, directions * features))
-    dh, dc = (placed(torch.randn(directions, batch, size, dtype=acc), acc) for size in (features, hidden))
-    needs = [[True] * 5] * directions
-    dx, gradients = cpu.layer_backward(layer_inputs, y, saved, dy, dh, dc, True, needs)
-    found = [y, h_n, c_n, *saved, dh, dc, dx, *(g for direction in gradients for g in direction)]
-    return [t for t in found if t is not None]
+    dh_n, dc_n = (placed(torch.randn(directions, batch, size)) for size in (features, hidden))
+    gradients = cpu.layer_backward(layer_inputs, y, saved, (dy, dh_n, dc_n), [True] * (3 + 5 * directions))
+    return [t for t in (y, h_n, c_n, *saved, *gradients) if t is not None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

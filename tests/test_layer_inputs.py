@@ -124,6 +124,27 @@ def test_no_steps_hand_the_states_and_their_gradients_through(backend: str, crea
     assert all(not g.any() for g in (grads[0], *grads[STATES:]))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_that_outlived_its_transform_is_taken(grad: bool) -> None:
+    left: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        left.append(2 * x)
+        return x.sum()
+
+    x, h0, c0, *weights = inputs(directions=1)
+    torch.func.grad(keep)(x)
+    for weight in weights[:2]:
+        weight.requires_grad_(grad)
+    direction = [tuple(weights[:PER_DIRECTION])]
+    got = layer(left[0], h0, c0, direction, None, "cpu")
+    want = layer(2 * x, h0, c0, direction, None, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    if grad:
+        found = [torch.autograd.grad(out[0].sum(), weights[:2]) for out in (got, want)]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_operator_hands_gradients_through_too() -> None:
     """Its outputs may not be its inputs, which torch.library refuses."""
     tensors = inputs(directions=1)

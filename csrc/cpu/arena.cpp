@@ -19,6 +19,14 @@ std::int64_t& size_of(char* block) { return *reinterpret_cast<std::int64_t*>(blo
 
 }  // namespace
 
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::int64_t bytes) {
+#ifdef __linux__
+    const auto begin = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+    const auto end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+    if (memory != nullptr && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Arena::Arena(std::int64_t bytes) {
     block_ = kept.exchange(nullptr);
     if (block_ != nullptr && size_of(block_) >= bytes) return;
@@ -26,9 +34,7 @@ Arena::Arena(std::int64_t bytes) {
     const std::int64_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     block_ = static_cast<char*>(std::aligned_alloc(kHugePage, size));
     if (block_ == nullptr) throw std::bad_alloc();
-#ifdef __linux__
-    madvise(block_, size, MADV_HUGEPAGE);
-#endif
+    prefer_huge_pages(block_, size);
     size_of(block_) = size;
 }
 

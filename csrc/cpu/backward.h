@@ -49,14 +49,17 @@ struct Backward {
           y(static_cast<const T*>(args.y)),
           gates(static_cast<const T*>(args.gates)),
           dy(static_cast<const T*>(args.dy)),
+          dh_n(static_cast<const T*>(args.dh_n)),
+          dc_n(static_cast<const T*>(args.dc_n)),
           cells(static_cast<const A*>(args.cells)),
-          dh_user(static_cast<A*>(args.dh)),
-          dc(static_cast<A*>(args.dc)),
           dx(static_cast<T*>(args.dx)),
+          dh0(static_cast<T*>(args.dh0)),
+          dc0(static_cast<T*>(args.dc0)),
           w_ih(arena.take<A>(dx == nullptr ? 0 : s.directions * input_tiles * tile_size(4 * s.hidden))),
           w_hh(arena.take<A>(s.directions * feature_tiles * tile_size(4 * s.hidden))),
           w_hr(arena.take<A>(projected ? s.directions * tiles * tile_size(s.features) : 0)),
           dh(arena.take<A>(s.directions * s.batch * feature_tiles * kTile)),
+          dc(arena.take<A>(s.directions * s.batch * s.hidden)),
           dm(arena.take<A>(projected ? s.directions * s.batch * tiles * kTile : 0)),
           m(arena.take<A>(projected ? s.directions * walk.chunk_rows * s.hidden : 0)),
           da(of_chunk(4 * s.hidden, arena)),
@@ -97,15 +100,15 @@ struct Backward {
     const Index factor_tiles;                       // of all that gradients are multiplied by
     const T *x, *h0, *c0;
     const TypedWeights<T> weights[2];
-    const T *y, *gates, *dy;
+    const T *y, *gates, *dy, *dh_n, *dc_n;
     const A* cells;
-    A *dh_user, *dc;
-    T* dx;
+    T *dx, *dh0, *dc0;
     Gradients gradients[2];
     A* w_ih;               // [D, input tiles, 4H, 64] packed
     A* w_hh;               // [D, feature tiles, 4H, 64] packed
     A* w_hr;               // [D, tiles, R, 64] packed
     A* dh;                 // [D, B, feature tiles, 64]
+    A* dc;                 // [D, B, H]
     A* dm;                 // [D, B, tiles, 64] gradient of o tanh(c), where it is projected
     A* m;                  // [D, rows of a chunk, H] o tanh(c)
     ChunkGradients<A> da;  // of the pre-activations, 4H columns

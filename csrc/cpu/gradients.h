@@ -217,8 +217,12 @@ LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread
     }
     const Index ld_h = f.feature_tiles * kTile;
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
-        for (Index j = 0; j < ld_h; ++j)
-            f.dh[i * ld_h + j] = j < s.features ? f.dh_user[i * s.features + j] : Acc<T>(0);
+        const auto begin = [&](Acc<T>* to, const T* from, Index count, Index end) {
+            for (Index j = 0; j < end; ++j)
+                to[j] = from != nullptr && j < count ? load(from[i * count + j]) : Acc<T>(0);
+        };
+        begin(f.dh + i * ld_h, f.dh_n, s.features, ld_h);
+        begin(f.dc + i * s.hidden, f.dc_n, s.hidden, s.hidden);
     }
     if (f.dx != nullptr && s.directions > 1) {  // to which both directions add
         for (Index row = thread; row < f.walk.rows(); row += team.threads)
@@ -239,8 +243,12 @@ LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
         gradients_of_chunk<Isa>(f, chunks, index, team, thread);
         meet();
     }
-    for (Index i = thread; i < s.directions * s.batch; i += team.threads)
-        std::copy_n(f.dh + i * f.feature_tiles * kTile, s.features, f.dh_user + i * s.features);
+    for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
+        const T* const zeros = nullptr;
+        if (f.dh0 != nullptr)
+            store_row<Isa>(f.dh + i * f.feature_tiles * kTile, s.features, zeros, f.dh0 + i * s.features);
+        if (f.dc0 != nullptr) store_row<Isa>(f.dc + i * s.hidden, s.hidden, zeros, f.dc0 + i * s.hidden);
+    }
 }
 
 }  // namespace lstm::cpu

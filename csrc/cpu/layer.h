@@ -7,7 +7,7 @@
 // walk at its own last step. Gates are ordered i, f, g, o.
 //
 // All arrays are C-contiguous and need only the alignment of their elements. Nothing written may overlap anything else
-// in the call, and nothing is kept after it. What is "written" is written fully and read only where "in place" is said.
+// in the call, and nothing is kept after it. What is "written" is written fully.
 // The same input gives the same bits, whatever the number of threads, in any one instruction set. Both functions throw
 // std::bad_alloc for lack of scratch memory (a packed copy of the weights, some steps of gates, a few states), and
 // nothing else.
@@ -73,9 +73,11 @@ struct BackwardArgs {
     const void* gates;   // T [D, N, 4H] from the forward call
     const void* cells;   // A [D, N, H] from the forward call
     const void* dy;      // T [N, D * R] gradient of y; null when zero
-    void* dh;            // A [D, B, R], in place: gradient of h_n on entry, of h0 on return
-    void* dc;            // A [D, B, H], in place: gradient of c_n on entry, of c0 on return
+    const void* dh_n;    // T [D, B, R] gradient of h_n; null when zero
+    const void* dc_n;    // T [D, B, H] gradient of c_n; null when zero
     void* dx;            // T [N, I], written; null where not asked for
+    void* dh0;           // T [D, B, R], likewise
+    void* dc0;           // T [D, B, H], likewise
     WeightGradients gradients[2];
 };
 

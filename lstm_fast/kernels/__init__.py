@@ -11,23 +11,25 @@ Each backend has:
 ``refuses(device, dtype, hidden) -> str | None``
     None if it serves tensors of that kind with H = ``hidden``, else why not.
 ``layer_forward(inputs, save) -> y, h_n, c_n, saved``
-    F1-F6 over all steps of ``inputs``, a ``LayerInputs``. Returns ``y`` [N, D*R] T, direction d in columns d*R to
-    (d+1)*R; ``h_n`` and ``c_n``, shaped as ``h0`` and ``c0``; with ``save``, what backward needs: the activated gates
-    [D, N, 4H] T and c_t of every step [D, N, H] Acc; else None.
-``layer_backward(inputs, y, saved, dy, dh, dc, needs_x, needs) -> dx, gradients``
-    B1-B8 over all steps. ``dy`` [N, D*R] T, or None for zero. ``dh``, ``dc``, shaped as ``h0`` and ``c0``, Acc: on
-    entry the gradients of h_n and c_n, on return those of h0 and c0. Returns the gradients of x, and for each direction
-    of w_ih, w_hh, either bias and w_hr; None where ``needs_x``, or ``needs`` of that direction, a flag for each of its
-    weights, is false.
+    F1-F6 over all steps of ``inputs``, a ``LayerInputs``. Returns ``y`` [.., D*R] T, in x's form, direction d in
+    columns d*R to (d+1)*R; ``h_n`` and ``c_n``, shaped as ``h0`` and ``c0``; with ``save``, what backward needs: the
+    activated gates [D, N, 4H] T and c_t of every step [D, N, H] Acc; else None.
+``layer_backward(inputs, y, saved, grads, needs) -> gradients``
+    B1-B8 over all steps. ``grads``: those of y, h_n and c_n, shaped as they are, T; None for zero. Returns those of x,
+    h0, c0, and of each direction's w_ih, w_hh, b_ih, b_hh and w_hr, T; None where ``needs``, a flag for each in the
+    same order, is false, or where there is no such input. No two share memory.
 
-Those but the CPU's know the recurrence alone, without projection, and leave the other products to ``hoisted.py``:
+Those but the CPU's know the recurrence alone, without projection, and leave the other products to ``hoisted.py``;
+x, y and dy are [N, ..] there:
 
 ``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
     F1-F6 over all steps. ``gates`` [D, N, 4H] T: on entry the input product with both biases; on return the activated
     gates, unless ``cells`` is None. ``w_hh``: D tensors [4H, H] T. Written: ``y``, ``h_n``, ``c_n``, and ``cells``
     [D, N, H] Acc, or None for inference.
 ``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)``
-    B1-B7 over all steps. Written: ``dgates`` [D, N, 4H] T, the gradient of the pre-activations.
+    B1-B7 over all steps. ``dy`` [N, D*R] T, or None for zero. ``dh``, ``dc``, shaped as ``h0`` and ``c0``, Acc: on
+    entry the gradients of h_n and c_n, on return those of h0 and c0. Written: ``dgates`` [D, N, 4H] T, the gradient of
+    the pre-activations.
 
 All tensors are contiguous, nothing but what is named as written is written, and results are the same bits
 on every run.
@@ -42,7 +44,6 @@ import torch
 from torch import Tensor
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh, w_hr
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of w_ih, w_hh, either bias, w_hr
 Saved = tuple[Tensor, Tensor]  # gates and cells
 
 
@@ -52,8 +53,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class LayerInputs(NamedTuple):
-    """``x`` [N, I], ``h0`` [D, B, R], ``c0`` [D, B, H]; each direction's w_ih [4H, I], w_hh [4H, R], b_ih and b_hh [4H]
-    or None, w_hr [R, H] or None; ``steps``, the active sequences of each step."""
+    """``x`` [.., I] with N rows in all, ``h0`` [D, B, R], ``c0`` [D, B, H]; of each direction w_ih [4H, I],
+    w_hh [4H, R], b_ih and b_hh [4H] or None, w_hr [R, H] or None; ``steps``, the active sequences of each step."""
 
     x: Tensor
     h0: Tensor

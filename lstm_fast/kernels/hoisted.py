@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lstm_fast import reference
-from lstm_fast.kernels import Gradients, LayerInputs, Saved
+from lstm_fast.kernels import LayerInputs, Saved
 from lstm_fast.precision import rnn_precision
 
 
@@ -17,6 +17,7 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """F1 to F6; lstm_fast/kernels/__init__.py states what each tensor is, and what ``recurrence_forward`` does."""
     x, h0, c0, weights, steps = inputs
+    form, x = x.shape[:-1], x.flatten(0, -2)
     rows, (directions, _, hidden) = x.size(0), c0.shape
     with rnn_precision(x):
         products = []
@@ -24,13 +25,13 @@ def layer_forward(
             bias = None if b_ih is None or b_hh is None else b_ih + b_hh
             products.append(torch.mm(x, w_ih.t()) if bias is None else torch.addmm(bias, x, w_ih.t()))
         gates = products[0].unsqueeze(0) if directions == 1 else torch.stack(products)  # [D, N, 4H]
-        y = x.new_empty(rows, directions * hidden)
+        y = x.new_empty(*form, directions * hidden)
         h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
         cells = None
         if save:
             cells = x.new_empty(directions, rows, hidden, dtype=reference.accumulate_dtype(x.dtype))
         w_hh = [direction[1] for direction in weights]
-        recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)
+        recurrence_forward(gates, h0, c0, w_hh, steps, y.flatten(0, -2), h_n, c_n, cells)
     return y, h_n, c_n, None if cells is None else (gates, cells)
 
 
@@ -39,14 +40,13 @@ def layer_backward(
     inputs: LayerInputs,
     y: Tensor,
     saved: Saved,
-    dy: Tensor | None,
-    dh: Tensor,
-    dc: Tensor,
-    needs_x: bool,
-    needs: Sequence[Sequence[bool]],
-) -> tuple[Tensor | None, list[Gradients]]:
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
     """B1 to B8; lstm_fast/kernels/__init__.py states what each tensor is, and what ``recurrence_backward`` does."""
     x, h0, c0, weights, steps = inputs
+    form, x, y = x.shape, x.flatten(0, -2), y.flatten(0, -2)
+    dy, dh, dc = None if grads[0] is None else grads[0].flatten(0, -2), _state(grads[1], h0), _state(grads[2], c0)
     gates, cells = saved
     hidden = c0.size(2)
     dgates = torch.empty_like(gates)
@@ -54,16 +54,28 @@ def layer_backward(
         w_hh = [direction[1] for direction in weights]
         recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
         dx = None
-        if needs_x:
+        if needs[0]:
             parts = [torch.mm(da, direction[0]) for da, direction in zip(dgates, weights, strict=True)]  # B7
-            dx = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
-        gradients: list[Gradients] = []
-        for d, need in enumerate(needs):  # B8
+            dx = (parts[0] if len(parts) == 1 else parts[0].add_(parts[1])).view(form)
+        gradients: list[Tensor | None] = [dx, dh.to(h0.dtype), dc.to(c0.dtype)]
+        for d, (_, _, b_ih, b_hh, _) in enumerate(weights):  # B8
             da = dgates[d].t()
-            dw_ih = torch.mm(da, x) if need[0] else None
-            dw_hh = None
-            if need[1]:
+            of_w_ih, of_w_hh, of_b_ih, of_b_hh, _ = needs[len(gradients) : len(gradients) + 5]
+            dw_ih, dw_hh, db, same = torch.mm(da, x) if of_w_ih else None, None, None, None
+            if of_w_hh:
                 before = reference.previous(y[:, d * hidden : (d + 1) * hidden], h0[d], steps, d == 1)
                 dw_hh = torch.mm(da, before)
-            gradients.append((dw_ih, dw_hh, dgates[d].sum(0) if any(need[2:4]) else None, None))
-    return dx, gradients
+            if b_ih is not None and of_b_ih:
+                db = dgates[d].sum(0)
+            if b_hh is not None and of_b_hh:
+                same = dgates[d].sum(0) if db is None else db.clone()
+            gradients += [dw_ih, dw_hh, db, same, None]
+    return gradients
+
+
+def _state(grad: Tensor | None, state: Tensor) -> Tensor:
+    """The gradient of a last state as the walk back begins with it, which overwrites it."""
+    acc = reference.accumulate_dtype(state.dtype)
+    if grad is None:
+        return torch.zeros(state.shape, dtype=acc, device=state.device)
+    return grad.to(acc, copy=True, memory_format=torch.contiguous_format)

@@ -1,0 +1,139 @@
+// One layer on the CPU kernel as lstm_fast/kernels/cpu.py calls it: results are made here, since to make them one by
+// one from Python takes as long as a small layer.
+#pragma once
+
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <vector>
+
+#include "cpu/layer.h"
+#include "tensors.h"
+
+namespace lstm::tensors {
+
+// I, H, R, dtype, threads, instruction set
+using LayerSizes = std::array<std::int64_t, 6>;
+
+// kernels.LayerInputs: x [.., I] with N rows in all, h0, c0, the weights of each direction, steps.
+struct LayerInputs {
+    LayerInputs(const py::tuple& inputs, const LayerSizes& of)
+        : x(inputs[0]), h0(inputs[1]), c0(inputs[2]), steps(inputs[4].cast<std::vector<std::int64_t>>()), sizes(of) {
+        for (const py::handle direction : inputs[3]) weights.push_back(direction.cast<std::array<Data, 5>>());
+    }
+
+    std::int64_t directions() const { return static_cast<std::int64_t>(weights.size()); }
+    std::int64_t rows() const {
+        std::int64_t rows = 0;
+        for (const std::int64_t n : steps) rows += n;
+        return rows;
+    }
+    Dtype dtype() const { return static_cast<Dtype>(sizes[3]); }
+    cpu::Shape shape() const {
+        return {steps.data(),
+                static_cast<std::int64_t>(steps.size()),
+                steps.front(),
+                sizes[0],
+                sizes[1],
+                sizes[2],
+                static_cast<int>(weights.size()),
+                dtype(),
+                static_cast<int>(sizes[4]),
+                static_cast<cpu::InstructionSet>(sizes[5])};
+    }
+    cpu::Weights weights_of(std::size_t direction) const {
+        const auto& w = weights[direction];
+        return {w[0].address, w[1].address, w[2].address, w[3].address, w[4].address};
+    }
+
+    const py::object x, h0, c0;
+    std::vector<std::array<Data, 5>> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr
+    const std::vector<std::int64_t> steps;
+    const LayerSizes sizes;
+};
+
+inline void* address(const py::object& tensor) { return tensor.cast<Data>().address; }
+
+// y [.., D * R], h_n, c_n; gates [D, N, 4H] and cells [D, N, H] with `save`, else None.
+inline py::tuple layer_forward(const py::tuple& tensors, const LayerSizes& sizes, bool save) {
+    const LayerInputs inputs(tensors, sizes);
+    const std::int64_t directions = inputs.directions(), rows = inputs.rows(), hidden = sizes[1];
+    const std::int64_t size = size_of(inputs.dtype());
+    TensorShape y_shape = inputs.x.attr("shape").cast<TensorShape>();
+    y_shape.back() = directions * sizes[2];
+    const Fresh y = new_empty(inputs.x, y_shape, size);
+    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), sizes[2]}, size);
+    const Fresh c_n = new_empty(inputs.x, {directions, inputs.steps.front(), hidden}, size);
+    const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}, size) : Fresh();
+    const Fresh cells = !save       ? Fresh()
+                        : size == 2 ? new_empty(inputs.x, {directions, rows, hidden}, 4, types().float32)
+                                    : new_empty(inputs.x, {directions, rows, hidden}, size);
+    const cpu::ForwardArgs args{address(inputs.x),
+                                address(inputs.h0),
+                                address(inputs.c0),
+                                {inputs.weights_of(0), inputs.weights_of(inputs.weights.size() - 1)},
+                                y.data,
+                                h_n.data,
+                                c_n.data,
+                                gates.data,
+                                cells.data};
+    {
+        const py::gil_scoped_release released;
+        cpu::layer_forward(inputs.shape(), args);
+    }
+    return py::make_tuple(y.tensor, h_n.tensor, c_n.tensor, gates.tensor, cells.tensor);
+}
+
+// The gradients of x, h0, c0, and of each direction's w_ih, w_hh, b_ih, b_hh, w_hr; None where `needs`, in the same
+// order, has none. `grads`: of y, h_n and c_n, None for zero.
+inline py::list layer_backward(const py::tuple& tensors, const LayerSizes& sizes, Data y, Data gates, Data cells,
+                               const std::array<Data, 3>& grads, const py::sequence& needs) {
+    const LayerInputs inputs(tensors, sizes);
+    const std::int64_t directions = inputs.directions(), batch = inputs.steps.front();
+    const auto [input, hidden, features] = std::array{sizes[0], sizes[1], sizes[2]};
+    py::list found;
+    const auto next = [&](const TensorShape& shape, bool there = true) {  // of the next input
+        const bool needed = there && py::object(needs[py::len(found)]).cast<bool>();
+        const Fresh made = needed ? new_empty(inputs.x, shape, size_of(inputs.dtype())) : Fresh();
+        found.append(made.tensor);
+        return made.data;
+    };
+    void* const dx = next(inputs.x.attr("shape").cast<TensorShape>());
+    void* const dh0 = next({directions, batch, features});
+    void* const dc0 = next({directions, batch, hidden});
+    cpu::WeightGradients gradients[2] = {};
+    void* same[2] = {};  // as gradients[d].bias: the other bias's gradient
+    for (std::size_t d = 0; d < inputs.weights.size(); ++d) {
+        const auto& w = inputs.weights[d];
+        gradients[d].w_ih = next({4 * hidden, input});
+        gradients[d].w_hh = next({4 * hidden, features});
+        gradients[d].bias = next({4 * hidden}, w[2].address != nullptr);
+        same[d] = next({4 * hidden}, w[3].address != nullptr);
+        if (gradients[d].bias == nullptr) std::swap(gradients[d].bias, same[d]);
+        gradients[d].w_hr = next({features, hidden}, w[4].address != nullptr);
+    }
+    const cpu::BackwardArgs args{address(inputs.x),
+                                 address(inputs.h0),
+                                 address(inputs.c0),
+                                 {inputs.weights_of(0), inputs.weights_of(inputs.weights.size() - 1)},
+                                 y.address,
+                                 gates.address,
+                                 cells.address,
+                                 grads[0].address,
+                                 grads[1].address,
+                                 grads[2].address,
+                                 dx,
+                                 dh0,
+                                 dc0,
+                                 {gradients[0], gradients[inputs.weights.size() - 1]}};
+    {
+        const py::gil_scoped_release released;
+        cpu::layer_backward(inputs.shape(), args);
+        for (std::size_t d = 0; d < inputs.weights.size(); ++d) {
+            if (same[d] != nullptr) std::memcpy(same[d], gradients[d].bias, 4 * hidden * size_of(inputs.dtype()));
+        }
+    }
+    return found;
+}
+
+}  // namespace lstm::tensors
