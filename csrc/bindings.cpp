@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -288,6 +289,7 @@ PYBIND11_MODULE(_C, m) {
         "float32"_a = static_cast<int>(lstm::Dtype::float32), "float64"_a = static_cast<int>(lstm::Dtype::float64),
         "bfloat16"_a = static_cast<int>(lstm::Dtype::bfloat16), "float16"_a = static_cast<int>(lstm::Dtype::float16));
     m.def("build_info", build_info, "How this extension was built.");
+    m.def("environment_has", [](const char* name) { return std::getenv(name) != nullptr; }, "name"_a);
     m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a);
     m.def("infer", lstm::tensors::infer, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a);
     bind_cpu(m);

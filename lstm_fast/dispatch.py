@@ -12,11 +12,20 @@ import torch
 from lstm_fast import measured
 from lstm_fast.kernels import cpu, cuda, dtype_name, persistent, triton_gates
 
+try:
+    from lstm_fast._C import environment_has  # in a tenth of the time that os.environ takes
+except ImportError:
+
+    def environment_has(name: str) -> bool:
+        return name in os.environ
+
+
 KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "triton": triton_gates, "cpu": cpu}
 BACKENDS = ("auto", *KERNELS, "reference")
 _AUTO_ORDER = {"cuda": ("persistent",), "cpu": ("cpu",)}
 _PROJECTS = ("cpu",)
 _CPU = torch.device("cpu")
+_VARIABLE = "LSTM_FAST_BACKEND"
 # Two launches a step are slower than cuDNN, and faster than the reference: they serve graphs, which can't hold cuDNN's.
 _COMPILED_ORDER = {**_AUTO_ORDER, "cuda": ("persistent", "cuda", "triton")}
 
@@ -44,6 +53,9 @@ _WHAT = {
 }
 
 
+_SURELY = {"auto": Choice("cpu", _WHAT["cpu"]), "cpu": Choice("cpu", "asked for")}
+
+
 def backends() -> dict[str, Status]:
     """Every backend by name, and whether it can run in this process; for one that can't, why."""
     missing = {name: kernel.unavailable() for name, kernel in KERNELS.items()}
@@ -61,9 +73,9 @@ def requested(backend: str) -> str:
     """The keyword if it names a backend, else what LSTM_FAST_BACKEND names, else "auto"."""
     if backend != "auto":
         return check_backend(backend)
-    name = os.environ.get("LSTM_FAST_BACKEND", "auto")
+    name = os.environ.get(_VARIABLE, "auto")
     if name not in BACKENDS:
-        raise ValueError(f"LSTM_FAST_BACKEND should be one of {', '.join(BACKENDS)}, got: {name!r}")
+        raise ValueError(f"{_VARIABLE} should be one of {', '.join(BACKENDS)}, got: {name!r}")
     return name
 
 
@@ -85,6 +97,11 @@ def choose(
     ``auto`` falls back, to torch too where that was measured to be faster; a named backend that can't serve raises
     RuntimeError, saying what is missing.
     """
+    compiling = torch.compiler.is_compiling()
+    plain = device.type == "cpu" and not (compiling or traced or transformed)
+    serves = plain and _kernel_refuses("cpu", device, dtype, hidden) is None
+    if serves and surely_cpu(backend, dtype, hidden, kind, shape):
+        return _SURELY[backend]
     name = requested(backend)
     if traced:
         return Choice("torch", "the call is being traced, and traced graphs hold aten::lstm")
@@ -96,7 +113,6 @@ def choose(
     if transformed:
         return Choice("reference", "a torch.func transform or forward-mode AD is active, which kernels can't follow")
     reasons: list[str] = []
-    compiling = torch.compiler.is_compiling()
     order = _COMPILED_ORDER if compiling else _AUTO_ORDER
     for candidate in order.get(device.type, ()):
         why_not = _refuses(candidate, device, dtype, hidden, proj_size, transformed)
@@ -112,11 +128,11 @@ def choose(
 
 
 def surely_cpu(backend: str, dtype: torch.dtype, hidden: int, kind: str, shape: Callable[[], tuple[int, int]]) -> bool:
-    """Whether ``choose`` gives tensors on a CPU to its kernel, if neither tracer nor transform is at work: the same
-    answer, or False, in a tenth of the time."""
+    """Whether the CPU's kernel takes tensors that are there and that it doesn't refuse, if neither tracer nor transform
+    is at work; False may mean that a closer look is needed."""
     if backend != "auto":
         return backend == "cpu"
-    return "LSTM_FAST_BACKEND" not in os.environ and _torch_is_faster(_CPU, dtype, hidden, kind, shape) is None
+    return not environment_has(_VARIABLE) and _torch_is_faster(_CPU, dtype, hidden, kind, shape) is None
 
 
 def _torch_is_faster(

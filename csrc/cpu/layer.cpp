@@ -50,11 +50,14 @@ void run(const Shape& shape, const Args& args) {
     const Job job(shape, args, arena);
     const auto kernel = kernel_of<Job>(shape.instruction_set);
 #ifdef _OPENMP
-#pragma omp parallel num_threads(useful_threads(shape, job.walk.rows(), job.tiles))
-    kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
-#else
-    kernel(job, 0, 1);
+    const int threads = useful_threads(shape, job.walk.rows(), job.tiles);
+    if (threads > 1 || omp_in_parallel()) {  // a region for one thread takes as long as a small layer
+#pragma omp parallel num_threads(threads)
+        kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
+        return;
+    }
 #endif
+    kernel(job, 0, 1);
 }
 
 template <template <typename> class Job, typename Args>
