@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import types
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +201,60 @@ def test_rivals_say_what_they_cannot_do() -> None:
         assert rival.refuses(SMALL, "cuda") is None
         assert rival.refuses(SMALL._replace(packed=True), "cuda") is not None
     assert rivals.RIVALS["haste"].refuses(SMALL._replace(dtype="bfloat16"), "cuda") is not None
+
+
+def steps_of(x: Tensor, states: Tensor, r: Tensor, b: Tensor, order: str) -> Tensor:
+    """y [T, B, H], of x W already there [T, B, 4H] and R [H, 4H], with the gates in this order."""
+    h, c, found = states[0], states[1], []
+    for step in x:
+        part = dict(zip(order, (step + h @ r + b).chunk(4, dim=-1), strict=True))
+        c = part["f"].sigmoid() * c + part["i"].sigmoid() * part["g"].tanh()
+        h = part["o"].sigmoid() * c.tanh()
+        found.append(h)
+    return torch.stack(found)
+
+
+def fake_flashrnn(w_x: Tensor, r: Tensor, b: Tensor, **kind: Any) -> tuple[Tensor, None]:
+    """As its config documents the shapes: BTGHD in, recurrent GHDP, bias GHD, states and output SBTHD."""
+    states = kind.pop("states")
+    assert kind == {"function": "lstm", "backend": "cuda_fused", "dtype": "float32"}  # its default dtype is bf16
+    batch, time, _, _, hidden = w_x.shape
+    assert r.shape == (4, 1, hidden, hidden) and b.shape == (4, 1, hidden) and states.shape == (2, batch, 1, 1, hidden)
+    recurrent = r[:, 0].flatten(0, 1).t()  # [P, G * D]
+    y = steps_of(w_x.flatten(2).transpose(0, 1), states[:, :, 0, 0], recurrent, b.flatten(), "ifgo")
+    return y.transpose(0, 1).reshape(1, batch, time, 1, hidden), None
+
+
+class FakeHaste(nn.Module):
+    """As haste's LSTM names and shapes its parameters, gates i, g, f, o."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.empty(input_size, 4 * hidden_size))
+        self.recurrent_kernel = nn.Parameter(torch.empty(hidden_size, 4 * hidden_size))
+        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        start = x.new_zeros(2, x.size(1), self.recurrent_kernel.size(0))
+        return steps_of(x @ self.kernel, start, self.recurrent_kernel, self.bias, "igfo"), None
+
+
+@pytest.mark.parametrize("name", ["flashrnn", "haste"])
+def test_other_libraries_are_given_the_oracles_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of stand-ins with their interfaces; the libraries themselves need a GPU."""
+    package, holds, what = {
+        "flashrnn": ("flashrnn", "flashrnn", fake_flashrnn),
+        "haste": ("haste_pytorch", "LSTM", FakeHaste),
+    }[name]
+    library = types.ModuleType(package)
+    setattr(library, holds, what)
+    monkeypatch.setitem(sys.modules, package, library)
+    oracle, x = rivals.oracle(SMALL, "cpu"), rivals.make_input(SMALL, "cpu")
+    built = rivals.RIVALS[name].build(SMALL, oracle)
+    assert runner.check(SMALL, {name: built}, oracle, x)[name] < runner.TOLERANCE["float32"]
+    for mode in ("forward+backward", "inference"):
+        assert rivals.task(built, x, mode)().shape == (*x.shape[:2], SMALL.H)
+    assert name == "flashrnn" or not built.training  # haste saves what a backward pass needs whenever it is training
 
 
 def test_peak_memory_is_that_of_the_shape() -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import lstm_fast
 from lstm_fast.bench.cases import Case
+from lstm_fast.kernels import dtype_name
 
 _UNROLLED = 32  # steps that torch.compile writes out one by one, in seconds
 
@@ -133,6 +134,8 @@ class _Haste(_OneLayerOnGpu):
             for name, values in (("kernel", w_ih), ("recurrent_kernel", w_hh), ("bias", b_ih + b_hh)):
                 i, f, g, o = values.chunk(4)
                 getattr(module, name).copy_(torch.cat([i, g, f, o]).t())
+        # else it would save in inference too what a backward pass needs
+        module.register_forward_pre_hook(lambda called, _: called.train(torch.is_grad_enabled()) and None)
         return module
 
 
@@ -162,7 +165,8 @@ class _FlashRnnModule(nn.Module):
         hidden = self.r.size(-1)
         gates = nn.functional.linear(x.transpose(0, 1), self.w_ih).view(batch, steps, 4, 1, hidden)
         start = x.new_zeros(2, batch, 1, 1, hidden)
-        states, _ = flashrnn(gates, self.r, self.b, states=start, function="lstm", backend="cuda_fused")
+        kind = {"function": "lstm", "backend": "cuda_fused", "dtype": dtype_name(x.dtype)}  # else it computes in bf16
+        states, _ = flashrnn(gates, self.r, self.b, states=start, **kind)
         return (states[0, :, :, 0].transpose(0, 1),)  # [T, B, H]
 
 
