@@ -46,13 +46,13 @@ class _Fused(nn.Module):
     """What LSTM and LSTMCell share: the choice of a backend, and standing aside for tracers."""
 
     hidden_size: int
+    proj_size: int = 0
     backend = "auto"  # a class attribute, so that modules pickled by torch and swapped ones have it too
     _torch_class: Any  # of torch.nn, with the same parameters
 
     def _choose(self, x: Tensor | PackedSequence, dtype: torch.dtype) -> Choice:
         data = x.data if isinstance(x, PackedSequence) else x
-        proj_size = getattr(self, "proj_size", 0)
-        place = (self.backend, data.device, dtype, self.hidden_size, proj_size)
+        place = (self.backend, data.device, dtype, self.hidden_size, self.proj_size)
         return choose(*place, _traced(), transforms_active(), self._kind(x), lambda: self._shape(x))
 
     def _infer(self, x: Any, hx: Any, names: list[list[str]], sizes: tuple[int, int, int, int, bool, bool]) -> Any:
@@ -88,6 +88,17 @@ class _Fused(nn.Module):
         """By getattr, which takes as long as a small product, only where it is parametrised, pruned or replaced."""
         found = self._parameters.get(name)
         return getattr(self, name) if found is None else found
+
+    def _weights(self, names: list[str], dtype: torch.dtype) -> Weights:
+        """One direction's parameters as they are at this call: parametrised, pruned, replaced or not."""
+        found = []
+        for name in names:
+            weight = self._parameter(name)
+            found.append(weight if weight is None or weight.dtype == dtype else weight.to(dtype))
+        w_ih, w_hh, *rest = found
+        w_hr = rest.pop() if self.proj_size > 0 else None
+        b_ih, b_hh = rest or (None, None)
+        return w_ih, w_hh, b_ih, b_hh, w_hr
 
     def _as_fx_leaf(self, x: Any, hx: Any) -> Any:
         """torch.fx takes modules of torch.nn as leaves by their module path; this makes ours one too."""
@@ -265,17 +276,6 @@ class LSTM(_Fused, nn.RNNBase):
             return x, *states[0]
         return x, torch.cat([h for h, _ in states]), torch.cat([c for _, c in states])
 
-    def _weights(self, names: list[str], dtype: torch.dtype) -> Weights:
-        """One direction's parameters as they are at this call: parametrised, pruned, replaced or not."""
-        found = []
-        for name in names:
-            weight = self._parameter(name)
-            found.append(weight if weight.dtype == dtype else weight.to(dtype))
-        w_ih, w_hh, *rest = found
-        w_hr = rest.pop() if self.proj_size > 0 else None
-        b_ih, b_hh = rest or (None, None)
-        return w_ih, w_hh, b_ih, b_hh, w_hr
-
     def _compute_dtype(self, x: Tensor, hx: Any, packed: bool) -> torch.dtype:
         return self._under_autocast(
             self._parameter("weight_ih_l0").dtype, x, hx, stepwise=packed and self.proj_size == 0
@@ -354,9 +354,7 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
             return self._torch_class.forward(self, input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
-        w_ih, w_hh = self._parameter("weight_ih").to(dtype), self._parameter("weight_hh").to(dtype)
-        b_ih, b_hh = self._parameter("bias_ih"), self._parameter("bias_hh")
-        weights = (w_ih, w_hh, None if b_ih is None else b_ih.to(dtype), None if b_hh is None else b_hh.to(dtype), None)
+        weights = self._weights(_CELL[0], dtype)
         if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
             x, h, c = x.to(dtype), h.to(dtype), c.to(dtype)
         y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
