@@ -93,9 +93,9 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
     TensorShape y_shape(input->sizes, input->sizes + input->dims);
     y_shape.back() = module.directions * module.features;
     const std::int64_t size = size_of(*dtype);
-    const Fresh y = new_empty(x, y_shape, size);
-    const Fresh h_n = module.cell ? Fresh() : new_empty(x, h_shape, size);
-    const Fresh c_n = new_empty(x, c_shape, size);
+    const Fresh y = new_empty(x, y_shape);
+    const Fresh h_n = module.cell ? Fresh() : new_empty(x, h_shape);
+    const Fresh c_n = new_empty(x, c_shape);
     {
         const py::gil_scoped_release released;
         const std::vector<std::int64_t> steps(time, batch);

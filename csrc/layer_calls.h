@@ -58,16 +58,14 @@ inline void* address(const py::object& tensor) { return tensor.cast<Data>().addr
 inline py::tuple layer_forward(const py::tuple& tensors, const LayerSizes& sizes, bool save) {
     const LayerInputs inputs(tensors, sizes);
     const std::int64_t directions = inputs.directions(), rows = inputs.rows(), hidden = sizes[1];
-    const std::int64_t size = size_of(inputs.dtype());
     TensorShape y_shape = inputs.x.attr("shape").cast<TensorShape>();
     y_shape.back() = directions * sizes[2];
-    const Fresh y = new_empty(inputs.x, y_shape, size);
-    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), sizes[2]}, size);
-    const Fresh c_n = new_empty(inputs.x, {directions, inputs.steps.front(), hidden}, size);
-    const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}, size) : Fresh();
-    const Fresh cells = !save       ? Fresh()
-                        : size == 2 ? new_empty(inputs.x, {directions, rows, hidden}, 4, types().float32)
-                                    : new_empty(inputs.x, {directions, rows, hidden}, size);
+    const Fresh y = new_empty(inputs.x, y_shape);
+    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), sizes[2]});
+    const Fresh c_n = new_empty(inputs.x, {directions, inputs.steps.front(), hidden});
+    const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}) : Fresh();
+    PyObject* const wide = size_of(inputs.dtype()) == 2 ? types().float32 : nullptr;
+    const Fresh cells = save ? new_empty(inputs.x, {directions, rows, hidden}, wide) : Fresh();
     const cpu::ForwardArgs args{address(inputs.x),
                                 address(inputs.h0),
                                 address(inputs.c0),
@@ -94,7 +92,7 @@ inline py::list layer_backward(const py::tuple& tensors, const LayerSizes& sizes
     py::list found;
     const auto next = [&](const TensorShape& shape, bool there = true) {  // of the next input
         const bool needed = there && py::object(needs[py::len(found)]).cast<bool>();
-        const Fresh made = needed ? new_empty(inputs.x, shape, size_of(inputs.dtype())) : Fresh();
+        const Fresh made = needed ? new_empty(inputs.x, shape) : Fresh();
         found.append(made.tensor);
         return made.data;
     };

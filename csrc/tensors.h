@@ -11,7 +11,6 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/arena.h"
 #include "lstm_math.h"
 
 namespace lstm::tensors {
@@ -91,8 +90,8 @@ struct Fresh {
     char* data = nullptr;
 };
 
-// As `like` in device and dtype, or of `dtype`, with elements of so many bytes.
-inline Fresh new_empty(py::handle like, const TensorShape& shape, std::int64_t bytes, PyObject* dtype = nullptr) {
+// As `like` in device and dtype, or of `dtype`.
+inline Fresh new_empty(py::handle like, const TensorShape& shape, PyObject* dtype = nullptr) {
     static PyObject* const name = PyUnicode_InternFromString("new_empty");
     static PyObject* const keywords = PyTuple_Pack(1, PyUnicode_InternFromString("dtype"));
     std::vector<py::int_> sizes(shape.begin(), shape.end());
@@ -100,14 +99,12 @@ inline Fresh new_empty(py::handle like, const TensorShape& shape, std::int64_t b
     for (const py::int_& size : sizes) args.push_back(size.ptr());
     const std::size_t positional = args.size();
     if (dtype != nullptr) args.push_back(dtype);
-    for (const std::int64_t size : shape) bytes *= size;
     Fresh made;
     made.tensor = py::reinterpret_steal<py::object>(
         PyObject_VectorcallMethod(name, args.data(), positional, dtype == nullptr ? nullptr : keywords));
     if (!made.tensor) throw py::error_already_set();
     made.data = static_cast<char*>(data_ptr(made.tensor));
     if (PyErr_Occurred()) throw py::error_already_set();
-    cpu::prefer_huge_pages(made.data, bytes);
     return made;
 }
 

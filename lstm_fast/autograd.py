@@ -239,7 +239,7 @@ def _reference_backward(
     x, h0, c0 = inputs[:_STATES]
     dy, dh_n, dc_n = grads
     form, x, y = x.shape, x.flatten(0, -2), y.flatten(0, -2)
-    dy = None if dy is None else dy.reshape(*y.shape)  # the one that is_grads_batched knows
+    dy = None if dy is None else dy.reshape(*y.shape)  # under is_grads_batched there is no flatten
     features = h0.size(2)
     found = []
     for d, (w_ih, w_hh, _, _, w_hr) in enumerate(_directions(inputs)):

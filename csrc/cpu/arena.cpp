@@ -19,14 +19,6 @@ std::int64_t& size_of(char* block) { return *reinterpret_cast<std::int64_t*>(blo
 
 }  // namespace
 
-void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::int64_t bytes) {
-#ifdef __linux__
-    const auto begin = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
-    const auto end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
-    if (memory != nullptr && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 Arena::Arena(std::int64_t bytes) {
     block_ = kept.exchange(nullptr);
     if (block_ != nullptr && size_of(block_) >= bytes) return;
@@ -34,7 +26,9 @@ Arena::Arena(std::int64_t bytes) {
     const std::int64_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     block_ = static_cast<char*>(std::aligned_alloc(kHugePage, size));
     if (block_ == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(block_, size);
+#ifdef __linux__
+    madvise(block_, size, MADV_HUGEPAGE);
+#endif
     size_of(block_) = size;
 }
 

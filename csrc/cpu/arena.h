@@ -8,10 +8,6 @@
 
 namespace lstm::cpu {
 
-// Asks the system to give memory that was not yet written pages of 2 MiB where whole ones lie in it: pages of 4 KiB one
-// by one take longer than it takes to fill them.
-void prefer_huge_pages(void* memory, std::int64_t bytes);
-
 // Arrays carved from one block. The first use counts the bytes, with null for every array; an arena made with that
 // count gives them. Arrays begin at multiples of 64 bytes and hold anything. A block of up to 64 MiB is kept for the
 // process's next call, whose pages then need not be made anew.

@@ -57,7 +57,11 @@ def layer_backward(
         if needs[0]:
             parts = [torch.mm(da, direction[0]) for da, direction in zip(dgates, weights, strict=True)]  # B7
             dx = (parts[0] if len(parts) == 1 else parts[0].add_(parts[1])).view(form)
-        gradients: list[Tensor | None] = [dx, dh.to(h0.dtype), dc.to(c0.dtype)]
+        gradients: list[Tensor | None] = [
+            dx,
+            dh.to(h0.dtype) if needs[1] else None,
+            dc.to(c0.dtype) if needs[2] else None,
+        ]
         for d, (_, _, b_ih, b_hh, _) in enumerate(weights):  # B8
             da = dgates[d].t()
             of_w_ih, of_w_hh, of_b_ih, of_b_hh, _ = needs[len(gradients) : len(gradients) + 5]
