@@ -53,6 +53,7 @@ _WHAT = {
 }
 
 
+# What `choose` says where `surely_cpu` is true, by the keyword.
 _SURELY = {"auto": Choice("cpu", _WHAT["cpu"]), "cpu": Choice("cpu", "asked for")}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lstm_fast import autograd
 from lstm_fast.autograd import layer
+from lstm_fast.kernels import LayerInputs, cpu
 
 ROWS, BATCH, INPUTS, HIDDEN, FEATURES = 6, 2, 3, 5, 4
 STATES, PER_DIRECTION = 3, 5
@@ -122,6 +123,23 @@ def test_no_steps_hand_the_states_and_their_gradients_through(backend: str, crea
     assert torch.equal(grads[1], torch.full_like(h0, 2))
     assert torch.equal(grads[2], torch.full_like(c0, 3))
     assert all(not g.any() for g in (grads[0], *grads[STATES:]))
+
+
+@pytest.mark.parametrize("index", range(STATES + 2 * PER_DIRECTION))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_gradient_alone_is_what_it_is_among_all(index: int, dtype: torch.dtype) -> None:
+    """Of the kernel itself, which makes no others; either bias has its gradient where the other has none."""
+    x, h0, c0, *weights = inputs(dtype=dtype)
+    layer_inputs = LayerInputs(x, h0, c0, [tuple(weights[:PER_DIRECTION]), tuple(weights[PER_DIRECTION:])], [BATCH] * 3)
+    y, h_n, c_n, saved = cpu.layer_forward(layer_inputs, True)
+    assert saved is not None
+    count = STATES + 2 * PER_DIRECTION
+    everything = cpu.layer_backward(layer_inputs, y, saved, (y, h_n, c_n), [True] * count)
+    alone = cpu.layer_backward(layer_inputs, y, saved, (y, h_n, c_n), [k == index for k in range(count)])
+    assert [k for k, g in enumerate(alone) if g is not None] == [index]
+    found, want = alone[index], everything[index]
+    assert found is not None and want is not None
+    assert bool(want.any()) and torch.equal(found, want)
 
 
 @pytest.mark.parametrize("grad", [False, True])
