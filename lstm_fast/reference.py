@@ -28,11 +28,14 @@ run under every torch.func transform.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+_LONGEST_SUM = 256  # terms that a library is given to add up
 
 
 class Gradients(NamedTuple):
@@ -76,6 +79,13 @@ def previous(value: Tensor, initial: Tensor, steps: list[int], reverse: bool) ->
             pieces.append(torch.cat([value[before[0] : before[0] + known], initial[known:n]]))
         before = (start, n)
     return torch.cat(pieces[::-1] if reverse else pieces)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [.., K] times b [K, ..], in parts of K: on some processors a library adds all terms up one after the other."""
+    pairs = zip(a.split(_LONGEST_SUM, 1), b.split(_LONGEST_SUM), strict=True)
+    result: Tensor = reduce(torch.add, (left @ right for left, right in pairs))
+    return result
 
 
 def layer(
@@ -172,11 +182,11 @@ def layer_backward(
     da = torch.cat(das)  # [N, 4H]
     h_previous = previous(y, h0, steps, reverse).to(acc)  # [N, R]
     return Gradients(
-        x=(da @ w_ih.to(acc)).to(dtype),  # B7
+        x=product(da, w_ih.to(acc)).to(dtype),  # B7
         h0=dh.to(dtype),
         c0=dc.to(dtype),
-        w_ih=(da.mT @ x.to(acc)).to(dtype),  # B8
-        w_hh=(da.mT @ h_previous).to(dtype),
+        w_ih=product(da.mT, x.to(acc)).to(dtype),  # B8
+        w_hh=product(da.mT, h_previous).to(dtype),
         b=da.sum(0).to(dtype),
-        w_hr=None if w_hr is None else (torch.cat(dhs).mT @ torch.cat(hiddens)).to(dtype),
+        w_hr=None if w_hr is None else product(torch.cat(dhs).mT, torch.cat(hiddens)).to(dtype),
     )
