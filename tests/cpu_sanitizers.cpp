@@ -36,6 +36,9 @@ class Barrier {
 
 #define LSTM_MEET barrier.wait()
 #include "../csrc/cpu/arena.cpp"
+#include "../csrc/cpu/jobs_avx2.cpp"
+#include "../csrc/cpu/jobs_avx512.cpp"
+#include "../csrc/cpu/jobs_baseline.cpp"
 #include "../csrc/cpu/layer.cpp"
 
 namespace {

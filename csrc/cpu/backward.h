@@ -8,15 +8,16 @@
 namespace lstm::cpu {
 
 // Rows of a chunk: the sums that make the weights' gradients are as long as they can be.
-constexpr Index kBackwardRows = kDepth;
+constexpr Index kBackwardRows = 512;
 
 // Gradients of all rows of a chunk, the left side of products along rows and down columns.
 template <typename A>
 struct ChunkGradients {
     Index columns;
-    Index ld;  // from one row to the next: not a power of two, whose rows would share a few sets of the cache
-    A* rows;   // [D, rows of a chunk, ld]
-    A* pairs;  // [D, rows of a chunk / 2, columns, 2] the same, where products read pairs
+    Index ld;   // from one row to the next: not a power of two, whose rows would share a few sets of the cache
+    A* rows;    // [D, rows of a chunk, ld]
+    A* packed;  // [D, columns / kRows, rows of a chunk + 1, kRows] the same for products down the columns; of pairs
+                // [D, rows of a chunk / 2, columns, 2]; null where those products read rows
 };
 
 // Where the gradient of a weight belongs, null where not asked for; and where it adds up over chunks: in its place, or,
@@ -76,8 +77,8 @@ struct Backward {
 
     ChunkGradients<A> of_chunk(Index columns, Arena& arena) const {
         const Index ld = columns + kUnits, rows = columns == 0 ? 0 : s.directions * (walk.chunk_rows + 1);
-        return {columns, ld, arena.take<A>(rows * ld),
-                std::is_same_v<T, BFloat16> ? arena.take<A>(rows * columns) : nullptr};
+        const bool packs = std::is_same_v<T, BFloat16> || s.instruction_set < InstructionSet::avx512;
+        return {columns, ld, arena.take<A>(rows * ld), packs ? arena.take<A>(rows * ld) : nullptr};
     }
 
     Gradient<T> gradient_of(void* to, Index size, Arena& arena) const {
@@ -116,50 +117,50 @@ struct Backward {
     A* factors;            // [D, tiles of x, h and m, rows of a chunk, 64] packed
 };
 
-// Rows of direction d in a chunk's gradients, and pairs of them.
+// Rows of direction d in a chunk's gradients, and the same packed.
 template <typename O, typename T>
 LSTM_HD O* chunk_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
     return reinterpret_cast<O*>(g.rows) + d * f.walk.chunk_rows * g.ld;
 }
 template <typename O, typename T>
-LSTM_HD O* chunk_pairs(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
-    return reinterpret_cast<O*>(g.pairs) + d * (f.walk.chunk_rows + f.walk.chunk_rows % 2) * g.columns;
+LSTM_HD O* chunk_packed(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
+    return reinterpret_cast<O*>(g.packed) + d * (f.walk.chunk_rows + 1) * g.ld;
 }
 
-// A tile of 64 columns of a weight, packed; of few rows in all, a whole one as it lies.
-template <typename O>
-struct RightSide {
-    const O* b;
-    Index ldb;
-};
-
+// Whether a tile of a weight is read as it lies: a whole one, of few rows in all.
 template <typename Isa, typename T>
 LSTM_HD bool lies_right(const Backward<T>& f, Index columns, Index tile) {
     return std::is_same_v<Operand<Isa, T>, T> && !std::is_same_v<T, BFloat16> && f.walk.few() &&
            (tile + 1) * kTile <= columns;
 }
 
-// Tile of w [rows, columns] of direction d; packed: [D, tiles, rows, 64].
+// Tile of direction d of packed: [D, tiles, rows, 64].
 template <typename Isa, typename T>
-LSTM_HD RightSide<Operand<Isa, T>> right_side(const Backward<T>& f, const T* w, Index rows, Index columns,
-                                              Acc<T>* packed, int d, Index tile) {
+LSTM_HD Right<Operand<Isa, T>> packed_weight(Acc<T>* packed, Index rows, Index columns, int d, Index tile) {
     using O = Operand<Isa, T>;
-    if constexpr (std::is_same_v<O, T>) {
-        if (lies_right<Isa>(f, columns, tile)) return {w + tile * kTile, columns};
+    return packed_at<Isa>(reinterpret_cast<O*>(packed) + (d * tiles_of(columns) + tile) * tile_size(rows), rows);
+}
+
+// Tile of w [rows, columns] of direction d: packed, or as it lies.
+template <typename Isa, typename T>
+LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w, Index rows, Index columns,
+                                                Acc<T>* packed, int d, Index tile) {
+    if constexpr (std::is_same_v<Operand<Isa, T>, T>) {
+        if (lies_right<Isa>(f, columns, tile)) return {w + tile * kTile, columns, panel_width<Isa, Acc<T>>};
     }
-    return {reinterpret_cast<O*>(packed) + (d * tiles_of(columns) + tile) * tile_size(rows), kTile};
+    const auto right = packed_weight<Isa, T>(packed, rows, columns, d, tile);
+    return {right.b, right.ld, right.panel};
 }
 
 template <typename Isa, typename T>
 LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index rows, Index columns, Acc<T>* packed, int d,
                          const Team& team, int thread) {
-    using O = Operand<Isa, T>;
     for (Index tile = thread; tile < tiles_of(columns); tile += team.threads) {
         if (lies_right<Isa>(f, columns, tile)) continue;
         const Index first = tile * kTile;
         pack_columns<Isa, T>(
             rows, std::min(kTile, columns - first), [&](Index k) LSTM_INLINED { return w + k * columns + first; },
-            reinterpret_cast<O*>(packed) + (d * tiles_of(columns) + tile) * tile_size(rows));
+            packed_weight<Isa, T>(packed, rows, columns, d, tile));
     }
 }
 
@@ -262,10 +263,10 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
                            Index columns, Acc<T>* packed, const Part& part, Acc<T>* to, Index ld_to) {
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
         const auto right = right_side<Isa>(step.f, w, depth, columns, packed, step.d, tile);
-        for (Index k = 0; k < depth; k += kDepth) {  // so much of the tile stays in cache
+        for (Index k = 0; k < depth; k += Isa::depth) {  // so much of the tile stays in cache
             for_blocks(step.team, part, step.f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
-                multiply<Isa>(rows, left + b * ld + k, ld, right.b + k * right.ldb, right.ldb,
-                              std::min(kDepth, depth - k), to + b * ld_to + tile * kTile, ld_to, k > 0);
+                multiply<Isa>(rows, left + b * ld + k, ld, right.from(k), std::min(Isa::depth, depth - k),
+                              to + b * ld_to + tile * kTile, ld_to, k > 0);
             });
         }
     }

@@ -80,21 +80,27 @@ struct Forward {
     A* m;                 // [D, B, padded] o tanh(c), where it is projected
 };
 
-// Of one tile: W_ih's part [I, 64], then that of W_hh [R, 64].
-template <typename O, typename T>
-LSTM_HD O* packed_tile(const Forward<T>& f, int d, Index tile) {
-    return reinterpret_cast<O*>(f.packed) + (d * f.tiles + tile) * f.packed_size();
+// One tile of W_ih [I, 64] and of W_hh [R, 64], one behind the other, or joined in one of depth I + R.
+template <typename Isa, typename O, typename T>
+LSTM_HD Right<O> packed_ih(const Forward<T>& f, int d, Index tile) {
+    O* const packed = reinterpret_cast<O*>(f.packed) + (d * f.tiles + tile) * f.packed_size();
+    return packed_at<Isa>(packed, f.joined ? f.s.input + f.features : f.s.input);
+}
+template <typename Isa, typename O, typename T>
+LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
+    const Right<O> first = packed_ih<Isa, O>(f, d, tile);
+    return f.joined ? first.from(f.s.input) : packed_at<Isa>(first.b + tile_size(f.s.input), f.features);
 }
 
 // c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or of few rows in all its rows as they lie.
 template <typename Isa, typename T>
 LSTM_HD void multiply_weight(const Forward<T>& f, Index rows, const Operand<Isa, T>* left, Index ld,
-                             const Groups<T>& rows_of_w, const Operand<Isa, T>* packed, Index k, Acc<T>* c,
+                             const Groups<T>& rows_of_w, const Right<const Operand<Isa, T>>& packed, Index k, Acc<T>* c,
                              bool accumulate) {
     if (f.unpacked) {
         multiply_unpacked<Isa>(rows, left, ld, rows_of_w, k, c, accumulate);
     } else {
-        multiply<Isa>(rows, left, ld, packed, kTile, k, c, kTile, accumulate);
+        multiply<Isa>(rows, left, ld, packed, k, c, kTile, accumulate);
     }
 }
 
@@ -119,10 +125,10 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     using O = Operand<Isa, T>;
     const Index hidden = f.s.hidden, first = f.walk.start[t] + b;
     const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.padded;
-    alignas(64) Acc<T> h[kRows * kTile];
+    alignas(64) Acc<T> h[Isa::blocks * kRows * kTile];
     const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
-    multiply_weight<Isa>(f, rows, m, f.padded, plain_rows(f.weights[d].w_hr, f.features, hidden, tile), packed, hidden,
-                         h, false);
+    multiply_weight<Isa>(f, rows, m, f.padded, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
+                         packed_at<Isa>(packed, hidden), hidden, h, false);
     for (Index r = 0; r < rows; ++r) {
         for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
             store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),
@@ -139,16 +145,16 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
     const Index hidden = f.s.hidden, input = f.s.input, features = f.features;
     const Index unit = tile * kUnits, count = std::min(kUnits, hidden - unit), first = f.walk.start[t] + b;
     const A* const bias = f.bias + (d * f.tiles + tile) * kTile;
-    const O* const packed = packed_tile<const O>(f, d, tile);
     const O* const states = before + b * f.ld;
-    alignas(64) A both[kRows * kTile];
+    alignas(64) A both[Isa::blocks * kRows * kTile];
     A* products = both;  // [rows, 4, 16]
     if (f.joined) {
-        multiply<Isa>(rows, states, f.ld, packed, kTile, input + features, products, kTile, false);
+        multiply<Isa>(rows, states, f.ld, packed_ih<Isa, const O>(f, d, tile), input + features, products, kTile,
+                      false);
     } else {
         products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
         multiply_weight<Isa>(f, rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
-                             packed + tile_size(input), features, products, true);
+                             packed_hh<Isa, const O>(f, d, tile), features, products, true);
     }
     for (Index r = 0; r < rows; ++r) {
         const A* const z = products + r * kTile;
@@ -198,9 +204,9 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         const TypedWeights<T>& w = f.weights[i / f.tiles];
         const Index tile = i % f.tiles, unit = tile * kUnits, count = std::min(kUnits, s.hidden - unit);
         if (!f.unpacked) {
-            O* const packed = packed_tile<O>(f, 0, i);
-            if (!packs_in_passing(f, team)) pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed);
-            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed + tile_size(s.input));
+            if (!packs_in_passing(f, team))
+                pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed_ih<Isa, O>(f, 0, i));
+            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed_hh<Isa, O>(f, 0, i));
         }
         for (Index gate = 0; gate < 4; ++gate) {
             A* const bias = f.bias + i * kTile + gate * kUnits;
@@ -213,7 +219,7 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
     for (Index i = thread; !f.unpacked && i < s.directions * f.feature_tiles; i += team.threads) {
         const T* const w = f.weights[i / f.feature_tiles].w_hr;
         pack_rows<Isa>(plain_rows(w, f.features, s.hidden, i % f.feature_tiles), s.hidden,
-                       reinterpret_cast<O*>(f.w_hr) + i * tile_size(s.hidden));
+                       packed_at<Isa>(reinterpret_cast<O*>(f.w_hr) + i * tile_size(s.hidden), s.hidden));
     }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
         const Index d = i / s.batch, b = i % s.batch;
@@ -244,11 +250,11 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
     const bool in_passing = packs_in_passing(f, team);
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
         const auto rows_of_w = gate_rows(f.weights[d].w_ih, f.s.hidden, input, tile);
-        O* const packed = packed_tile<O>(f, d, in_passing ? part.tile : tile);
-        if (in_passing) pack_rows<Isa>(rows_of_w, input, packed);
+        const Index place = in_passing ? part.tile : tile;
+        if (in_passing) pack_rows<Isa>(rows_of_w, input, packed_ih<Isa, O>(f, d, place));
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
-            multiply_weight<Isa>(f, rows, x + first * input, input, rows_of_w, packed, input,
-                                 f.of_tile(d, tile) + first * kTile, false);
+            multiply_weight<Isa>(f, rows, x + first * input, input, rows_of_w, packed_ih<Isa, const O>(f, d, place),
+                                 input, f.of_tile(d, tile) + first * kTile, false);
         };
         if (part.all_rows(team)) {
             take(0, chunk.rows);
@@ -292,7 +298,7 @@ template <typename Isa, typename T>
 LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
-    const Team team = make_team(s, f.tiles, threads);
+    const Team team = make_team<Isa>(s, f.tiles, threads);
     const auto states = [&](int d, Index turn) { return reinterpret_cast<O*>(f.h) + (2 * d + turn) * s.batch * f.ld; };
     prepare_forward<Isa>(f, team, thread);
     for (int d = 0; f.joined && d < s.directions; ++d)

@@ -8,7 +8,7 @@
 
 namespace lstm::cpu {
 
-constexpr Index kRowsAtOnce = 64;  // of a product whose result is not at once where it belongs
+constexpr Index kRowsAtOnce = 10 * kRows;  // of a product whose result is not at once where it belongs
 
 // What a chunk's gradients are multiplied by to give the gradient of one weight.
 template <typename T>
@@ -36,9 +36,10 @@ LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, c
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
     const Index first = tile * kTile, columns = std::min(kTile, factor.columns - first);
+    const Right<O> to = packed_at<Isa>(packed, chunk.rows);
     if (factor.of == Factor<T>::x) {
         const auto row_of_x = [&](Index row) LSTM_INLINED { return f.x + (chunk.base + row) * s.input + first; };
-        pack_columns<Isa, T>(chunk.rows, columns, row_of_x, packed);
+        pack_columns<Isa, T>(chunk.rows, columns, row_of_x, to);
     } else if (factor.of == Factor<T>::states) {
         Index t = chunk.first;  // the step of the row at hand: rows come in order
         const auto state_before = [&](Index row) LSTM_INLINED {
@@ -47,12 +48,12 @@ LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, c
             return before < 0 ? f.h0 + (d * s.batch + b) * s.features + first
                               : f.y + ((f.walk.start[before] + b) * s.directions + d) * s.features + first;
         };
-        pack_columns<Isa, T>(chunk.rows, columns, state_before, packed);
+        pack_columns<Isa, T>(chunk.rows, columns, state_before, to);
     } else {
         const auto row_of_m = [&](Index row) LSTM_INLINED {
             return reinterpret_cast<const O*>(f.m) + (d * f.walk.chunk_rows + row) * s.hidden + first;
         };
-        pack_columns<Isa, O>(chunk.rows, columns, row_of_m, packed);
+        pack_columns<Isa, O>(chunk.rows, columns, row_of_m, to);
     }
 }
 
@@ -68,15 +69,26 @@ LSTM_HD void for_factors(const Backward<T>& f, int d, const Take& take) {
     }
 }
 
-// The chunk's gradients with two rows side by side.
+// How the chunk's gradients lie for products down their columns: in AVX-512 as they are.
+template <typename Isa>
+constexpr Along gradients_along = Isa::blocks > 1 ? Along::blocks : Along::columns;
+
+// This thread's part of packing them: in blocks, or with two rows side by side.
 template <typename Isa, typename T>
-LSTM_HD void pair_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
-                       const Team& team, int thread) {
-    const BFloat16* const from = chunk_rows<const BFloat16>(f, g, d);
-    BFloat16* const to = chunk_pairs<BFloat16>(f, g, d);
-    for (Index row = 2 * thread; row < chunk.rows; row += 2 * team.threads) {
-        const BFloat16* const even = from + row * g.ld;
-        interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, g.columns, to + row * g.columns);
+LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
+                            const Team& team, int thread) {
+    using O = Operand<Isa, T>;
+    const O* const from = chunk_rows<const O>(f, g, d);
+    O* const to = chunk_packed<O>(f, g, d);
+    if constexpr (gradients_along<Isa> == Along::blocks) {
+        const Index blocks = tiles_of(g.columns, kRows);
+        pack_blocks<Isa>(from, g.ld, chunk.rows, blocks * thread / team.threads, blocks * (thread + 1) / team.threads,
+                         to);
+    } else if constexpr (sizeof(O) < sizeof(Acc<T>)) {
+        for (Index row = 2 * thread; row < chunk.rows; row += 2 * team.threads) {
+            const O* const even = from + row * g.ld;
+            interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, g.columns, to + row * g.columns);
+        }
     }
 }
 
@@ -98,12 +110,12 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
             T* const dx = f.dx + first * input + tile * kTile;
             if constexpr (!Backward<T>::rounded) {
                 if (count == kTile) {
-                    multiply<Isa>(rows, left, f.da.ld, right.b, right.ldb, depth, dx, input, add);  // B7
+                    multiply<Isa>(rows, left, f.da.ld, right, depth, dx, input, add);  // B7
                     continue;
                 }
             }
             alignas(64) Acc<T> products[kRowsAtOnce * kTile];
-            multiply<Isa>(rows, left, f.da.ld, right.b, right.ldb, depth, products, kTile, false);
+            multiply<Isa>(rows, left, f.da.ld, right, depth, products, kTile, false);
             for (Index r = 0; r < rows; ++r) {
                 T* const row = dx + r * input;
                 store_row<Isa>(products + r * kTile, count, add ? row : nullptr, row);
@@ -131,21 +143,29 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
                              const Operand<Isa, T>* packed, Index tile, Index index) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
-    constexpr Index unit = sizeof(A) / sizeof(O);  // 2 where products read pairs
+    constexpr Along along = gradients_along<Isa>;
+    constexpr bool pairs = sizeof(O) < sizeof(A);
     const ChunkGradients<A>& g = *factor.rows;
     const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile);
-    const Index rows = g.columns / factor.parts, first = part * rows, lda = unit == 2 ? g.columns : g.ld;
-    const O* const a = (unit == 2 ? chunk_pairs<const O>(f, g, d) : chunk_rows<const O>(f, g, d)) + first * unit;
+    const auto begin = [&](Index i) {  // at whole blocks
+        return std::min(tiles_of(g.columns * i / factor.parts, kRows) * kRows, g.columns);
+    };
+    const Index first = begin(part), rows = begin(part + 1) - first;
+    const Index lda = along == Along::blocks ? chunk.rows + 1 : pairs ? g.columns : g.ld;
+    const Index of_row = along == Along::blocks ? lda : sizeof(A) / sizeof(O);
+    const bool packs = along == Along::blocks || pairs;
+    const O* const a = (packs ? chunk_packed<const O>(f, g, d) : chunk_rows<const O>(f, g, d)) + first * of_row;
+    const Right<const O> right = packed_at<Isa>(packed, chunk.rows);
     const Index at = first * columns + tile * kTile;
     if (count == kTile && (!Backward<T>::rounded || index + 1 < f.walk.chunks())) {
         A* const sum = factor.gradient.sum + at;
-        multiply<Isa, Along::columns>(rows, a, lda, packed, kTile, chunk.rows, sum, columns, index > 0);
+        multiply<Isa, along>(rows, a, lda, right, chunk.rows, sum, columns, index > 0);
         return;
     }
     alignas(64) A products[kRowsAtOnce * kTile];
     for (Index row = 0; row < rows; row += kRowsAtOnce) {
         const Index block = std::min(kRowsAtOnce, rows - row);
-        multiply<Isa, Along::columns>(block, a + row * unit, lda, packed, kTile, chunk.rows, products, kTile, false);
+        multiply<Isa, along>(block, a + row * of_row, lda, right, chunk.rows, products, kTile, false);
         for (Index r = 0; r < block; ++r)
             add_up<Isa>(f, index, products + r * kTile, count, factor.gradient, at + (row + r) * columns);
     }
@@ -180,10 +200,8 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
         for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, O* packed) LSTM_INLINED {
             if (mine()) pack_factor<Isa>(f, factor, d, chunks[d], tile, packed);
         });
-        if constexpr (sizeof(O) < sizeof(Acc<T>)) {
-            pair_rows<Isa>(f, f.da, d, chunks[d], team, thread);
-            if (f.projected) pair_rows<Isa>(f, f.dr, d, chunks[d], team, thread);
-        }
+        pack_gradients<Isa>(f, f.da, d, chunks[d], team, thread);
+        if (f.projected) pack_gradients<Isa>(f, f.dr, d, chunks[d], team, thread);
     }
     meet();
     for (int d = 0; d < s.directions; ++d) {
@@ -233,7 +251,7 @@ LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread
 template <typename Isa, typename T>
 LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
     const Shape& s = f.s;
-    const Team team = make_team(s, f.tiles, threads);
+    const Team team = make_team<Isa>(s, f.tiles, threads);
     prepare_backward<Isa>(f, team, thread);
     meet();
     for (Index index = 0; index < f.walk.chunks(); ++index) {

@@ -4,31 +4,10 @@
 #include <omp.h>
 #endif
 
-#include "forward.h"
-#include "gradients.h"
+#include "jobs.h"
 
 namespace lstm::cpu {
 namespace {
-
-// A Job's part of one thread, compiled for each instruction set.
-template <typename Job>
-void run_baseline(const Job& job, int thread, int threads) {
-    run_thread<Baseline>(job, thread, threads);
-}
-#ifdef __x86_64__
-template <typename Job>
-__attribute__((target(LSTM_AVX2_TARGET))) void run_avx2(const Job& job, int thread, int threads) {
-    run_thread<Avx2>(job, thread, threads);
-}
-template <typename Job>
-__attribute__((target(LSTM_AVX512_TARGET))) void run_avx512(const Job& job, int thread, int threads) {
-    run_thread<Avx512>(job, thread, threads);
-}
-template <typename Job>
-__attribute__((target(LSTM_PAIRS_TARGET))) void run_pairs(const Job& job, int thread, int threads) {
-    run_thread<Pairs>(job, thread, threads);
-}
-#endif
 
 template <typename Job>
 auto kernel_of([[maybe_unused]] InstructionSet set) {

@@ -1,56 +1,100 @@
 // The one product that everything is made of: a few rows times a tile of 64 columns, and how tiles are packed for it.
 //
 // An operand is A, the accumulation type, or bf16 where the processor multiplies pairs of it (OperandOf). A packed tile
-// is [k, 64]; of bf16 [k / 2, 64, 2], two neighbours in k side by side, with 0 behind an odd k.
+// lies in panels of as many columns as one pass over k takes, [64 / width, k, width], each read front to back. Of bf16
+// a tile is [k / 2, 64, 2], two neighbours in k side by side, with 0 behind an odd k.
 #pragma once
 
 #include "vectors.h"
 
 namespace lstm::cpu {
 
-constexpr int kRows = 6;       // most rows of one block: 6 x 4 accumulators fit the 32 registers of AVX-512 and NEON
-constexpr Index kDepth = 512;  // longest sum in registers: a tile of so many rows stays in the second cache
+constexpr int kRows = 6;  // most rows of one block: 6 x 4 sums fit the 32 registers of AVX-512, 6 x 2 the 16 of AVX2
+
+// Columns of a panel of operands O.
+template <typename Isa, typename O>
+constexpr Index panel_width = Isa::vectors * lanes<Isa, O>;
+template <typename Isa>
+constexpr Index panel_width<Isa, BFloat16> = kTile;
 
 // Elements of a packed tile of depth k.
 LSTM_HD Index tile_size(Index k) { return (k + k % 2) * kTile; }
 
-// How a product finds element (row, p) of its left side: a[row * lda + p], or, down the columns, a[p * lda + row].
-enum class Along { rows, columns };
+// The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
+// a panel's width.
+template <typename O>
+struct Right {
+    O* b;
+    Index ld, panel;
 
-// c[rows, 64] = a[rows, k] b[k, 64], or += if accumulate. ldb, ldc: elements from one row to the next. Each element is
-// one sum in the order of k from 0, so that it does not depend on how rows are put into blocks.
-template <typename Isa, int Rows, Along along, typename A>
-LSTM_HD void multiply_rows(const A* a, Index lda, const A* b, Index ldb, Index k, A* c, Index ldc, bool accumulate) {
+    LSTM_HD Right from(Index p) const { return {b + p * ld, ld, panel}; }
+};
+
+// The packed tile of depth k at b.
+template <typename Isa, typename O>
+LSTM_HD Right<O> packed_at(O* b, Index k) {
+    constexpr Index width = panel_width<Isa, std::remove_const_t<O>>;
+    return {b, width, (k + k % 2) * width};
+}
+
+// How a product finds element (row, p) of its left side: a[row * lda + p]; down the columns, a[p * lda + row]; or in
+// packed blocks of kRows rows, [rows / kRows, lda, kRows], so that a block is read front to back.
+enum class Along { rows, columns, blocks };
+
+// How many vectors side by side `rows` rows are multiplied by: more for few rows, whose sums would wait for each other.
+template <typename Isa, typename A>
+constexpr int vectors_for(int rows) {
+    int vectors = Isa::vectors;
+    while (2 * vectors * lanes<Isa, A> <= kTile && 2 * vectors * rows + 4 <= Isa::registers) vectors *= 2;
+    return vectors;
+}
+
+// One pass over k: c[rows, n] = a[rows, k] b[k, n], or += if accumulate, of n columns in `Vectors` vectors. ldc:
+// elements from one row to the next. Each element is one sum in the order of k from 0, so that it does not depend on
+// how rows and columns are put together.
+template <typename Isa, int Rows, int Vectors, Along along, typename A>
+LSTM_HD void multiply_pass(const A* a, Index lda, const Right<const A>& b, Index k, A* c, Index ldc, bool accumulate) {
     constexpr Index side = lanes<Isa, A>;
-    for (Index column = 0; column < kTile; column += Isa::vectors * side) {
-        Vector<Isa, A> sum[Rows][Isa::vectors] = {};
-        for (Index p = 0; p < k; ++p) {
-            Vector<Isa, A> row[Isa::vectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < Isa::vectors; ++v)
-                std::memcpy(&row[v], b + p * ldb + column + v * side, sizeof(row[v]));
+    Vector<Isa, A> sum[Rows][Vectors] = {};
+    for (Index p = 0; p < k; ++p) {
+        Vector<Isa, A> row[Vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
+            const A* const panel = b.b + v / Isa::vectors * b.panel;
+            std::memcpy(&row[v], panel + p * b.ld + v % Isa::vectors * side, sizeof(row[v]));
+        }
 #pragma GCC unroll 6
-            for (int r = 0; r < Rows; ++r) {
-                const A x = along == Along::rows ? a[r * lda + p] : a[p * lda + r];
-#pragma GCC unroll 4
-                for (int v = 0; v < Isa::vectors; ++v) sum[r][v] += x * row[v];
+        for (int r = 0; r < Rows; ++r) {
+            const A x = along == Along::rows ? a[r * lda + p] : a[p * lda + r];
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v) sum[r][v] += x * row[v];
+        }
+    }
+    const auto put = [&](bool add) LSTM_INLINED {
+#pragma GCC unroll 6
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v) {
+                A* const to = c + r * ldc + v * side;
+                if (add) sum[r][v] += load_vector<Isa>(to);
+                store_vector<Isa, A>(sum[r][v], to);
             }
         }
-        for (int r = 0; r < Rows; ++r) {
-            Vector<Isa, A> before[Isa::vectors] = {};
-            if (accumulate) std::memcpy(before, c + r * ldc + column, sizeof(before));
-            for (int v = 0; v < Isa::vectors; ++v) sum[r][v] += before[v];
-            std::memcpy(c + r * ldc + column, sum[r], sizeof(sum[r]));
-        }
+    };
+    if (accumulate) {
+        put(true);
+    } else {
+        put(false);
     }
 }
 
 #ifdef __x86_64__
 // The same with pairs. Down the columns, a[p * lda + 2 * row] is the pair of p and p + 1, p even.
-template <typename Isa, int Rows, Along along>
-__attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_rows(const BFloat16* a, Index lda, const BFloat16* b,
-                                                                     Index ldb, Index k, float* c, Index ldc,
-                                                                     bool accumulate) {
+template <typename Isa, int Rows, int Vectors, Along along>
+__attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_pass(const BFloat16* a, Index lda,
+                                                                     const Right<const BFloat16>& b, Index k, float* c,
+                                                                     Index ldc, bool accumulate) {
+    static_assert(Vectors == 4, "a whole tile");
     __m512 sum[Rows][4];
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
@@ -60,7 +104,7 @@ __attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_rows(const BFloa
     for (Index p = 0; p < k; p += 2) {
         __m512i row[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) row[v] = _mm512_loadu_si512(b + p * ldb + 32 * v);
+        for (int v = 0; v < 4; ++v) row[v] = _mm512_loadu_si512(b.b + p * b.ld + 32 * v);
 #pragma GCC unroll 6
         for (int r = 0; r < Rows; ++r) {
             std::int32_t pair = 0;
@@ -87,35 +131,79 @@ __attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_rows(const BFloa
 }
 #endif
 
-// multiply_rows for any number of rows, in blocks of nearly the same size, and for any k.
-template <typename Isa, Along along = Along::rows, typename O, typename A>
-LSTM_HD void multiply(Index rows, const O* a, Index lda, const O* b, Index ldb, Index k, A* c, Index ldc,
-                      bool accumulate) {
+// multiply_pass for 1 to kRows rows, of as many columns as one pass takes: more of few rows, if `alone`.
+template <typename Isa, Along along, typename O, typename A>
+LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const Right<const O>& b, Index k, A* c,
+                            Index ldc, bool accumulate) {
+    for (Index r = 0; along == Along::columns && r < rows; ++r) {  // c lies far away: let it come meanwhile
+        for (Index j = 0; j < panel_width<Isa, A>; j += 64 / sizeof(A)) __builtin_prefetch(c + r * ldc + j, 1);
+    }
+    const auto pass = [&](auto n) LSTM_INLINED {
+        constexpr int Rows = decltype(n)::value, wide = vectors_for<Isa, A>(Rows);
+        if constexpr (wide > Isa::vectors) {
+            if (alone) return multiply_pass<Isa, Rows, wide, along>(a, lda, b, k, c, ldc, accumulate);
+        }
+        multiply_pass<Isa, Rows, Isa::vectors, along>(a, lda, b, k, c, ldc, accumulate);
+    };
+#define LSTM_CASE(n) \
+    case n:          \
+        return pass(std::integral_constant<int, n>());
     static_assert(kRows == 6, "one case for each number of rows");
-    const Index blocks = (rows + kRows - 1) / kRows, of_row = along == Along::rows ? lda : sizeof(A) / sizeof(O);
-    const Index of_depth = along == Along::rows ? 1 : lda;
+    switch (rows) { LSTM_CASE(1) LSTM_CASE(2) LSTM_CASE(3) LSTM_CASE(4) LSTM_CASE(5) LSTM_CASE(6) }
+#undef LSTM_CASE
+}
+
+// multiply_pass for any number of rows, in blocks of nearly the same size, for all columns of a tile, and for any k.
+// Some blocks take turns at a panel, which meanwhile stays in cache.
+template <typename Isa, Along along, typename O, typename A>
+LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<const O>& b, Index k, A* c, Index ldc,
+                             bool accumulate) {
+    constexpr Index side = lanes<Isa, A>;
+    constexpr Along in_block = along == Along::rows ? Along::rows : Along::columns;
+    const Index blocks = (rows + kRows - 1) / kRows, of_row = along == Along::columns ? sizeof(A) / sizeof(O) : lda;
+    const Index of_depth = along == Along::rows ? 1 : along == Along::columns ? lda : kRows;
+    const Index width = side * (blocks == 1 ? vectors_for<Isa, A>(static_cast<int>(rows)) : Isa::vectors);
     Index p = 0;
     do {  // once for k = 0 too, which is a sum of nothing
-        const Index depth = std::min(kDepth, k - p);
-        for (Index block = 0; block < blocks; ++block) {
-            const Index first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-            const O* const a_block = a + first * of_row + p * of_depth;
-            const O* const b_block = b + p * ldb;
-            A* const c_block = c + first * ldc;
-            for (Index r = 0; along == Along::columns && r < count; ++r) {  // c lies far away: let it come meanwhile
-                for (Index column = 0; column < kTile; column += 64 / sizeof(A))
-                    __builtin_prefetch(c_block + r * ldc + column, 1);
+        const Index depth = std::min(Isa::depth, k - p);
+        for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
+            for (Index column = 0; column < kTile; column += width) {
+                const Right<const O> panels = {b.b + p * b.ld + column / panel_width<Isa, A> * b.panel, b.ld, b.panel};
+                for (Index block = turn; block < std::min(turn + Isa::blocks, blocks); ++block) {
+                    const auto begin = [&](Index i) {
+                        return along == Along::blocks ? std::min(i * kRows, rows) : rows * i / blocks;
+                    };
+                    const Index first = begin(block), count = begin(block + 1) - first;
+                    multiply_block<Isa, in_block>(count, blocks == 1, a + first * of_row + p * of_depth,
+                                                  along == Along::blocks ? kRows : lda, panels, depth,
+                                                  c + first * ldc + column, ldc, accumulate);
+                }
             }
-#define LSTM_CASE(n)                                                                               \
-    case n:                                                                                        \
-        multiply_rows<Isa, n, along>(a_block, lda, b_block, ldb, depth, c_block, ldc, accumulate); \
-        break;
-            switch (count) { LSTM_CASE(1) LSTM_CASE(2) LSTM_CASE(3) LSTM_CASE(4) LSTM_CASE(5) LSTM_CASE(6) }
-#undef LSTM_CASE
         }
-        p += kDepth;
+        p += Isa::depth;
         accumulate = true;
     } while (p < k);
+}
+
+// multiply_blocks as a function of its own, one for all its callers.
+#define LSTM_MULTIPLY(Isa, ...)                                                                                       \
+    template <Along along, typename O, typename A>                                                                    \
+    __attribute__((noinline __VA_ARGS__)) void multiply_in(                                                           \
+        Isa, Index rows, const O* a, Index lda, const Right<const O>& b, Index k, A* c, Index ldc, bool accumulate) { \
+        multiply_blocks<Isa, along>(rows, a, lda, b, k, c, ldc, accumulate);                                          \
+    }
+LSTM_MULTIPLY(Baseline)
+#ifdef __x86_64__
+LSTM_MULTIPLY(Avx2, , target(LSTM_AVX2_TARGET))
+LSTM_MULTIPLY(Avx512, , target(LSTM_AVX512_TARGET))
+LSTM_MULTIPLY(Pairs, , target(LSTM_PAIRS_TARGET))
+#endif
+#undef LSTM_MULTIPLY
+
+template <typename Isa, Along along = Along::rows, typename O, typename A>
+LSTM_HD void multiply(Index rows, const O* a, Index lda, const Right<const O>& b, Index k, A* c, Index ldc,
+                      bool accumulate) {
+    multiply_in<along>(Isa(), rows, a, lda, b, k, c, ldc, accumulate);
 }
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
@@ -130,14 +218,15 @@ struct Groups {
 // Rows of `depth` elements become columns: the tile [depth, 64], 0 where a group has no row. By blocks of one vector's
 // lanes a side, from memory to memory by way of registers alone wherever a block is whole.
 template <typename Isa, typename T>
-LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Acc<T>* to) {
+LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, const Right<Acc<T>>& to) {
     using A = Acc<T>;
     constexpr int side = lanes<Isa, A>;
     for (Index group = 0; group < 4; ++group) {
         for (Index k = 0; k < depth; k += side) {
             for (Index j = 0; j < kUnits; j += side) {
                 const T* const from = groups.first[group] + j * depth + k;
-                A* const tile = to + k * kTile + group * kUnits + j;
+                const Index column = group * kUnits + j, width = panel_width<Isa, A>;
+                A* const tile = to.b + column / width * to.panel + k * to.ld + column % width;
                 const Index columns = std::min<Index>(side, depth - k);
                 Vector<Isa, A> rows[side];
                 if (columns == side && groups.count[group] >= j + side) {
@@ -153,7 +242,7 @@ LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Acc<T>* to) {
                 transpose(rows);
 #pragma GCC unroll 16
                 for (int r = 0; r < side; ++r) {
-                    if (r < columns) std::memcpy(tile + r * kTile, &rows[r], sizeof(rows[r]));
+                    if (r < columns) std::memcpy(tile + r * to.ld, &rows[r], sizeof(rows[r]));
                 }
             }
         }
@@ -162,30 +251,54 @@ LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, Acc<T>* to) {
 
 // `columns` <= 64 columns of k rows, the p-th at row(p), to [k, 64] with 0 behind.
 template <typename Isa, typename T, typename Row>
-LSTM_HD void pack_columns(Index k, Index columns, const Row& row, Acc<T>* to) {
+LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Acc<T>>& to) {
+    using A = Acc<T>;
+    constexpr Index side = lanes<Isa, A>, width = panel_width<Isa, A>;
     for (Index p = 0; p < k; ++p) {
         const T* const from = row(p);
-        for (Index j = 0; j < kTile; j += kUnits)
-            load_units<Isa>(from + j, std::clamp<Index>(columns - j, 0, kUnits), to + p * kTile + j);
+        for (Index j = 0; j < kTile; j += kUnits) {
+            alignas(64) A units[kUnits];
+            const Index count = std::clamp<Index>(columns - j, 0, kUnits);
+            if (count < kUnits) load_units<Isa>(from + j, count, units);
+            for (Index i = 0; i < kUnits; i += side) {
+                const auto x = count < kUnits ? load_vector<Isa>(units + i) : load_vector<Isa>(from + j + i);
+                store_vector<Isa, A>(x, to.b + (j + i) / width * to.panel + p * to.ld + (j + i) % width);
+            }
+        }
+    }
+}
+
+// Columns of a[k, columns] to blocks of kRows of them, [columns / kRows, k + 1, kRows]: a block's columns side by side,
+// from the first-th block up to the last-th. Whole vectors are read and written, whose ends the next row overwrites;
+// the last row's lie in the row behind it.
+template <typename Isa, typename A>
+LSTM_HD void pack_blocks(const A* a, Index lda, Index k, Index first, Index last, A* to) {
+    constexpr Index side = lanes<Isa, A>;
+    for (Index block = first; block < last; ++block) {
+        A* const packed = to + block * (k + 1) * kRows;
+        for (Index p = 0; p < k; ++p) {
+            for (Index r = 0; r < kRows; r += side)
+                store_vector<Isa, A>(load_vector<Isa>(a + p * lda + block * kRows + r), packed + p * kRows + r);
+        }
     }
 }
 
 #ifdef __x86_64__
 template <typename Isa>
-LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, BFloat16* to) {
+LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, const Right<BFloat16>& to) {
     if (depth % 2 == 0) {  // a pair lies there as one 32-bit word, whose value no copy looks at
         Groups<float> words;
         for (int group = 0; group < 4; ++group) {
             words.first[group] = reinterpret_cast<const float*>(groups.first[group]);
             words.count[group] = groups.count[group];
         }
-        return pack_rows<Isa>(words, depth / 2, reinterpret_cast<float*>(to));
+        return pack_rows<Isa>(words, depth / 2, Right<float>{reinterpret_cast<float*>(to.b), to.ld, to.panel});
     }
     for (Index k = 0; k < depth + depth % 2; ++k) {
         for (Index column = 0; column < kTile; ++column) {
             const Index group = column / kUnits, j = column % kUnits;
             const bool there = k < depth && j < groups.count[group];
-            to[(k / 2 * kTile + column) * 2 + k % 2] = there ? groups.first[group][j * depth + k] : BFloat16{0};
+            to.b[(k / 2 * kTile + column) * 2 + k % 2] = there ? groups.first[group][j * depth + k] : BFloat16{0};
         }
     }
 }
@@ -215,11 +328,11 @@ LSTM_HD void interleave(const BFloat16* even, const BFloat16* odd, Index count, 
 }
 
 template <typename Isa, typename T, typename Row>
-LSTM_HD void pack_columns(Index k, Index columns, const Row& row, BFloat16* to) {
+LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<BFloat16>& to) {
     for (Index p = 0; p < k; p += 2) {
         const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : nullptr;
-        if (columns < kTile) std::fill_n(to + p * kTile, 2 * kTile, BFloat16{0});
-        interleave<Isa>(even, odd, columns, to + p * kTile);
+        if (columns < kTile) std::fill_n(to.b + p * kTile, 2 * kTile, BFloat16{0});
+        interleave<Isa>(even, odd, columns, to.b + p * kTile);
     }
 }
 #endif

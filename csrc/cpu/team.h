@@ -19,7 +19,7 @@ LSTM_HD Index tiles_of(Index columns, Index tile = kTile) { return (columns + ti
 struct Team {
     int threads;
     bool by_rows;
-    Index blocks;  // row blocks of one direction, each of at most kRows rows
+    Index blocks;  // of rows of one direction, each multiplied in one go
 };
 
 LSTM_HD Index row_blocks(const Shape& s) { return tiles_of(s.batch, kRows); }
@@ -45,9 +45,11 @@ LSTM_HD bool rows_are_faster(const Shape& s, Index tiles, int threads) {
     return product + read(bytes) <= product * uneven + read(bytes / threads) + 1000 + 150.0 * threads;
 }
 
+template <typename Isa>
 LSTM_HD Team make_team(const Shape& s, Index tiles, int threads) {
-    Index blocks = row_blocks(s);
-    const bool by_rows = threads == 1 || (s.directions * blocks >= threads && rows_are_faster(s, tiles, threads));
+    const bool enough = s.directions * row_blocks(s) >= threads;
+    const bool by_rows = threads == 1 || (enough && rows_are_faster(s, tiles, threads));
+    Index blocks = tiles_of(s.batch, Isa::blocks * kRows);
     if (by_rows) {
         while (s.directions * blocks % threads != 0) ++blocks;
         blocks = std::min(blocks, s.batch);

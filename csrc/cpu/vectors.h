@@ -22,8 +22,10 @@ using Index = std::int64_t;
 constexpr Index kTile = 64;   // columns of a packed tile
 constexpr Index kUnits = 16;  // hidden units of a forward tile: 16 columns for each of the gates i, f, g, o
 
-// An instruction set: bytes of a vector, and how many vectors side by side one pass over k accumulates for each row.
-template <int Bytes, int Vectors>
+// An instruction set: bytes of a vector, how many vectors side by side one pass over k accumulates for each of a
+// block's rows, how many registers there are, the longest sum in them, and how many blocks of rows take turns at a
+// panel.
+template <int Bytes, int Vectors, int Registers, int Depth, int Blocks>
 struct Isa {
     template <typename A>
     struct VectorOf {
@@ -31,7 +33,8 @@ struct Isa {
     };
     typedef std::uint16_t Narrow __attribute__((vector_size(Bytes / 2)));  // as many as a vector has floats
     typedef std::uint32_t Wide __attribute__((vector_size(Bytes)));
-    static constexpr int vectors = Vectors;
+    static constexpr int vectors = Vectors, registers = Registers;
+    static constexpr Index depth = Depth, blocks = Blocks;
 };
 
 template <typename Isa, typename A>
@@ -43,12 +46,12 @@ constexpr Index lanes = sizeof(Vector<Isa, A>) / sizeof(A);
 #define LSTM_AVX2_TARGET "avx2,fma,f16c"
 #define LSTM_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl," LSTM_AVX2_TARGET
 #define LSTM_PAIRS_TARGET "avx512bf16," LSTM_AVX512_TARGET
-using Baseline = Isa<16, 2>;
-using Avx2 = Isa<32, 2>;
-using Avx512 = Isa<64, 4>;
+using Baseline = Isa<16, 2, 16, 256, 8>;
+using Avx2 = Isa<32, 2, 16, 256, 8>;
+using Avx512 = Isa<64, 4, 32, 512, 1>;
 struct Pairs : Avx512 {};  // AVX-512 whose products of bf16 read pairs of neighbours in k
 #else
-using Baseline = Isa<16, 4>;
+using Baseline = Isa<16, 4, 32, 256, 8>;
 #endif
 
 // What the product of a state of type T reads: T's accumulation type, or bf16 itself.

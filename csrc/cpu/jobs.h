@@ -1,0 +1,30 @@
+// The walks of a layer, each compiled once for every instruction set, in a file apiece: they take long to compile.
+#pragma once
+
+#include "forward.h"
+#include "gradients.h"
+
+namespace lstm::cpu {
+
+// One thread's part of a Job, a Forward or a Backward.
+template <typename Job>
+void run_baseline(const Job& job, int thread, int threads);
+#ifdef __x86_64__
+template <typename Job>
+__attribute__((target(LSTM_AVX2_TARGET))) void run_avx2(const Job& job, int thread, int threads);
+template <typename Job>
+__attribute__((target(LSTM_AVX512_TARGET))) void run_avx512(const Job& job, int thread, int threads);
+template <typename Job>
+__attribute__((target(LSTM_PAIRS_TARGET))) void run_pairs(const Job& job, int thread, int threads);
+#endif
+
+#define LSTM_INSTANTIATE(run, T)                                   \
+    template void run(const Forward<T>&, int thread, int threads); \
+    template void run(const Backward<T>&, int thread, int threads);
+#define LSTM_INSTANTIATE_ALL(run)  \
+    LSTM_INSTANTIATE(run, float)   \
+    LSTM_INSTANTIATE(run, double)  \
+    LSTM_INSTANTIATE(run, Float16) \
+    LSTM_INSTANTIATE(run, BFloat16)
+
+}  // namespace lstm::cpu

@@ -1,0 +1,13 @@
+#ifdef __x86_64__
+#include "jobs.h"
+
+namespace lstm::cpu {
+
+template <typename Job>
+void run_avx2(const Job& job, int thread, int threads) {
+    run_thread<Avx2>(job, thread, threads);
+}
+LSTM_INSTANTIATE_ALL(run_avx2)
+
+}  // namespace lstm::cpu
+#endif

@@ -1,0 +1,18 @@
+#ifdef __x86_64__
+#include "jobs.h"
+
+namespace lstm::cpu {
+
+template <typename Job>
+void run_avx512(const Job& job, int thread, int threads) {
+    run_thread<Avx512>(job, thread, threads);
+}
+template <typename Job>
+void run_pairs(const Job& job, int thread, int threads) {
+    run_thread<Pairs>(job, thread, threads);
+}
+LSTM_INSTANTIATE_ALL(run_avx512)
+LSTM_INSTANTIATE(run_pairs, BFloat16)
+
+}  // namespace lstm::cpu
+#endif
