@@ -262,7 +262,8 @@ template <typename Isa, typename T>
 LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* left, Index ld, const T* w, Index depth,
                            Index columns, Acc<T>* packed, const Part& part, Acc<T>* to, Index ld_to) {
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
-        const auto right = right_side<Isa>(step.f, w, depth, columns, packed, step.d, tile);
+        auto right = right_side<Isa>(step.f, w, depth, columns, packed, step.d, tile);
+        right.far = is_far(depth * columns);
         for (Index k = 0; k < depth; k += Isa::depth) {  // so much of the tile stays in cache
             for_blocks(step.team, part, step.f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
                 multiply<Isa>(rows, left + b * ld + k, ld, right.from(k), std::min(Isa::depth, depth - k),

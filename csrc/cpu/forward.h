@@ -1,7 +1,7 @@
 // The forward walk. By chunks of steps: first x W_ih^T of the chunk's rows into a buffer that stays in cache, then step
 // by step h W_hh^T on top of it and the gates while both are hot. Where all weights stay in cache and the batch is
-// large enough, it is one product a step instead, of [x_t, h_{t-1}] with both weights: longer sums, and nothing to read
-// again.
+// large enough, or the batch as wide as x, it is one product a step instead, of [x_t, h_{t-1}] with both weights:
+// longer sums, and nothing to read again.
 #pragma once
 
 #include "activations.h"
@@ -10,7 +10,7 @@
 namespace lstm::cpu {
 
 constexpr Index kForwardBytes = 1 << 18;  // of a chunk's pre-activations
-constexpr Index kForwardRows = 64;        // of a chunk at least, for which W_ih is read once
+constexpr Index kForwardRows = 64;        // of a chunk at least, for which W_ih is read once; of a wide x more
 constexpr Index kJoinedBytes = 5 << 17;   // of the weights of one product
 constexpr Index kJoinedBatch = 4;
 
@@ -21,7 +21,8 @@ struct Forward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
-        : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), kForwardRows)),
+        : walk(shape, std::max({kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), kForwardRows,
+                                shape.input / 4})),
           s(walk.s),
           tiles(tiles_of(s.hidden, kUnits)),
           padded(tiles * kUnits),
@@ -37,8 +38,7 @@ struct Forward {
           gates(static_cast<T*>(args.gates)),
           cells(static_cast<A*>(args.cells)),
           unpacked(walk.few()),
-          joined(!unpacked && s.batch >= kJoinedBatch && s.input % 2 == 0 &&
-                 4 * s.hidden * (s.input + features) * static_cast<Index>(sizeof(T)) <= kJoinedBytes),
+          joined(joins()),
           h_first(joined ? s.input : 0),
           ld(h_first + std::max(padded, feature_tiles * kTile)),
           packed(arena.take<A>(unpacked ? 0 : s.directions * tiles * packed_size())),
@@ -49,6 +49,15 @@ struct Forward {
           c(arena.take<A>(s.directions * s.batch * padded)),
           w_hr(arena.take<A>(unpacked ? 0 : s.directions * feature_tiles * tile_size(s.hidden))),
           m(arena.take<A>(feature_tiles == 0 ? 0 : s.directions * s.batch * padded)) {}
+
+    // Whether x and h are multiplied together: where both weights stay in cache, or where to read W_ih at every step
+    // moves less than to write and read pre-activations.
+    bool joins() const {
+        const Index bytes = 4 * s.hidden * (s.input + features) * static_cast<Index>(sizeof(T));
+        const bool stay = s.batch >= kJoinedBatch && bytes <= kJoinedBytes;
+        const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch;
+        return !unpacked && s.input % 2 == 0 && (stay || less);
+    }
 
     // Elements of one tile of both weights.
     Index packed_size() const { return tile_size(s.input) + tile_size(features); }
@@ -84,12 +93,14 @@ struct Forward {
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_ih(const Forward<T>& f, int d, Index tile) {
     O* const packed = reinterpret_cast<O*>(f.packed) + (d * f.tiles + tile) * f.packed_size();
-    return packed_at<Isa>(packed, f.joined ? f.s.input + f.features : f.s.input);
+    const Index depth = f.joined ? f.s.input + f.features : f.s.input;
+    return packed_at<Isa>(packed, depth, f.joined && is_far(4 * f.s.hidden * depth));
 }
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
     const Right<O> first = packed_ih<Isa, O>(f, d, tile);
-    return f.joined ? first.from(f.s.input) : packed_at<Isa>(first.b + tile_size(f.s.input), f.features);
+    if (f.joined) return first.from(f.s.input);
+    return packed_at<Isa>(first.b + tile_size(f.s.input), f.features, is_far(4 * f.s.hidden * f.features));
 }
 
 // c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or of few rows in all its rows as they lie.

@@ -10,6 +10,7 @@
 namespace lstm::cpu {
 
 constexpr int kRows = 6;  // most rows of one block: 6 x 4 sums fit the 32 registers of AVX-512, 6 x 2 the 16 of AVX2
+constexpr int kBlocksToFetch = 4;  // at least, that share asking for the next panel
 
 // Columns of a panel of operands O.
 template <typename Isa, typename O>
@@ -21,21 +22,25 @@ constexpr Index panel_width<Isa, BFloat16> = kTile;
 LSTM_HD Index tile_size(Index k) { return (k + k % 2) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
-// a panel's width.
+// a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other.
 template <typename O>
 struct Right {
     O* b;
     Index ld, panel;
+    bool far = false;
 
-    LSTM_HD Right from(Index p) const { return {b + p * ld, ld, panel}; }
+    LSTM_HD Right from(Index p) const { return {b + p * ld, ld, panel, far}; }
 };
 
 // The packed tile of depth k at b.
 template <typename Isa, typename O>
-LSTM_HD Right<O> packed_at(O* b, Index k) {
+LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
     constexpr Index width = panel_width<Isa, std::remove_const_t<O>>;
-    return {b, width, (k + k % 2) * width};
+    return {b, width, (k + k % 2) * width, far};
 }
+
+// Whether a weight of so many elements is too large for the second cache beside what else is there.
+LSTM_HD bool is_far(Index elements) { return elements > 1 << 19; }
 
 // How a product finds element (row, p) of its left side: a[row * lda + p]; down the columns, a[p * lda + row]; or in
 // packed blocks of kRows rows, [rows / kRows, lda, kRows], so that a block is read front to back.
@@ -56,6 +61,7 @@ template <typename Isa, int Rows, int Vectors, Along along, typename A>
 LSTM_HD void multiply_pass(const A* a, Index lda, const Right<const A>& b, Index k, A* c, Index ldc, bool accumulate) {
     constexpr Index side = lanes<Isa, A>;
     Vector<Isa, A> sum[Rows][Vectors] = {};
+#pragma GCC unroll 4
     for (Index p = 0; p < k; ++p) {
         Vector<Isa, A> row[Vectors];
 #pragma GCC unroll 8
@@ -153,6 +159,13 @@ LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const
 #undef LSTM_CASE
 }
 
+// Asks for rows first .. end of a panel.
+template <typename O>
+LSTM_HD void fetch(const O* b, Index ld, Index first, Index end) {
+#pragma GCC unroll 8
+    for (Index p = first; p < end; ++p) __builtin_prefetch(b + p * ld);
+}
+
 // multiply_pass for any number of rows, in blocks of nearly the same size, for all columns of a tile, and for any k.
 // Some blocks take turns at a panel, which meanwhile stays in cache.
 template <typename Isa, Along along, typename O, typename A>
@@ -168,8 +181,12 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
         const Index depth = std::min(Isa::depth, k - p);
         for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
             for (Index column = 0; column < kTile; column += width) {
+                const Index end = std::min(turn + Isa::blocks, blocks);
                 const Right<const O> panels = {b.b + p * b.ld + column / panel_width<Isa, A> * b.panel, b.ld, b.panel};
-                for (Index block = turn; block < std::min(turn + Isa::blocks, blocks); ++block) {
+                for (Index block = turn; block < end; ++block) {
+                    if (b.far && end - turn >= kBlocksToFetch)
+                        fetch(panels.b + b.panel, b.ld, depth * (block - turn) / (end - turn),
+                              depth * (block - turn + 1) / (end - turn));
                     const auto begin = [&](Index i) {
                         return along == Along::blocks ? std::min(i * kRows, rows) : rows * i / blocks;
                     };
