@@ -26,9 +26,13 @@ def environment() -> dict[str, str | int]:
 
 
 def _cpu() -> str:
+    """Its name, with the instruction set that the kernels take: virtual machines give different processors one name."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    try:
+        from lstm_fast import _C
+    except ImportError:
+        return name
+    return f"{name} with {_C.CPU_INSTRUCTION_SETS[-1]}"

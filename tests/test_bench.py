@@ -98,6 +98,13 @@ def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
     assert changes >= 3 * timing.FEWEST_ROUNDS / 2
 
 
+def test_a_long_case_is_over_after_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_LONG_SECONDS", 0.0)
+    times = timing.interleave({"ours": lambda: None, "torch": lambda: None}, "cpu", 0.0)
+    assert [len(each) for each in times.values()] == [3, 3]
+    assert timing.compared(*times.values())["ratio_low"] > 0
+
+
 def test_ratios_are_of_pairs_with_a_distribution_free_interval() -> None:
     ours = [1.0] * 100
     theirs = [float(i) for i in range(100)]  # the ratios themselves

@@ -356,9 +356,12 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<BF
 
 // ---- Without packing -----------------------------------------------------------------------------------------------
 
+constexpr int kStreams = 8;  // rows that a prefetcher follows side by side
+
 // The sums over k of X rows of a times W rows of w [.., k]: X * W makes one vector. Lane by lane over k, then over the
-// lanes. One row of a takes those of w one after the other, as memory delivers them best; more take them side by side,
-// to read each once. c[X, 64] (+)= the sums in its first columns, of which `columns` <= W are kept.
+// lanes. Rows of w are taken side by side, to read each of a's once; but one row of a takes those of w one after the
+// other where they are more than memory delivers side by side. c[X, 64] (+)= the sums in its first columns, of which
+// `columns` <= W are kept.
 template <typename Isa, int X, typename O, typename T>
 LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k, Acc<T>* c, bool accumulate) {
     using A = Acc<T>;
@@ -367,7 +370,7 @@ LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k,
                          LSTM_INLINED { return w + std::min<Index>(n, columns - 1) * k; };  // past them, the last
     Vector<Isa, A> sums[side];
     const Index whole = k - k % side;
-    if constexpr (X == 1) {
+    if constexpr (X == 1 && side > kStreams) {
         constexpr int parts = 4;  // sums at once: enough to hide the latency of one
 #pragma GCC unroll 1
         for (int n = 0; n < W; ++n) {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 FEWEST_ROUNDS = 7
+_LONG_SECONDS, _LONG_ROUNDS = 30.0, 3  # a case that takes so long is over after so many rounds
 _CALL_SECONDS = 2e-4  # a shorter call is timed several times in a row
 
 
@@ -43,14 +44,22 @@ def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
 def interleave(
     calls: dict[str, Callable[[], Any]], device: str, seconds: float, fewest: int = FEWEST_ROUNDS
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew."""
+    """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew.
+
+    Rounds go on for ``seconds``, and until there are ``fewest``, or 3 where those would take longer than half a minute.
+    """
     for call in [*calls.values()] * (3 if device == "cuda" else 1):
         call()
     timers = {name: timer(device, call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, drawn = list(calls), random.Random(0)
-    end = time.perf_counter() + seconds
-    while len(times[order[0]]) < fewest or time.perf_counter() < end:
+    begin = time.perf_counter()
+
+    def enough() -> bool:
+        rounds, gone = len(times[order[0]]), time.perf_counter() - begin
+        return gone >= seconds and rounds >= (fewest if gone < _LONG_SECONDS else min(fewest, _LONG_ROUNDS))
+
+    while not enough():
         drawn.shuffle(order)
         for name in order:
             times[name].append(timers[name]())
