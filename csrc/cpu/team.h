@@ -12,6 +12,8 @@ namespace lstm::cpu {
 // A call of at most so many rows over all steps reads its weights as they lie: to pack them would take as long.
 constexpr Index kFewRows = 6;
 
+constexpr Index kBlocksOfThread = 4;  // of sequences of unequal length
+
 LSTM_HD Index tiles_of(Index columns, Index tile = kTile) { return (columns + tile - 1) / tile; }
 
 // How threads share one direction: each takes row blocks and walks alone through all tiles; or each takes tiles, whose
@@ -51,6 +53,9 @@ LSTM_HD Team make_team(const Shape& s, Index tiles, int threads) {
     const bool by_rows = threads == 1 || (enough && rows_are_faster(s, tiles, threads));
     Index blocks = tiles_of(s.batch, Isa::blocks * kRows);
     if (by_rows) {
+        const bool even = s.steps[s.time - 1] == s.batch;
+        if (!even && threads > 1)  // each thread takes longer sequences and shorter ones
+            blocks = std::max(blocks, std::min<Index>(row_blocks(s), kBlocksOfThread * threads));
         while (s.directions * blocks % threads != 0) ++blocks;
         blocks = std::min(blocks, s.batch);
     }
