@@ -36,6 +36,7 @@ class Barrier {
 
 #define LSTM_MEET barrier.wait()
 #include "../csrc/cpu/arena.cpp"
+#include "../csrc/cpu/jobs_amx.cpp"
 #include "../csrc/cpu/jobs_avx2.cpp"
 #include "../csrc/cpu/jobs_avx512.cpp"
 #include "../csrc/cpu/jobs_baseline.cpp"

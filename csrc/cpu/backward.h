@@ -17,7 +17,7 @@ struct ChunkGradients {
     Index ld;   // from one row to the next: not a power of two, whose rows would share a few sets of the cache
     A* rows;    // [D, rows of a chunk, ld]
     A* packed;  // [D, columns / kRows, rows of a chunk + 1, kRows] the same for products down the columns; of pairs
-                // [D, rows of a chunk / 2, columns, 2]; null where those products read rows
+                // [D, rows of a chunk / 2, columns, 2], or AMX's blocks; null where those products read rows
 };
 
 // Where the gradient of a weight belongs, null where not asked for; and where it adds up over chunks: in its place, or,
@@ -76,10 +76,13 @@ struct Backward {
     }
 
     ChunkGradients<A> of_chunk(Index columns, Arena& arena) const {
-        const Index ld = columns + kUnits, rows = columns == 0 ? 0 : s.directions * (walk.chunk_rows + 1);
+        const Index ld = columns + kUnits, rows = columns == 0 ? 0 : s.directions * packed_rows();
         const bool packs = std::is_same_v<T, BFloat16> || s.instruction_set < InstructionSet::avx512;
         return {columns, ld, arena.take<A>(rows * ld), packs ? arena.take<A>(rows * ld) : nullptr};
     }
+
+    // Enough of them for a chunk's gradients in any form.
+    Index packed_rows() const { return round_up(walk.chunk_rows + 1, kDeep); }
 
     Gradient<T> gradient_of(void* to, Index size, Arena& arena) const {
         T* const typed = static_cast<T*>(to);
@@ -124,7 +127,7 @@ LSTM_HD O* chunk_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int
 }
 template <typename O, typename T>
 LSTM_HD O* chunk_packed(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
-    return reinterpret_cast<O*>(g.packed) + d * (f.walk.chunk_rows + 1) * g.ld;
+    return reinterpret_cast<O*>(g.packed) + d * f.packed_rows() * g.ld;
 }
 
 // Whether a tile of a weight is read as it lies: a whole one, of few rows in all.

@@ -56,7 +56,8 @@ struct Forward {
         const Index bytes = 4 * s.hidden * (s.input + features) * static_cast<Index>(sizeof(T));
         const bool stay = s.batch >= kJoinedBatch && bytes <= kJoinedBytes;
         const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch;
-        return !unpacked && s.input % 2 == 0 && (stay || less);
+        const Index unit = s.instruction_set == InstructionSet::amx ? kDeep : 2;  // of k, in which h begins
+        return !unpacked && s.input % unit == 0 && (stay || less);
     }
 
     // Elements of one tile of both weights.
@@ -136,7 +137,7 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     using O = Operand<Isa, T>;
     const Index hidden = f.s.hidden, first = f.walk.start[t] + b;
     const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.padded;
-    alignas(64) Acc<T> h[Isa::blocks * kRows * kTile];
+    alignas(64) Acc<T> h[Isa::rows * kTile];
     const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
     multiply_weight<Isa>(f, rows, m, f.padded, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
                          packed_at<Isa>(packed, hidden), hidden, h, false);
@@ -157,7 +158,7 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
     const Index unit = tile * kUnits, count = std::min(kUnits, hidden - unit), first = f.walk.start[t] + b;
     const A* const bias = f.bias + (d * f.tiles + tile) * kTile;
     const O* const states = before + b * f.ld;
-    alignas(64) A both[Isa::blocks * kRows * kTile];
+    alignas(64) A both[Isa::rows * kTile];
     A* products = both;  // [rows, 4, 16]
     if (f.joined) {
         multiply<Isa>(rows, states, f.ld, packed_ih<Isa, const O>(f, d, tile), input + features, products, kTile,

@@ -4,11 +4,14 @@
 
 #include <array>
 
+#include "amx.h"
 #include "backward.h"
 
 namespace lstm::cpu {
 
-constexpr Index kRowsAtOnce = 10 * kRows;  // of a product whose result is not at once where it belongs
+// Rows of a product whose result is not at once where it belongs.
+template <typename Isa>
+constexpr Index kRowsAtOnce = 64 / Isa::side * Isa::side;
 
 // What a chunk's gradients are multiplied by to give the gradient of one weight.
 template <typename T>
@@ -71,7 +74,7 @@ LSTM_HD void for_factors(const Backward<T>& f, int d, const Take& take) {
 
 // How the chunk's gradients lie for products down their columns: in AVX-512 as they are.
 template <typename Isa>
-constexpr Along gradients_along = Isa::blocks > 1 ? Along::blocks : Along::columns;
+constexpr Along gradients_along = Isa::rows > kRows ? Along::blocks : Along::columns;
 
 // This thread's part of packing them: in blocks, or with two rows side by side.
 template <typename Isa, typename T>
@@ -81,7 +84,7 @@ LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& 
     const O* const from = chunk_rows<const O>(f, g, d);
     O* const to = chunk_packed<O>(f, g, d);
     if constexpr (gradients_along<Isa> == Along::blocks) {
-        const Index blocks = tiles_of(g.columns, kRows);
+        const Index blocks = tiles_of(g.columns, Isa::side);
         pack_blocks<Isa>(from, g.ld, chunk.rows, blocks * thread / team.threads, blocks * (thread + 1) / team.threads,
                          to);
     } else if constexpr (sizeof(O) < sizeof(Acc<T>)) {
@@ -99,13 +102,14 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
     const Index input = f.s.input, depth = 4 * f.s.hidden;
     const bool add = f.s.directions > 1;
     const O* const da = chunk_rows<const O>(f, f.da, d);
+    constexpr Index at_once = kRowsAtOnce<Isa>;
     for (Index tile = 0; tile < f.input_tiles; ++tile) {
         const auto right = right_side<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile);
         const Index count = std::min(kTile, input - tile * kTile);
-        for (Index block = chunk.base / kRowsAtOnce; block * kRowsAtOnce < chunk.base + chunk.rows; ++block) {
+        for (Index block = chunk.base / at_once; block * at_once < chunk.base + chunk.rows; ++block) {
             if ((tile + block) % team.threads != thread) continue;
-            const Index first = std::max(block * kRowsAtOnce, chunk.base);
-            const Index rows = std::min((block + 1) * kRowsAtOnce, chunk.base + chunk.rows) - first;
+            const Index first = std::max(block * at_once, chunk.base);
+            const Index rows = std::min((block + 1) * at_once, chunk.base + chunk.rows) - first;
             const O* const left = da + (first - chunk.base) * f.da.ld;
             T* const dx = f.dx + first * input + tile * kTile;
             if constexpr (!Backward<T>::rounded) {
@@ -114,7 +118,7 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
                     continue;
                 }
             }
-            alignas(64) Acc<T> products[kRowsAtOnce * kTile];
+            alignas(64) Acc<T> products[at_once * kTile];
             multiply<Isa>(rows, left, f.da.ld, right, depth, products, kTile, false);
             for (Index r = 0; r < rows; ++r) {
                 T* const row = dx + r * input;
@@ -148,10 +152,10 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
     const ChunkGradients<A>& g = *factor.rows;
     const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile);
     const auto begin = [&](Index i) {  // at whole blocks
-        return std::min(tiles_of(g.columns * i / factor.parts, kRows) * kRows, g.columns);
+        return std::min(round_up(g.columns * i / factor.parts, Isa::side), g.columns);
     };
     const Index first = begin(part), rows = begin(part + 1) - first;
-    const Index lda = along == Along::blocks ? chunk.rows + 1 : pairs ? g.columns : g.ld;
+    const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : pairs ? g.columns : g.ld;
     const Index of_row = along == Along::blocks ? lda : sizeof(A) / sizeof(O);
     const bool packs = along == Along::blocks || pairs;
     const O* const a = (packs ? chunk_packed<const O>(f, g, d) : chunk_rows<const O>(f, g, d)) + first * of_row;
@@ -162,9 +166,10 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
         multiply<Isa, along>(rows, a, lda, right, chunk.rows, sum, columns, index > 0);
         return;
     }
-    alignas(64) A products[kRowsAtOnce * kTile];
-    for (Index row = 0; row < rows; row += kRowsAtOnce) {
-        const Index block = std::min(kRowsAtOnce, rows - row);
+    constexpr Index at_once = kRowsAtOnce<Isa>;
+    alignas(64) A products[at_once * kTile];
+    for (Index row = 0; row < rows; row += at_once) {
+        const Index block = std::min(at_once, rows - row);
         multiply<Isa, along>(block, a + row * of_row, lda, right, chunk.rows, products, kTile, false);
         for (Index r = 0; r < block; ++r)
             add_up<Isa>(f, index, products + r * kTile, count, factor.gradient, at + (row + r) * columns);

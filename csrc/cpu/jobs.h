@@ -16,6 +16,8 @@ template <typename Job>
 __attribute__((target(LSTM_AVX512_TARGET))) void run_avx512(const Job& job, int thread, int threads);
 template <typename Job>
 __attribute__((target(LSTM_PAIRS_TARGET))) void run_pairs(const Job& job, int thread, int threads);
+template <typename Job>
+__attribute__((target(LSTM_AMX_TARGET))) void run_amx(const Job& job, int thread, int threads);
 #endif
 
 #define LSTM_INSTANTIATE(run, T)                                   \

@@ -3,6 +3,13 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "jobs.h"
 
@@ -13,6 +20,7 @@ template <typename Job>
 auto kernel_of([[maybe_unused]] InstructionSet set) {
 #ifdef __x86_64__
     if constexpr (std::is_same_v<typename Job::Type, BFloat16>) {
+        if (set == InstructionSet::amx) return run_amx<Job>;
         if (set == InstructionSet::avx512_bf16) return run_pairs<Job>;
     }
     if (set >= InstructionSet::avx512) return run_avx512<Job>;
@@ -53,18 +61,39 @@ void run_dtype(const Shape& shape, const Args& args) {
     }
 }
 
-}  // namespace
+#ifdef __x86_64__
+// Whether the CPU has AMX, and the system lets this process use its registers.
+bool may_use_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0 && (d >> 24 & 1) != 0;
+#ifdef __linux__
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return there && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
-InstructionSet best_instruction_set() {
+InstructionSet find_best() {
 #ifdef __x86_64__
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512_bf16;
+    const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (pairs && may_use_amx()) return InstructionSet::amx;
+    if (pairs) return InstructionSet::avx512_bf16;
     if (avx512) return InstructionSet::avx512;
     if (avx2) return InstructionSet::avx2;
 #endif
     return InstructionSet::baseline;
+}
+
+}  // namespace
+
+InstructionSet best_instruction_set() {
+    static const InstructionSet best = find_best();
+    return best;
 }
 
 void layer_forward(const Shape& shape, const ForwardArgs& args) { run_dtype<Forward>(shape, args); }

@@ -19,7 +19,7 @@
 
 namespace lstm::cpu {
 
-enum class InstructionSet : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class InstructionSet : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 // The best one that this CPU runs; it runs all those before it too.
 InstructionSet best_instruction_set();

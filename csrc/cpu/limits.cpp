@@ -6,7 +6,7 @@
 
 #include <chrono>
 
-#include "product.h"
+#include "amx.h"
 
 namespace lstm::cpu {
 namespace {
@@ -70,6 +70,17 @@ __attribute__((target(LSTM_PAIRS_TARGET))) double pairs_step() {
     for (auto& each : sum) touch(each);
     return 4.0 * kSums<Pairs> * 16;
 }
+__attribute__((target(LSTM_AMX_TARGET))) double amx_step() {
+    const RegistersInUse registers;
+    set_registers(16, 16);
+    for (Index i = 0; i < kSteps; ++i) {
+        LSTM_TILE_DOT(0, 4, 6);
+        LSTM_TILE_DOT(1, 4, 7);
+        LSTM_TILE_DOT(2, 5, 6);
+        LSTM_TILE_DOT(3, 5, 7);
+    }
+    return 4.0 * 2 * 16 * 16 * kDeep;
+}
 #endif
 
 template <typename A>
@@ -109,6 +120,7 @@ double peak_rate(Dtype dtype, InstructionSet set, int threads) {
     auto step = dtype == Dtype::float64 ? step_of<double>(set) : step_of<float>(set);
 #ifdef __x86_64__
     if (dtype == Dtype::bfloat16 && set == InstructionSet::avx512_bf16) step = pairs_step;
+    if (dtype == Dtype::bfloat16 && set == InstructionSet::amx) step = amx_step;
 #endif
     return step() * static_cast<double>(kSteps) * threads / shortest(threads, step);
 }

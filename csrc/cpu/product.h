@@ -2,14 +2,14 @@
 //
 // An operand is A, the accumulation type, or bf16 where the processor multiplies pairs of it (OperandOf). A packed tile
 // lies in panels of as many columns as one pass over k takes, [64 / width, k, width], each read front to back. Of bf16
-// a tile is [k / 2, 64, 2], two neighbours in k side by side, with 0 behind an odd k.
+// a tile is [k / 2, 64, 2], two neighbours in k side by side, with 0 behind an odd k, for AMX up to a multiple of 32.
 #pragma once
 
 #include "vectors.h"
 
 namespace lstm::cpu {
 
-constexpr int kRows = 6;  // most rows of one block: 6 x 4 sums fit the 32 registers of AVX-512, 6 x 2 the 16 of AVX2
+constexpr Index kDeep = 32;        // k of a packed tile is padded to a multiple
 constexpr int kBlocksToFetch = 4;  // at least, that share asking for the next panel
 
 // Columns of a panel of operands O.
@@ -18,8 +18,10 @@ constexpr Index panel_width = Isa::vectors * lanes<Isa, O>;
 template <typename Isa>
 constexpr Index panel_width<Isa, BFloat16> = kTile;
 
+LSTM_HD Index round_up(Index n, Index unit) { return (n + unit - 1) / unit * unit; }
+
 // Elements of a packed tile of depth k.
-LSTM_HD Index tile_size(Index k) { return (k + k % 2) * kTile; }
+LSTM_HD Index tile_size(Index k) { return round_up(k, kDeep) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
 // a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other.
@@ -43,7 +45,7 @@ LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
 LSTM_HD bool is_far(Index elements) { return elements > 1 << 19; }
 
 // How a product finds element (row, p) of its left side: a[row * lda + p]; down the columns, a[p * lda + row]; or in
-// packed blocks of kRows rows, [rows / kRows, lda, kRows], so that a block is read front to back.
+// packed blocks of Isa::side rows, [rows / side, lda, side], so that a block is read front to back.
 enum class Along { rows, columns, blocks };
 
 // How many vectors side by side `rows` rows are multiplied by: more for few rows, whose sums would wait for each other.
@@ -285,6 +287,12 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Ac
     }
 }
 
+// k of a packed block of the columns of a[k, columns]: a row more than there is, or in AMX whole steps.
+template <typename Isa>
+LSTM_HD Index packed_depth(Index k) {
+    return Isa::side == kRows ? k + 1 : round_up(k, kDeep);
+}
+
 // Columns of a[k, columns] to blocks of kRows of them, [columns / kRows, k + 1, kRows]: a block's columns side by side,
 // from the first-th block up to the last-th. Whole vectors are read and written, whose ends the next row overwrites;
 // the last row's lie in the row behind it.
@@ -292,7 +300,7 @@ template <typename Isa, typename A>
 LSTM_HD void pack_blocks(const A* a, Index lda, Index k, Index first, Index last, A* to) {
     constexpr Index side = lanes<Isa, A>;
     for (Index block = first; block < last; ++block) {
-        A* const packed = to + block * (k + 1) * kRows;
+        A* const packed = to + block * packed_depth<Isa>(k) * kRows;
         for (Index p = 0; p < k; ++p) {
             for (Index r = 0; r < kRows; r += side)
                 store_vector<Isa, A>(load_vector<Isa>(a + p * lda + block * kRows + r), packed + p * kRows + r);
@@ -301,8 +309,17 @@ LSTM_HD void pack_blocks(const A* a, Index lda, Index k, Index first, Index last
 }
 
 #ifdef __x86_64__
+// Zeros behind a tile's pairs of k.
+template <typename Isa>
+LSTM_HD void pad_tile(BFloat16* tile, Index k) {
+    const Index end = round_up(k, 2);
+    if constexpr (std::is_same_v<Isa, Amx>)
+        std::fill_n(tile + end * kTile, (round_up(k, kDeep) - end) * kTile, BFloat16{0});
+}
+
 template <typename Isa>
 LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, const Right<BFloat16>& to) {
+    pad_tile<Isa>(to.b, depth);
     if (depth % 2 == 0) {  // a pair lies there as one 32-bit word, whose value no copy looks at
         Groups<float> words;
         for (int group = 0; group < 4; ++group) {
@@ -346,6 +363,7 @@ LSTM_HD void interleave(const BFloat16* even, const BFloat16* odd, Index count, 
 
 template <typename Isa, typename T, typename Row>
 LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<BFloat16>& to) {
+    pad_tile<Isa>(to.b, k);
     for (Index p = 0; p < k; p += 2) {
         const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : nullptr;
         if (columns < kTile) std::fill_n(to.b + p * kTile, 2 * kTile, BFloat16{0});

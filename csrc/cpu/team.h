@@ -51,7 +51,7 @@ template <typename Isa>
 LSTM_HD Team make_team(const Shape& s, Index tiles, int threads) {
     const bool enough = s.directions * row_blocks(s) >= threads;
     const bool by_rows = threads == 1 || (enough && rows_are_faster(s, tiles, threads));
-    Index blocks = tiles_of(s.batch, Isa::blocks * kRows);
+    Index blocks = tiles_of(s.batch, Isa::rows);
     if (by_rows) {
         const bool even = s.steps[s.time - 1] == s.batch;
         if (!even && threads > 1)  // each thread takes longer sequences and shorter ones

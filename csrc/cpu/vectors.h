@@ -22,6 +22,8 @@ using Index = std::int64_t;
 constexpr Index kTile = 64;   // columns of a packed tile
 constexpr Index kUnits = 16;  // hidden units of a forward tile: 16 columns for each of the gates i, f, g, o
 
+constexpr int kRows = 6;  // most rows of one block: 6 x 4 sums fit the 32 registers of AVX-512, 6 x 2 the 16 of AVX2
+
 // An instruction set: bytes of a vector, how many vectors side by side one pass over k accumulates for each of a
 // block's rows, how many registers there are, the longest sum in them, and how many blocks of rows take turns at a
 // panel.
@@ -35,6 +37,8 @@ struct Isa {
     typedef std::uint32_t Wide __attribute__((vector_size(Bytes)));
     static constexpr int vectors = Vectors, registers = Registers;
     static constexpr Index depth = Depth, blocks = Blocks;
+    static constexpr Index rows = kRows * Blocks;  // that one step multiplies at a time
+    static constexpr Index side = kRows;           // rows of a packed block of a left side
 };
 
 template <typename Isa, typename A>
@@ -46,10 +50,14 @@ constexpr Index lanes = sizeof(Vector<Isa, A>) / sizeof(A);
 #define LSTM_AVX2_TARGET "avx2,fma,f16c"
 #define LSTM_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl," LSTM_AVX2_TARGET
 #define LSTM_PAIRS_TARGET "avx512bf16," LSTM_AVX512_TARGET
+#define LSTM_AMX_TARGET "amx-tile,amx-bf16," LSTM_PAIRS_TARGET
 using Baseline = Isa<16, 2, 16, 256, 8>;
 using Avx2 = Isa<32, 2, 16, 256, 8>;
 using Avx512 = Isa<64, 4, 32, 512, 1>;
 struct Pairs : Avx512 {};  // AVX-512 whose products of bf16 read pairs of neighbours in k
+struct Amx : Avx512 {      // whose products of bf16 are those of registers of 16 rows (amx.h)
+    static constexpr Index rows = 64, side = 16;
+};
 #else
 using Baseline = Isa<16, 4, 32, 256, 8>;
 #endif
@@ -62,6 +70,10 @@ struct OperandOf {
 #ifdef __x86_64__
 template <>
 struct OperandOf<Pairs, BFloat16> {
+    using type = BFloat16;
+};
+template <>
+struct OperandOf<Amx, BFloat16> {
     using type = BFloat16;
 };
 #endif

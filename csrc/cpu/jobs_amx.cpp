@@ -1,0 +1,14 @@
+#ifdef __x86_64__
+#include "jobs.h"
+
+namespace lstm::cpu {
+
+template <typename Job>
+void run_amx(const Job& job, int thread, int threads) {
+    const RegistersInUse registers;
+    run_thread<Amx>(job, thread, threads);
+}
+LSTM_INSTANTIATE(run_amx, BFloat16)
+
+}  // namespace lstm::cpu
+#endif
