@@ -1,12 +1,21 @@
-// Products of bf16 in AMX's registers of 16 rows by 64 bytes: one instruction adds up what 16 rows of 32 k make with 32
-// k of 16 columns, in fp32. A packed tile of pairs has four such blocks of columns side by side; the left side's rows
-// are read as they lie, or from packed blocks [rows / 16, k / 32, 16, 32].
+// Products in AMX's registers of 16 rows by 64 bytes: one instruction adds up what 16 rows of 32 k make with 32 k of 16
+// columns, of bf16 in fp32. What is subnormal counts as 0.
 //
-// What is subnormal counts as 0. One instruction's sum over its 32 k is added to the sum so far.
+// A float is the sum of three bf16, its planes (Planes in vectors.h). Six of their nine products are added up; the
+// other three are below 2^-24 of the whole, as much as a float rounds. An instruction rounds once for 32 k, so that
+// sums are as exact as those of floats. Infinity has no planes: whoever makes some of it takes note, and the call is
+// computed anew without AMX.
+//
+// A row of the left side lies as [k / 32, planes, 32]; packed blocks as [rows / 16, k / 32, planes, 16, 32]; and a tile
+// of the right side as [k / 32, planes, 4 blocks of columns, 16 pairs of k, 16 columns, 2]. All have zeros behind k.
 #pragma once
 
 #ifdef __x86_64__
 #include "product.h"
+
+// Called where no target is named yet, a function can be inlined only if it need not be.
+#define LSTM_AMX __attribute__((target(LSTM_AMX_TARGET))) inline
+#define LSTM_AMX_INLINED __attribute__((target(LSTM_AMX_TARGET), always_inline)) inline
 
 namespace lstm::cpu {
 
@@ -17,199 +26,415 @@ struct alignas(64) Registers {
     std::uint8_t rows[16] = {};
 };
 
-// How many rows each block that the calling thread's registers are set to has; of one block, the second is 0.
-struct RowsOfBlocks {
+// What the calling thread knows of its registers and operands: how many rows each of two blocks has, the second of one
+// block none; and whether an operand was infinite.
+struct ThreadState {
     Index first, second;
+    bool infinite;
 };
-inline thread_local RowsOfBlocks registers_have = {0, 0};
+inline thread_local ThreadState thread_state;
 
-__attribute__((target(LSTM_AMX_TARGET))) inline void set_registers(Index first, Index second) {
-    if (registers_have.first == first && registers_have.second == second) return;
+LSTM_AMX void set_registers(Index first, Index second) {
+    ThreadState& state = thread_state;
+    if (state.first == first && state.second == second) return;
     Registers shapes;
     const auto a = static_cast<std::uint8_t>(first), b = static_cast<std::uint8_t>(second);
     const std::uint8_t of_two[] = {a, a, b, b, a, b, 16, 16}, of_one[] = {a, a, a, a, a, 16, 16, 16};
-    std::memcpy(shapes.rows, second > 0 ? of_two : of_one, 8);
+    std::memcpy(shapes.rows, second > 0 ? of_two : of_one, sizeof(of_two));
     asm volatile("ldtilecfg %0" ::"m"(shapes));
-    registers_have = {first, second};
+    state.first = first;
+    state.second = second;
 }
 
 // The calling thread's use of the registers.
 struct RegistersInUse {
-    RegistersInUse() { registers_have = {0, 0}; }
+    RegistersInUse() { thread_state = {0, 0, false}; }
     __attribute__((target(LSTM_AMX_TARGET))) ~RegistersInUse() { asm volatile("tilerelease"); }
     RegistersInUse(const RegistersInUse&) = delete;
 };
 
 // GCC's own intrinsics do not say that they touch memory. Strides are in bytes.
-#define LSTM_TILE_ZERO(n) asm volatile("tilezero %%tmm" #n::)
-#define LSTM_TILE_LOAD(n, from, stride) asm volatile("tileloadd (%0,%1,1), %%tmm" #n::"r"(from), "r"(stride) : "memory")
-#define LSTM_TILE_STORE(n, to, stride) \
-    asm volatile("tilestored %%tmm" #n ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
-#define LSTM_TILE_DOT(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::)
+template <int N>
+LSTM_HD void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(N));
+}
+template <int N>
+LSTM_HD void tile_load(const void* from, Index stride) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(N), "r"(from), "r"(stride) : "memory");
+}
+template <int N>
+LSTM_HD void tile_store(void* to, Index stride) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(N), "r"(to), "r"(stride) : "memory");
+}
+template <int Sum, int A, int B>
+LSTM_HD void tile_dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
+}
 
-// The left side: its first row, and how many elements lie between rows of a block, and between 32 k and the next.
+constexpr Index kBlock = 16 * kDeep;                   // bf16 of a register
+constexpr Index kRightPlane = kTile / 16 * kBlock;     // of a plane of 32 k of a tile
+constexpr Index kRowBytes = kDeep * sizeof(BFloat16);  // of a register
+
+// One block of rows of the left side: elements from a row to the next, from a plane, and from 32 k to those behind.
 struct Left {
     const BFloat16* a;
-    Index row, step;
+    Index row, plane, step;
+
+    LSTM_HD const BFloat16* at(Index i, int p) const { return a + i * step + p * plane; }
+    LSTM_HD Index bytes() const { return row * static_cast<Index>(sizeof(BFloat16)); }
 };
 
-constexpr Index kPairBytes = 2 * kTile * sizeof(BFloat16);  // from one pair of k of a packed tile to the next
-
-// Two blocks of rows times 32 columns: sums 0 and 1 of the first, 2 and 3 of the second.
-__attribute__((target(LSTM_AMX_TARGET))) inline void add_two_blocks(const Left& first, const Left& second,
-                                                                    const BFloat16* b, Index steps) {
-    for (Index i = 0; i < steps; ++i, b += kDeep * kTile) {
-        LSTM_TILE_LOAD(4, first.a + i * first.step, 2 * first.row);
-        LSTM_TILE_LOAD(6, b, kPairBytes);
-        LSTM_TILE_LOAD(7, b + 32, kPairBytes);
-        LSTM_TILE_DOT(0, 4, 6);
-        LSTM_TILE_LOAD(5, second.a + i * second.step, 2 * second.row);
-        LSTM_TILE_DOT(1, 4, 7);
-        LSTM_TILE_DOT(2, 5, 6);
-        LSTM_TILE_DOT(3, 5, 7);
+// Sums 0 and 1 of one block of rows and 2 and 3 of another grow by what their 32 * steps k make with those of 32
+// columns.
+template <int N>
+LSTM_HD void add_two_blocks(const Left& first, const Left& second, const BFloat16* b, Index steps) {
+    for (Index i = 0; i < steps; ++i, b += N * kRightPlane) {
+        const auto left = [&](int p) LSTM_INLINED {
+            tile_load<4>(first.at(i, p), first.bytes());
+            tile_load<5>(second.at(i, p), second.bytes());
+        };
+        const auto right = [&](int p) LSTM_INLINED {
+            tile_load<6>(b + p * kRightPlane, kRowBytes);
+            tile_load<7>(b + p * kRightPlane + kBlock, kRowBytes);
+        };
+        const auto dots = []() LSTM_INLINED {
+            tile_dot<0, 4, 6>();
+            tile_dot<1, 4, 7>();
+            tile_dot<2, 5, 6>();
+            tile_dot<3, 5, 7>();
+        };
+        left(0), right(0), dots();
+        if constexpr (N == 3) {
+            left(2), dots();
+            left(1), dots();
+            right(1), dots();
+            left(0), dots();
+            right(2), dots();
+        }
     }
 }
 
-// One block of rows times 64 columns.
-__attribute__((target(LSTM_AMX_TARGET))) inline void add_one_block(const Left& left, const BFloat16* b, Index steps) {
-    for (Index i = 0; i < steps; ++i, b += kDeep * kTile) {
-        LSTM_TILE_LOAD(4, left.a + i * left.step, 2 * left.row);
-        LSTM_TILE_LOAD(5, b, kPairBytes);
-        LSTM_TILE_LOAD(6, b + 32, kPairBytes);
-        LSTM_TILE_DOT(0, 4, 5);
-        LSTM_TILE_LOAD(7, b + 64, kPairBytes);
-        LSTM_TILE_DOT(1, 4, 6);
-        LSTM_TILE_LOAD(5, b + 96, kPairBytes);
-        LSTM_TILE_DOT(2, 4, 7);
-        LSTM_TILE_DOT(3, 4, 5);
+// The same of one block of rows: sums 0 to 3 of 64 columns, or with three planes 0 and 1 of 32.
+template <int N>
+LSTM_HD void add_one_block(const Left& left, const BFloat16* b, Index steps) {
+    for (Index i = 0; i < steps; ++i, b += N * kRightPlane) {
+        if constexpr (N == 1) {
+            tile_load<4>(left.at(i, 0), left.bytes());
+            tile_load<5>(b, kRowBytes);
+            tile_load<6>(b + kBlock, kRowBytes);
+            tile_dot<0, 4, 5>();
+            tile_load<7>(b + 2 * kBlock, kRowBytes);
+            tile_dot<1, 4, 6>();
+            tile_load<5>(b + 3 * kBlock, kRowBytes);
+            tile_dot<2, 4, 7>();
+            tile_dot<3, 4, 5>();
+        } else {
+            tile_load<2>(left.at(i, 0), left.bytes());
+            tile_load<5>(b, kRowBytes);
+            tile_load<3>(left.at(i, 1), left.bytes());
+            tile_load<4>(left.at(i, 2), left.bytes());
+            tile_dot<0, 2, 5>();
+            tile_load<6>(b + kBlock, kRowBytes);
+            tile_dot<0, 4, 5>();
+            tile_dot<0, 3, 5>();
+            tile_load<7>(b + kRightPlane, kRowBytes);
+            tile_dot<1, 2, 6>();
+            tile_dot<1, 4, 6>();
+            tile_dot<1, 3, 6>();
+            tile_load<5>(b + kRightPlane + kBlock, kRowBytes);
+            tile_dot<0, 3, 7>();
+            tile_dot<0, 2, 7>();
+            tile_load<6>(b + 2 * kRightPlane, kRowBytes);
+            tile_dot<1, 3, 5>();
+            tile_dot<1, 2, 5>();
+            tile_load<7>(b + 2 * kRightPlane + kBlock, kRowBytes);
+            tile_dot<0, 2, 6>();
+            tile_dot<1, 2, 7>();
+        }
     }
 }
 
-// The last k % 32 of some rows, with zeros behind: what lies there is read no further.
-struct Rest {
-    __attribute__((target(LSTM_AMX_TARGET))) Rest(Index rows, const Left& left, Index k) {
-        const __mmask32 there = (1u << k % kDeep) - 1;
-        for (Index r = 0; r < rows; ++r)
-            _mm512_store_si512(copy + r * kDeep,
-                               _mm512_maskz_loadu_epi16(there, left.a + r * left.row + k / kDeep * left.step));
-    }
-    Left left() const { return {copy, kDeep, 0}; }
-
-    alignas(64) BFloat16 copy[16 * kDeep];
-};
-
-// What follows are the sums of one block of rows or two, from 0 or from c, to c.
-__attribute__((target(LSTM_AMX_TARGET))) inline void multiply_two_blocks(Index rows, Index second_row, const Left& left,
-                                                                         Index to_second, const BFloat16* b, Index k,
-                                                                         bool rest, float* c, Index ldc,
-                                                                         bool accumulate) {
-    const Left second = {left.a + to_second, left.row, left.step};
-    float* const below = c + second_row * ldc;
+// Rows of one block, or of two whose second begins at row `second` of c and at element `below` of the left side, times
+// 32 columns, of one block with one plane 64; from 0 or from c, to c.
+template <int N>
+LSTM_HD void multiply_two_blocks(Index rows, Index second, const Left& left, Index below, const BFloat16* b,
+                                 Index steps, float* c, Index ldc, bool accumulate) {
+    float* const under = c + second * ldc;
     const Index bytes = ldc * static_cast<Index>(sizeof(float));
-    set_registers(second_row, rows - second_row);
+    set_registers(second, rows - second);
     if (accumulate) {
-        LSTM_TILE_LOAD(0, c, bytes);
-        LSTM_TILE_LOAD(1, c + 16, bytes);
-        LSTM_TILE_LOAD(2, below, bytes);
-        LSTM_TILE_LOAD(3, below + 16, bytes);
+        tile_load<0>(c, bytes);
+        tile_load<1>(c + 16, bytes);
+        tile_load<2>(under, bytes);
+        tile_load<3>(under + 16, bytes);
     } else {
-        LSTM_TILE_ZERO(0);
-        LSTM_TILE_ZERO(1);
-        LSTM_TILE_ZERO(2);
-        LSTM_TILE_ZERO(3);
+        tile_zero<0>();
+        tile_zero<1>();
+        tile_zero<2>();
+        tile_zero<3>();
     }
-    const Index steps = rest ? k / kDeep : round_up(k, kDeep) / kDeep;
-    add_two_blocks(left, second, b, steps);
-    if (rest) {
-        const Rest above(second_row, left, k), under(rows - second_row, second, k);
-        add_two_blocks(above.left(), under.left(), b + steps * kDeep * kTile, 1);
-    }
-    LSTM_TILE_STORE(0, c, bytes);
-    LSTM_TILE_STORE(1, c + 16, bytes);
-    LSTM_TILE_STORE(2, below, bytes);
-    LSTM_TILE_STORE(3, below + 16, bytes);
+    add_two_blocks<N>(left, {left.a + below, left.row, left.plane, left.step}, b, steps);
+    tile_store<0>(c, bytes);
+    tile_store<1>(c + 16, bytes);
+    tile_store<2>(under, bytes);
+    tile_store<3>(under + 16, bytes);
 }
 
-__attribute__((target(LSTM_AMX_TARGET))) inline void multiply_one_block(Index rows, const Left& left, const BFloat16* b,
-                                                                        Index k, bool rest, float* c, Index ldc,
-                                                                        bool accumulate) {
+template <int N>
+LSTM_HD void multiply_one_block(Index rows, const Left& left, const BFloat16* b, Index steps, float* c, Index ldc,
+                                bool accumulate) {
     const Index bytes = ldc * static_cast<Index>(sizeof(float));
     set_registers(rows, 0);
     if (accumulate) {
-        LSTM_TILE_LOAD(0, c, bytes);
-        LSTM_TILE_LOAD(1, c + 16, bytes);
-        LSTM_TILE_LOAD(2, c + 32, bytes);
-        LSTM_TILE_LOAD(3, c + 48, bytes);
+        tile_load<0>(c, bytes);
+        tile_load<1>(c + 16, bytes);
+        if constexpr (N == 1) {
+            tile_load<2>(c + 32, bytes);
+            tile_load<3>(c + 48, bytes);
+        }
     } else {
-        LSTM_TILE_ZERO(0);
-        LSTM_TILE_ZERO(1);
-        LSTM_TILE_ZERO(2);
-        LSTM_TILE_ZERO(3);
+        tile_zero<0>();
+        tile_zero<1>();
+        if constexpr (N == 1) {
+            tile_zero<2>();
+            tile_zero<3>();
+        }
     }
-    const Index steps = rest ? k / kDeep : round_up(k, kDeep) / kDeep;
-    add_one_block(left, b, steps);
-    if (rest) {
-        const Rest last(rows, left, k);
-        add_one_block(last.left(), b + steps * kDeep * kTile, 1);
+    add_one_block<N>(left, b, steps);
+    tile_store<0>(c, bytes);
+    tile_store<1>(c + 16, bytes);
+    if constexpr (N == 1) {
+        tile_store<2>(c + 32, bytes);
+        tile_store<3>(c + 48, bytes);
     }
-    LSTM_TILE_STORE(0, c, bytes);
-    LSTM_TILE_STORE(1, c + 16, bytes);
-    LSTM_TILE_STORE(2, c + 32, bytes);
-    LSTM_TILE_STORE(3, c + 48, bytes);
 }
 
-// multiply for pairs, any number of rows and any k: the blocks of rows take turns at half a tile's columns and at
-// Isa::depth of k, which meanwhile stay in the first cache.
-template <Along along>
-__attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index rows, const BFloat16* a, Index lda,
-                                                                    const Right<const BFloat16>& b, Index k, float* c,
+// multiply for any number of rows, and any k whose operands have zeros behind: blocks of rows take turns at 32 columns
+// and at some k, which meanwhile stay in the first cache. Sums go on where they were, so that nothing depends on how
+// rows and k are divided.
+template <Along along, int N>
+__attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index rows, const Planes<N>* a, Index lda,
+                                                                    const Right<const Planes<N>>& b, Index k, float* c,
                                                                     Index ldc, bool accumulate) {
     static_assert(along != Along::columns, "those are packed in blocks");
+    constexpr Index at_once = (N == 1 ? 512 : 128) / kDeep;  // steps of 32 k
     constexpr bool packed = along == Along::blocks;
     const Index blocks = round_up(rows, 32) / 32, size = packed ? 32 : (rows + blocks - 1) / blocks;
-    Index p = 0;
+    const Index all = round_up(k, kDeep) / kDeep;
+    const auto* const left = reinterpret_cast<const BFloat16*>(a);
+    const auto* const right = reinterpret_cast<const BFloat16*>(b.b);
+    Index i = 0;
     do {  // once for k = 0 too, which is a sum of nothing
-        const Index depth = std::min(Amx::depth, k - p);
-        const bool rest = !packed && depth % kDeep != 0;
-        const BFloat16 *const left = a + (packed ? p * 16 : p), *const right = b.b + p * b.ld;
-        const auto of_row = [&](Index row) LSTM_INLINED {
-            return packed ? Left{left + row * lda, kDeep, 16 * kDeep} : Left{left + row * lda, lda, kDeep};
-        };
+        const Index steps = std::min(at_once, all - i);
         for (Index column = 0; column < kTile; column += 32) {
             for (Index row = 0; row < rows; row += size) {
                 const Index count = std::min(size, rows - row), second = packed ? 16 : (count + 1) / 2;
-                if (count <= 16) {  // whole tiles at once, with the first half
-                    if (column == 0)
-                        multiply_one_block(count, of_row(row), right, depth, rest, c + row * ldc, ldc, accumulate);
-                    continue;
+                const BFloat16* const first = left + row * lda * N + i * N * (packed ? kBlock : kDeep);
+                const Left block =
+                    packed ? Left{first, kDeep, kBlock, N * kBlock} : Left{first, lda * N, kDeep, N * kDeep};
+                const BFloat16* const columns = right + i * N * kRightPlane + column / 16 * kBlock;
+                if (count > 16) {
+                    multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps,
+                                           c + row * ldc + column, ldc, accumulate);
+                } else if (N > 1 || column == 0) {  // of one plane all columns at once
+                    multiply_one_block<N>(count, block, columns, steps, c + row * ldc + column, ldc, accumulate);
                 }
-                multiply_two_blocks(count, second, of_row(row), second * lda, right + 2 * column, depth, rest,
-                                    c + row * ldc + column, ldc, accumulate);
             }
         }
-        p += Amx::depth;
+        i += at_once;
         accumulate = true;
-    } while (p < k);
+    } while (i < all);
 }
 
-// Columns of a[k, columns] to blocks of 16 of them, [columns / 16, k / 32, 16, 32] with zeros behind k, from the
-// first-th block up to the last-th. Rows of a end in columns that nobody needs, up to a multiple of 16.
-template <typename Isa>
-LSTM_HD void pack_blocks(const BFloat16* a, Index lda, Index k, Index first, Index last, BFloat16* to) {
+// ---- Operands ------------------------------------------------------------------------------------------------------
+
+using Floats = Vector<Amx, float>;
+using Pairs16 = Amx::Wide;  // of bf16, the first in the lower half
+
+// x with the lower half of each word rounded off.
+LSTM_AMX_INLINED Pairs16 round_to_upper(Floats x) { return (bit_cast<Pairs16>(x) + 0x8000u) & 0xffff0000u; }
+
+// The three planes of x, each the upper half of a word: to the nearest, so that the last is exact. Notes what is too
+// large for them.
+LSTM_AMX_INLINED void split(Floats x, Pairs16 (&planes)[3], __mmask16& infinite) {
+    planes[0] = round_to_upper(x);
+    infinite |= _mm512_fpclass_ps_mask(bit_cast<__m512>(planes[0]), 0x18);
+    x -= bit_cast<Floats>(planes[0]);
+    planes[1] = round_to_upper(x);
+    planes[2] = bit_cast<Pairs16>(x - bit_cast<Floats>(planes[1]));
+}
+
+LSTM_AMX void note(__mmask16 infinite) {
+    if (infinite != 0) thread_state.infinite = true;
+}
+
+// Where the unit-th of a row's operands lies, in the first plane.
+template <int N, typename Row>
+LSTM_HD auto unit_at(Row* row, Index unit) {
+    using Element = std::conditional_t<std::is_const_v<Row>, const BFloat16, BFloat16>;
+    return reinterpret_cast<Element*>(row) + unit / kDeep * N * kDeep + unit % kDeep;
+}
+
+// 16 units of a row of the left side, from the unit-th on, in each of its planes.
+template <typename Isa, int N>
+LSTM_AMX void store_operands(const float* from, Index count, Planes<N>* row, Index unit) {
+    BFloat16* const to = unit_at<N>(row, unit);
+    if constexpr (N == 1) {
+        store_units<Isa>(from, count, to);
+    } else {
+        Pairs16 planes[3];
+        __mmask16 infinite = 0;
+        split(load_vector<Isa>(from), planes, infinite);
+        note(infinite);
+#pragma GCC unroll 3
+        for (int p = 0; p < N; ++p) {
+            const auto upper = __builtin_convertvector(planes[p] >> 16, Amx::Narrow);
+            std::memcpy(to + p * kDeep, &upper, sizeof(upper));
+        }
+    }
+}
+
+// What store_operands stored there.
+template <typename Isa, int N>
+LSTM_AMX Floats load_operands(const Planes<N>* row, Index unit) {
+    const BFloat16* const from = unit_at<N>(row, unit);
+    Floats sum = {};
+#pragma GCC unroll 3
+    for (int p = N - 1; p >= 0; --p) sum += load_vector<Isa>(from + p * kDeep);
+    return sum;
+}
+
+// Where the pairs of k and k + 1 begin in a tile, of 16 columns from `column` on.
+template <int N>
+LSTM_HD BFloat16* pairs_at(Planes<N>* tile, Index k, int plane, Index column) {
+    const Index step = k / kDeep * N + plane;
+    return reinterpret_cast<BFloat16*>(tile) + step * kRightPlane + column / 16 * kBlock + k % kDeep * 16;
+}
+
+LSTM_HD std::uint32_t first_bits(Index count, Index most) {
+    return count >= most ? ~0u : (1u << std::max<Index>(count, 0)) - 1;
+}
+
+// 16 columns of k and k + 1 to a tile.
+LSTM_AMX_INLINED void put_pairs(Floats even, Floats odd, Planes<3>* tile, Index k, Index column, __mmask16& infinite) {
+    Pairs16 low[3], high[3];
+    split(even, low, infinite);
+    split(odd, high, infinite);
+#pragma GCC unroll 3
+    for (int p = 0; p < 3; ++p) {
+        const Pairs16 pairs = low[p] >> 16 | (high[p] & 0xffff0000u);
+        std::memcpy(pairs_at(tile, k, p, column), &pairs, sizeof(pairs));
+    }
+}
+
+// pack_rows: zeros where a group has no row, and behind depth.
+LSTM_AMX void pack_rows_in(Amx, const Groups<float>& groups, Index depth, Planes<3>* tile) {
+    __mmask16 infinite = 0;
+    for (Index group = 0; group < 4; ++group) {
+        for (Index k = 0; k < round_up(depth, kDeep); k += 16) {
+            const auto there = static_cast<__mmask16>(first_bits(depth - k, 16));
+            Floats rows[16];
+            for (Index r = 0; r < 16; ++r) {
+                const __mmask16 mask = r < groups.count[group] ? there : 0;
+                rows[r] = _mm512_maskz_loadu_ps(mask, groups.first[group] + r * depth + k);
+            }
+            transpose(rows);
+#pragma GCC unroll 8
+            for (Index r = 0; r < 16; r += 2) put_pairs(rows[r], rows[r + 1], tile, k + r, group * 16, infinite);
+        }
+    }
+    note(infinite);
+}
+
+LSTM_AMX void pack_rows_in(Amx, const Groups<BFloat16>& groups, Index depth, Planes<1>* tile) {
+    for (Index group = 0; group < 4; ++group) {
+        for (Index k = 0; k < depth; k += kDeep) {
+            const __mmask32 there = first_bits(depth - k, kDeep);
+            Floats rows[16];  // of 16 pairs of k, whose value no copy looks at
+            for (Index r = 0; r < 16; ++r) {
+                const __mmask32 mask = r < groups.count[group] ? there : 0;
+                rows[r] = bit_cast<Floats>(_mm512_maskz_loadu_epi16(mask, groups.first[group] + r * depth + k));
+            }
+            transpose(rows);
+            std::memcpy(pairs_at(tile, k, 0, group * 16), rows, sizeof(rows));
+        }
+    }
+}
+
+// Of a row's operands in one plane `there` from `column` on, in the lower halves of words; 0 of a row that is null.
+template <int N>
+LSTM_AMX_INLINED Pairs16 load_plane(const Planes<N>* row, int plane, Index column, __mmask16 there) {
+    if (row == nullptr) return Pairs16{};
+    const __m256i narrow = _mm256_maskz_loadu_epi16(there, unit_at<N>(row, column) + plane * kDeep);
+    return __builtin_convertvector(bit_cast<Amx::Narrow>(narrow), Pairs16);
+}
+
+// 16 columns of k and k + 1 to a tile, from rows that are 0 where null.
+template <int N>
+LSTM_AMX_INLINED void pack_pairs(const Planes<N>* even, const Planes<N>* odd, __mmask16 there, Planes<N>* tile, Index k,
+                                 Index column, __mmask16&) {
+#pragma GCC unroll 3
+    for (int p = 0; p < N; ++p) {
+        const Pairs16 pairs = load_plane(even, p, column, there) | load_plane(odd, p, column, there) << 16;
+        std::memcpy(pairs_at(tile, k, p, column), &pairs, sizeof(pairs));
+    }
+}
+LSTM_AMX_INLINED void pack_pairs(const BFloat16* even, const BFloat16* odd, __mmask16 there, Planes<1>* tile, Index k,
+                                 Index column, __mmask16& infinite) {
+    pack_pairs(reinterpret_cast<const Planes<1>*>(even), reinterpret_cast<const Planes<1>*>(odd), there, tile, k,
+               column, infinite);
+}
+LSTM_AMX_INLINED void pack_pairs(const float* even, const float* odd, __mmask16 there, Planes<3>* tile, Index k,
+                                 Index column, __mmask16& infinite) {
+    Floats rows[2] = {};
+    if (even != nullptr) rows[0] = _mm512_maskz_loadu_ps(there, even + column);
+    if (odd != nullptr) rows[1] = _mm512_maskz_loadu_ps(there, odd + column);
+    put_pairs(rows[0], rows[1], tile, k, column, infinite);
+}
+
+// pack_columns: zeros behind the columns and behind k.
+template <typename T, int N, typename Row>
+LSTM_AMX void pack_columns_in(Amx, Index k, Index columns, const Row& row, Planes<N>* tile) {
+    __mmask16 infinite = 0;
+    for (Index p = 0; p < round_up(k, kDeep); p += 2) {
+        const T *const even = p < k ? row(p) : nullptr, *const odd = p + 1 < k ? row(p + 1) : nullptr;
+#pragma GCC unroll 4
+        for (Index column = 0; column < kTile; column += 16) {
+            const auto there = static_cast<__mmask16>(first_bits(columns - column, 16));
+            pack_pairs(even, odd, there, tile, p, column, infinite);
+        }
+    }
+    note(infinite);
+}
+
+template <typename Isa, typename T, int N>
+LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, const Right<Planes<N>>& to) {
+    pack_rows_in(Isa(), groups, depth, to.b);
+}
+template <typename Isa, typename T, int N, typename Row>
+LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Planes<N>>& to) {
+    pack_columns_in<T>(Isa(), k, columns, row, to.b);
+}
+
+// Columns of a[k, columns] to blocks of 16 of them, from the first-th block up to the last-th. Rows of a end in columns
+// that nobody needs, up to a multiple of 16.
+template <typename Isa, int N>
+LSTM_AMX void pack_blocks(const Planes<N>* a, Index lda, Index k, Index first, Index last, Planes<N>* to) {
     for (Index block = first; block < last; ++block) {
         for (Index p = 0; p < k; p += kDeep) {
-            Vector<Isa, float> pairs[16];
-            const auto row = [&](Index q) LSTM_INLINED {
-                typename Isa::Narrow units = {};
-                if (q < k) std::memcpy(&units, a + q * lda + block * 16, sizeof(units));
-                return __builtin_convertvector(units, typename Isa::Wide);
-            };
-            for (int r = 0; r < 16; ++r) {
-                const typename Isa::Wide both = row(p + 2 * r) | row(p + 2 * r + 1) << 16;
-                std::memcpy(&pairs[r], &both, sizeof(both));
+            for (int plane = 0; plane < N; ++plane) {
+                Floats pairs[16];
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; ++r) {
+                    const Index q = p + 2 * r;
+                    const Pairs16 low = load_plane(q < k ? a + q * lda : nullptr, plane, block * 16, 0xffff);
+                    const Pairs16 high = load_plane(q + 1 < k ? a + (q + 1) * lda : nullptr, plane, block * 16, 0xffff);
+                    pairs[r] = bit_cast<Floats>(low | high << 16);
+                }
+                transpose(pairs);
+                const Index step = (block * round_up(k, kDeep) + p) / kDeep * N + plane;
+                std::memcpy(reinterpret_cast<BFloat16*>(to) + step * kBlock, pairs, sizeof(pairs));
             }
-            transpose(pairs);
-            std::memcpy(to + (block * round_up(k, kDeep) + p) * 16, pairs, sizeof(pairs));
         }
     }
 }

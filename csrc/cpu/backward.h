@@ -56,16 +56,16 @@ struct Backward {
           dx(static_cast<T*>(args.dx)),
           dh0(static_cast<T*>(args.dh0)),
           dc0(static_cast<T*>(args.dc0)),
-          w_ih(arena.take<A>(dx == nullptr ? 0 : s.directions * input_tiles * tile_size(4 * s.hidden))),
-          w_hh(arena.take<A>(s.directions * feature_tiles * tile_size(4 * s.hidden))),
-          w_hr(arena.take<A>(projected ? s.directions * tiles * tile_size(s.features) : 0)),
+          w_ih(arena.take<A>(dx == nullptr ? 0 : walk.room(s.directions * input_tiles * tile_size(4 * s.hidden)))),
+          w_hh(arena.take<A>(walk.room(s.directions * feature_tiles * tile_size(4 * s.hidden)))),
+          w_hr(arena.take<A>(projected ? walk.room(s.directions * tiles * tile_size(s.features)) : 0)),
           dh(arena.take<A>(s.directions * s.batch * feature_tiles * kTile)),
           dc(arena.take<A>(s.directions * s.batch * s.hidden)),
           dm(arena.take<A>(projected ? s.directions * s.batch * tiles * kTile : 0)),
-          m(arena.take<A>(projected ? s.directions * walk.chunk_rows * s.hidden : 0)),
+          m(arena.take<A>(projected ? walk.room(s.directions * walk.chunk_rows * s.hidden) : 0)),
           da(of_chunk(4 * s.hidden, arena)),
           dr(of_chunk(projected ? s.features : 0, arena)),
-          factors(arena.take<A>(s.directions * factor_tiles * tile_size(walk.chunk_rows))) {
+          factors(arena.take<A>(walk.room(s.directions * factor_tiles * tile_size(walk.chunk_rows)))) {
         for (int d = 0; d < s.directions; ++d) {
             const WeightGradients& g = args.gradients[d];
             gradients[d] = {gradient_of(g.w_ih, 4 * s.hidden * s.input, arena),
@@ -76,9 +76,10 @@ struct Backward {
     }
 
     ChunkGradients<A> of_chunk(Index columns, Arena& arena) const {
-        const Index ld = columns + kUnits, rows = columns == 0 ? 0 : s.directions * packed_rows();
-        const bool packs = std::is_same_v<T, BFloat16> || s.instruction_set < InstructionSet::avx512;
-        return {columns, ld, arena.take<A>(rows * ld), packs ? arena.take<A>(rows * ld) : nullptr};
+        const Index ld = walk.in_row(columns) + (walk.planes() ? kDeep : kUnits);
+        const Index size = columns == 0 ? 0 : walk.room(s.directions * packed_rows() * ld);
+        const bool packs = std::is_same_v<T, BFloat16> || walk.planes() || s.instruction_set < InstructionSet::avx512;
+        return {columns, ld, arena.take<A>(size), packs ? arena.take<A>(size) : nullptr};
     }
 
     // Enough of them for a chunk's gradients in any form.
@@ -212,8 +213,8 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
         store_vector<Isa, A>(o.at(j) * tanh_c[0], m_out + j);
     }
     store_units<Isa>(dc_out, count, f.dc + state);
-    for (int k = 0; k < 4; ++k) store_units<Isa>(out[k], count, da + k * hidden + unit);
-    if (f.projected) store_units<Isa>(m_out, count, m + unit);
+    for (int k = 0; k < 4; ++k) store_operands<Isa>(out[k], count, da, k * hidden + unit);
+    if (f.projected) store_operands<Isa>(m_out, count, m, unit);
 }
 
 // One step of one direction, as one thread walks it.
@@ -279,14 +280,19 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
 // dr, the gradient of the projected h: dh and dy.
 template <typename Isa, typename T>
 LSTM_HD void back_to_projection(const StepBack<Isa, T>& step) {
-    using O = Operand<Isa, T>;
     const Shape& s = step.f.s;
     const Index end = std::min(step.features.tile_end * kTile, s.features);
     for_rows(step, step.features, [&](Index b) LSTM_INLINED {
         const T* const dy = step.dy == nullptr ? nullptr : step.dy + b * s.directions * s.features;
-        for (Index j = step.features.tile * kTile; j < end; ++j) {
-            const Acc<T> dh = step.dh[b * step.ld_h + j];
-            step.dr[b * step.f.dr.ld + j] = store<O>(dy == nullptr ? dh : dh + load(dy[j]));
+        for (Index j = step.features.tile * kTile; j < end; j += kUnits) {
+            alignas(64) Acc<T> dr[kUnits], more[kUnits];
+            const Index count = std::min(kUnits, end - j);
+            load_units<Isa>(step.dh + b * step.ld_h + j, count, dr);
+            if (dy != nullptr) {
+                load_units<Isa>(dy + j, count, more);
+                store_row<Isa>(dr, kUnits, more, dr);
+            }
+            store_operands<Isa>(dr, count, step.dr + b * step.f.dr.ld, j);
         }
     });
 }

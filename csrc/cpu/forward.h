@@ -40,15 +40,19 @@ struct Forward {
           unpacked(walk.few()),
           joined(joins()),
           h_first(joined ? s.input : 0),
-          ld(h_first + std::max(padded, feature_tiles * kTile)),
-          packed(arena.take<A>(unpacked ? 0 : s.directions * tiles * packed_size())),
+          ld(h_first + walk.in_row(std::max(padded, feature_tiles * kTile))),
+          ld_x(walk.in_row(s.input)),
+          packed(arena.take<A>(unpacked ? 0 : walk.room(s.directions * tiles * packed_size()))),
           bias(arena.take<A>(s.directions * tiles * kTile)),
-          converted(std::is_same_v<T, A> || joined ? nullptr : arena.take<A>(s.directions * walk.chunk_rows * s.input)),
+          converted((std::is_same_v<T, A> && !walk.planes()) || joined
+                        ? nullptr
+                        : arena.take<A>(walk.room(s.directions * walk.chunk_rows * ld_x))),
           a(arena.take<A>(joined ? 0 : s.directions * tiles * walk.chunk_rows * kTile)),
-          h(arena.take<A>(s.directions * 2 * s.batch * ld)),
+          h(arena.take<A>(walk.room(s.directions * 2 * s.batch * ld))),
           c(arena.take<A>(s.directions * s.batch * padded)),
-          w_hr(arena.take<A>(unpacked ? 0 : s.directions * feature_tiles * tile_size(s.hidden))),
-          m(arena.take<A>(feature_tiles == 0 ? 0 : s.directions * s.batch * padded)) {}
+          w_hr(arena.take<A>(unpacked ? 0 : walk.room(s.directions * feature_tiles * tile_size(s.hidden)))),
+          ld_m(walk.in_row(padded)),
+          m(arena.take<A>(feature_tiles == 0 ? 0 : walk.room(s.directions * s.batch * ld_m))) {}
 
     // Whether x and h are multiplied together: where both weights stay in cache, or where to read W_ih at every step
     // moves less than to write and read pre-activations.
@@ -56,8 +60,7 @@ struct Forward {
         const Index bytes = 4 * s.hidden * (s.input + features) * static_cast<Index>(sizeof(T));
         const bool stay = s.batch >= kJoinedBatch && bytes <= kJoinedBytes;
         const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch;
-        const Index unit = s.instruction_set == InstructionSet::amx ? kDeep : 2;  // of k, in which h begins
-        return !unpacked && s.input % unit == 0 && (stay || less);
+        return !unpacked && s.input % (walk.planes() ? kDeep : 2) == 0 && (stay || less);
     }
 
     // Elements of one tile of both weights.
@@ -80,14 +83,16 @@ struct Forward {
     const bool joined;    // whether x and h are multiplied together
     const Index h_first;  // where h begins in a row of states
     const Index ld;       // from one row of states to the next
+    const Index ld_x;     // from one row of x to the next, as products read it
     A* packed;            // [D, tiles, I + R, 64]
     A* bias;              // [D, tiles, 4, 16]
-    A* converted;         // [D, rows of a chunk, I] x, where products don't read T
+    A* converted;         // [D, rows of a chunk, ld_x] x, where products don't read T
     A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
     A* h;                 // [D, 2, B, ld] states h_{t-1} and h_t by turns; joined: [x_t, h_{t-1}] and the next
     A* c;                 // [D, B, padded]
     A* w_hr;              // [D, feature tiles, H, 64] packed
-    A* m;                 // [D, B, padded] o tanh(c), where it is projected
+    const Index ld_m;     // from one row of m to the next
+    A* m;                 // [D, B, ld_m] o tanh(c), where it is projected
 };
 
 // One tile of W_ih [I, 64] and of W_hh [R, 64], one behind the other, or joined in one of depth I + R.
@@ -109,24 +114,23 @@ template <typename Isa, typename T>
 LSTM_HD void multiply_weight(const Forward<T>& f, Index rows, const Operand<Isa, T>* left, Index ld,
                              const Groups<T>& rows_of_w, const Right<const Operand<Isa, T>>& packed, Index k, Acc<T>* c,
                              bool accumulate) {
-    if (f.unpacked) {
-        multiply_unpacked<Isa>(rows, left, ld, rows_of_w, k, c, accumulate);
-    } else {
-        multiply<Isa>(rows, left, ld, packed, k, c, kTile, accumulate);
+    if constexpr (!in_planes<Operand<Isa, T>>) {
+        if (f.unpacked) return multiply_unpacked<Isa>(rows, left, ld, rows_of_w, k, c, accumulate);
     }
+    multiply<Isa>(rows, left, ld, packed, k, c, kTile, accumulate);
 }
 
-// 16 units of h, as y and as the products of the next step read them: rounded to T.
+// 16 units of h, as y and as the products of the next step read them, from the first one of `next`: rounded to T.
 template <typename Isa, typename T>
 LSTM_HD void store_state(const Forward<T>& f, int d, Index row, Index unit, Index count, const Acc<T>* h,
                          Operand<Isa, T>* next) {
     store_units<Isa>(h, count, f.y + (row * f.s.directions + d) * f.features + unit);
-    if constexpr (std::is_same_v<Operand<Isa, T>, T>) {
-        store_units<Isa>(h, kUnits, next);
-    } else {
+    if constexpr (std::is_same_v<Operand<Isa, T>, Acc<T>>) {
         alignas(64) T rounded[kUnits];
         store_units<Isa>(h, kUnits, rounded);
-        load_units<Isa>(rounded, kUnits, next);
+        load_units<Isa>(rounded, kUnits, next + unit);
+    } else {
+        store_operands<Isa>(h, kUnits, next, unit);
     }
 }
 
@@ -136,15 +140,15 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
                           Operand<Isa, T>* after) {
     using O = Operand<Isa, T>;
     const Index hidden = f.s.hidden, first = f.walk.start[t] + b;
-    const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.padded;
+    const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.ld_m;
     alignas(64) Acc<T> h[Isa::rows * kTile];
     const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
-    multiply_weight<Isa>(f, rows, m, f.padded, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
+    multiply_weight<Isa>(f, rows, m, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
                          packed_at<Isa>(packed, hidden), hidden, h, false);
     for (Index r = 0; r < rows; ++r) {
         for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
             store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),
-                             h + r * kTile + unit - tile * kTile, after + (b + r) * f.ld + f.h_first + unit);
+                             h + r * kTile + unit - tile * kTile, after + (b + r) * f.ld + f.h_first);
     }
 }
 
@@ -186,9 +190,9 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
             store_vector<Isa, A>(gates[3] * tanh_c[0], h_new + j);  // F6
         }
         if (f.feature_tiles == 0) {
-            store_state<Isa>(f, d, first + r, unit, count, h_new, after + (b + r) * f.ld + f.h_first + unit);
+            store_state<Isa>(f, d, first + r, unit, count, h_new, after + (b + r) * f.ld + f.h_first);
         } else {
-            store_units<Isa>(h_new, kUnits, reinterpret_cast<O*>(f.m) + (d * f.s.batch + b + r) * f.padded + unit);
+            store_operands<Isa>(h_new, kUnits, reinterpret_cast<O*>(f.m) + (d * f.s.batch + b + r) * f.ld_m, unit);
         }
         if (f.gates != nullptr) {
             const Index row = d * f.walk.rows() + first + r;
@@ -242,8 +246,15 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         const Index features = f.h0 == nullptr ? 0 : f.features;  // that are not 0
         for (Index turn = 0; turn < 2; ++turn) {                  // a row may join at any step
             O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.ld + f.h_first;
-            for (Index j = 0; j < f.ld - f.h_first; ++j)
-                to[j] = j < features ? operand<O>(f.h0[i * features + j]) : O{};
+            for (Index j = 0; j < f.ld - f.h_first; j += kUnits) {
+                alignas(64) A units[kUnits] = {};
+                if (j < features) load_units<Isa>(f.h0 + i * features + j, std::min(kUnits, features - j), units);
+                store_operands<Isa>(units, kUnits, to, j);
+            }
+        }
+        for (Index unit = f.padded; f.feature_tiles > 0 && unit < f.ld_m; unit += kUnits) {
+            alignas(64) const A zeros[kUnits] = {};
+            store_operands<Isa>(zeros, kUnits, reinterpret_cast<O*>(f.m) + i * f.ld_m, unit);
         }
     }
 }
@@ -257,7 +268,7 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
     if constexpr (std::is_same_v<O, T>) {
         x = f.x + chunk.base * input;
     } else {
-        x = f.converted + d * f.walk.chunk_rows * input;
+        x = reinterpret_cast<const O*>(f.converted) + d * f.walk.chunk_rows * f.ld_x;
     }
     const bool in_passing = packs_in_passing(f, team);
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
@@ -265,7 +276,7 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
         const Index place = in_passing ? part.tile : tile;
         if (in_passing) pack_rows<Isa>(rows_of_w, input, packed_ih<Isa, O>(f, d, place));
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
-            multiply_weight<Isa>(f, rows, x + first * input, input, rows_of_w, packed_ih<Isa, const O>(f, d, place),
+            multiply_weight<Isa>(f, rows, x + first * f.ld_x, f.ld_x, rows_of_w, packed_ih<Isa, const O>(f, d, place),
                                  input, f.of_tile(d, tile) + first * kTile, false);
         };
         if (part.all_rows(team)) {
@@ -281,14 +292,14 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
 
 template <typename Isa, typename T>
 LSTM_HD void convert_input(const Forward<T>& f, const Team& team, int thread, int d, const Chunk& chunk) {
+    using O = Operand<Isa, T>;
     for (Index row = thread; row < chunk.rows; row += team.threads) {
         const T* const from = f.x + (chunk.base + row) * f.s.input;
-        Acc<T>* const to = f.converted + (d * f.walk.chunk_rows + row) * f.s.input;
-        for (Index j = 0; j < f.s.input; j += kUnits) {
-            alignas(64) Acc<T> units[kUnits];
-            const Index count = std::min(kUnits, f.s.input - j);
-            load_units<Isa>(from + j, count, units);
-            std::memcpy(to + j, units, count * sizeof(units[0]));
+        O* const to = reinterpret_cast<O*>(f.converted) + (d * f.walk.chunk_rows + row) * f.ld_x;
+        for (Index j = 0; j < f.ld_x; j += kUnits) {
+            alignas(64) Acc<T> units[kUnits] = {};
+            if (j < f.s.input) load_units<Isa>(from + j, std::min(kUnits, f.s.input - j), units);
+            store_operands<Isa>(units, std::min(kUnits, f.ld_x - j), to, j);
         }
     }
 }
@@ -296,12 +307,16 @@ LSTM_HD void convert_input(const Forward<T>& f, const Team& team, int thread, in
 // Joined: x of step t, this thread's part, into the states that the step will read.
 template <typename Isa, typename T>
 LSTM_HD void join_input(const Forward<T>& f, const Team& team, const Part& part, Index t, Operand<Isa, T>* states) {
-    using O = Operand<Isa, T>;
-    const Index input = f.s.input, first = input * part.tile / f.tiles, end = input * part.tile_end / f.tiles;
+    const Index input = f.s.input, all = tiles_of(input, kUnits);
+    const Index first = all * part.tile / f.tiles * kUnits, end = all * part.tile_end / f.tiles * kUnits;
     for_blocks(team, part, f.s, t, [&](Index block, Index rows) LSTM_INLINED {
         for (Index b = block; b < block + rows; ++b) {
             const T* const from = f.x + (f.walk.start[t] + b) * input;
-            for (Index j = first; j < end; ++j) states[b * f.ld + j] = operand<O>(from[j]);
+            for (Index j = first; j < std::min(end, input); j += kUnits) {
+                alignas(64) Acc<T> units[kUnits];
+                load_units<Isa>(from + j, std::min(kUnits, input - j), units);
+                store_operands<Isa>(units, std::min(kUnits, input - j), states + b * f.ld, j);
+            }
         }
     });
 }

@@ -4,7 +4,6 @@
 
 #include <array>
 
-#include "amx.h"
 #include "backward.h"
 
 namespace lstm::cpu {
@@ -182,11 +181,11 @@ LSTM_HD void bias_gradient(const Backward<T>& f, int d, const Chunk& chunk, Inde
     using A = Acc<T>;
     using O = Operand<Isa, T>;
     constexpr Index side = lanes<Isa, A>, vectors = Columns / side;
-    const O* const da = chunk_rows<const O>(f, f.da, d) + column;
+    const O* const da = chunk_rows<const O>(f, f.da, d);
     Vector<Isa, A> sums[vectors] = {};
     for (Index row = 0; row < chunk.rows; ++row) {
 #pragma GCC unroll 16
-        for (Index v = 0; v < vectors; ++v) sums[v] += load_vector<Isa>(da + row * f.da.ld + v * side);
+        for (Index v = 0; v < vectors; ++v) sums[v] += load_operands<Isa>(da + row * f.da.ld, column + v * side);
     }
     alignas(64) A sum[Columns];
     std::memcpy(sum, sums, sizeof(sum));
@@ -229,6 +228,16 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
     }
 }
 
+// Zeros behind the columns of a chunk's gradients, where products read on.
+template <typename Isa, typename T>
+LSTM_HD void clear_behind(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Team& team, int thread) {
+    using O = Operand<Isa, T>;
+    for (Index row = thread; row < f.walk.chunk_rows; row += team.threads) {
+        O* const first = chunk_rows<O>(f, g, d) + row * g.ld;
+        for (Index column = g.columns; column < f.walk.in_row(g.columns); ++column) first[column] = O{};
+    }
+}
+
 template <typename Isa, typename T>
 LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread) {
     const Shape& s = f.s;
@@ -246,6 +255,10 @@ LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread
         };
         begin(f.dh + i * ld_h, f.dh_n, s.features, ld_h);
         begin(f.dc + i * s.hidden, f.dc_n, s.hidden, s.hidden);
+    }
+    for (int d = 0; in_planes<Operand<Isa, T>> && d < s.directions; ++d) {
+        clear_behind<Isa>(f, f.da, d, team, thread);
+        clear_behind<Isa>(f, f.dr, d, team, thread);
     }
     if (f.dx != nullptr && s.directions > 1) {  // to which both directions add
         for (Index row = thread; row < f.walk.rows(); row += team.threads)

@@ -16,12 +16,18 @@
 namespace lstm::cpu {
 namespace {
 
+// Whether products of T have planes in AMX.
+template <typename T>
+constexpr bool has_planes = std::is_same_v<T, BFloat16> || std::is_same_v<T, float>;
+
 template <typename Job>
 auto kernel_of([[maybe_unused]] InstructionSet set) {
 #ifdef __x86_64__
     if constexpr (std::is_same_v<typename Job::Type, BFloat16>) {
-        if (set == InstructionSet::amx) return run_amx<Job>;
         if (set == InstructionSet::avx512_bf16) return run_pairs<Job>;
+    }
+    if constexpr (has_planes<typename Job::Type>) {
+        if (set == InstructionSet::amx) return run_amx<Job>;
     }
     if (set >= InstructionSet::avx512) return run_avx512<Job>;
     if (set == InstructionSet::avx2) return run_avx2<Job>;
@@ -29,8 +35,22 @@ auto kernel_of([[maybe_unused]] InstructionSet set) {
     return run_baseline<Job>;
 }
 
+// The instruction set that takes least time for a call, of those up to the one that it names.
+template <typename T>
+InstructionSet serving(const Shape& s) {
+    if (s.instruction_set < InstructionSet::amx) return s.instruction_set;
+    Index rows = 0;
+    for (Index t = 0; t < s.time; ++t) rows += s.steps[t];
+    if (std::is_same_v<T, BFloat16>) return rows > kFewRows ? InstructionSet::amx : InstructionSet::avx512_bf16;
+    const bool whole = s.hidden % kDeep == 0 && s.features % kDeep == 0;
+    const bool enough = s.batch >= kFewRows;
+    return std::is_same_v<T, float> && whole && enough && rows > kFewRows ? InstructionSet::amx
+                                                                          : InstructionSet::avx512;
+}
+
+// Whether an operand was infinite that may not be.
 template <typename Job, typename Args>
-void run(const Shape& shape, const Args& args) {
+bool run_once(const Shape& shape, const Args& args) {
     Arena count;
     Job(shape, args, count);
     Arena arena(count.used());
@@ -41,10 +61,23 @@ void run(const Shape& shape, const Args& args) {
     if (threads > 1 || omp_in_parallel()) {  // a region for one thread takes as long as a small layer
 #pragma omp parallel num_threads(threads)
         kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
-        return;
+    } else {
+        kernel(job, 0, 1);
     }
-#endif
+#else
     kernel(job, 0, 1);
+#endif
+    return job.walk.infinite;
+}
+
+// In the instruction set that serves it best, and if infinity came where it must not, anew without AMX.
+template <typename Job, typename Args>
+void run(const Shape& shape, const Args& args) {
+    Shape s = shape;
+    s.instruction_set = serving<typename Job::Type>(shape);
+    if (!run_once<Job>(s, args)) return;
+    s.instruction_set = InstructionSet::avx512;
+    run_once<Job>(s, args);
 }
 
 template <template <typename> class Job, typename Args>

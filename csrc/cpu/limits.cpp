@@ -74,10 +74,10 @@ __attribute__((target(LSTM_AMX_TARGET))) double amx_step() {
     const RegistersInUse registers;
     set_registers(16, 16);
     for (Index i = 0; i < kSteps; ++i) {
-        LSTM_TILE_DOT(0, 4, 6);
-        LSTM_TILE_DOT(1, 4, 7);
-        LSTM_TILE_DOT(2, 5, 6);
-        LSTM_TILE_DOT(3, 5, 7);
+        tile_dot<0, 4, 6>();
+        tile_dot<1, 4, 7>();
+        tile_dot<2, 5, 6>();
+        tile_dot<3, 5, 7>();
     }
     return 4.0 * 2 * 16 * 16 * kDeep;
 }

@@ -2,7 +2,8 @@
 //
 // An operand is A, the accumulation type, or bf16 where the processor multiplies pairs of it (OperandOf). A packed tile
 // lies in panels of as many columns as one pass over k takes, [64 / width, k, width], each read front to back. Of bf16
-// a tile is [k / 2, 64, 2], two neighbours in k side by side, with 0 behind an odd k, for AMX up to a multiple of 32.
+// a tile is [k / 2, 64, 2], two neighbours in k side by side, with 0 behind an odd k.
+// AMX has tiles of its own (amx.h).
 #pragma once
 
 #include "vectors.h"
@@ -17,6 +18,10 @@ template <typename Isa, typename O>
 constexpr Index panel_width = Isa::vectors * lanes<Isa, O>;
 template <typename Isa>
 constexpr Index panel_width<Isa, BFloat16> = kTile;
+#ifdef __x86_64__
+template <typename Isa, int N>
+constexpr Index panel_width<Isa, Planes<N>> = kTile;
+#endif
 
 LSTM_HD Index round_up(Index n, Index unit) { return (n + unit - 1) / unit * unit; }
 
@@ -309,17 +314,8 @@ LSTM_HD void pack_blocks(const A* a, Index lda, Index k, Index first, Index last
 }
 
 #ifdef __x86_64__
-// Zeros behind a tile's pairs of k.
-template <typename Isa>
-LSTM_HD void pad_tile(BFloat16* tile, Index k) {
-    const Index end = round_up(k, 2);
-    if constexpr (std::is_same_v<Isa, Amx>)
-        std::fill_n(tile + end * kTile, (round_up(k, kDeep) - end) * kTile, BFloat16{0});
-}
-
 template <typename Isa>
 LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, const Right<BFloat16>& to) {
-    pad_tile<Isa>(to.b, depth);
     if (depth % 2 == 0) {  // a pair lies there as one 32-bit word, whose value no copy looks at
         Groups<float> words;
         for (int group = 0; group < 4; ++group) {
@@ -363,7 +359,6 @@ LSTM_HD void interleave(const BFloat16* even, const BFloat16* odd, Index count, 
 
 template <typename Isa, typename T, typename Row>
 LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<BFloat16>& to) {
-    pad_tile<Isa>(to.b, k);
     for (Index p = 0; p < k; p += 2) {
         const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : nullptr;
         if (columns < kTile) std::fill_n(to.b + p * kTile, 2 * kTile, BFloat16{0});

@@ -1,11 +1,12 @@
 // What the forward and the backward walk share: memory, rows, and how threads divide them.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
+#include "amx.h"
 #include "arena.h"
 #include "layer.h"
-#include "product.h"
 
 namespace lstm::cpu {
 
@@ -96,10 +97,16 @@ struct Walk {
     const Shape s;
     std::vector<Index> start;  // [time + 1] first row of each step, and N
     Index steps_of_chunk;
-    Index chunk_rows;  // at most
+    Index chunk_rows;                           // at most
+    mutable std::atomic<bool> infinite{false};  // whether an operand in planes was
 
     Index rows() const { return start.back(); }
     bool few() const { return rows() <= kFewRows; }
+    bool planes() const { return s.instruction_set == InstructionSet::amx; }  // whether products read them
+
+    // Features of a row of operands that hold so many, and elements of Acc<T> that hold so many operands.
+    Index in_row(Index features) const { return planes() ? round_up(features, kDeep) : features; }
+    Index room(Index operands) const { return planes() && s.dtype == Dtype::float32 ? operands * 3 / 2 : operands; }
     Index chunks() const { return tiles_of(s.time, steps_of_chunk); }
 
     // The step before t in direction d's walk, if sequence b was in it; else -1.

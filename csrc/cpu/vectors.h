@@ -55,8 +55,14 @@ using Baseline = Isa<16, 2, 16, 256, 8>;
 using Avx2 = Isa<32, 2, 16, 256, 8>;
 using Avx512 = Isa<64, 4, 32, 512, 1>;
 struct Pairs : Avx512 {};  // AVX-512 whose products of bf16 read pairs of neighbours in k
-struct Amx : Avx512 {      // whose products of bf16 are those of registers of 16 rows (amx.h)
+struct Amx : Pairs {       // whose products are those of registers of 16 rows of bf16 (amx.h)
     static constexpr Index rows = 64, side = 16;
+};
+
+// An operand of those: the sum of N bf16. They lie in planes, N * 32 elements behind each other for 32 operands.
+template <int N>
+struct Planes {
+    BFloat16 of[N];
 };
 #else
 using Baseline = Isa<16, 4, 32, 256, 8>;
@@ -74,11 +80,32 @@ struct OperandOf<Pairs, BFloat16> {
 };
 template <>
 struct OperandOf<Amx, BFloat16> {
-    using type = BFloat16;
+    using type = Planes<1>;
+};
+template <>
+struct OperandOf<Amx, float> {
+    using type = Planes<3>;
 };
 #endif
 template <typename Isa, typename T>
 using Operand = typename OperandOf<Isa, T>::type;
+
+// Whether the processor itself rounds to bf16.
+#ifdef __x86_64__
+template <typename Isa>
+constexpr bool has_pairs = std::is_base_of_v<Pairs, Isa>;
+#else
+template <typename Isa>
+constexpr bool has_pairs = false;
+#endif
+
+// Whether products read operands O from rows in planes.
+template <typename O>
+constexpr bool in_planes = false;
+#ifdef __x86_64__
+template <int N>
+constexpr bool in_planes<Planes<N>> = true;
+#endif
 
 #ifdef __x86_64__
 // fp16 by the processor's own conversions, from AVX2 on.
@@ -101,16 +128,6 @@ __attribute__((target(LSTM_PAIRS_TARGET))) inline void store_brain(__m512 from, 
     std::memcpy(to, &narrow, sizeof(narrow));
 }
 #endif
-
-// What a product reads of x.
-template <typename O, typename T>
-LSTM_HD O operand(T x) {
-    if constexpr (std::is_same_v<O, T>) {
-        return x;
-    } else {
-        return load(x);
-    }
-}
 
 // A vector from as many elements and back. Nothing narrower is stored and read again: a load that meets several
 // narrower stores would wait for them.
@@ -136,7 +153,7 @@ LSTM_HD Vector<Isa, Acc<T>> load_vector(const T* from) {
 
 template <typename Isa, typename T>
 LSTM_HD void store_vector(const Vector<Isa, Acc<T>>& from, T* to) {
-    if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Operand<Isa, T>, T>) {
+    if constexpr (std::is_same_v<T, BFloat16> && has_pairs<Isa>) {
 #ifdef __x86_64__
         store_brain(from, to);
 #endif
@@ -181,6 +198,16 @@ LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
             store_vector<Isa, T>(load_vector<Isa>(from + j), to + j);
         }
     }
+}
+
+// The same of a row of operands, from the unit-th on, which of planes (amx.h) is a multiple of 16.
+template <typename Isa, typename O>
+LSTM_HD void store_operands(const Acc<O>* from, Index count, O* row, Index unit) {
+    store_units<Isa>(from, count, row + unit);
+}
+template <typename Isa, typename O>
+LSTM_HD Vector<Isa, Acc<O>> load_operands(const O* row, Index unit) {
+    return load_vector<Isa>(row + unit);
 }
 
 // to = from + before, any number of elements; before may be null for nothing, and may be `to`.
