@@ -81,4 +81,21 @@ LSTM_HD void activate(Vector<Isa, double> (&x)[N]) {
     }
 }
 
+// tanh of `count` elements in their place, a multiple of a vector's.
+template <typename Isa, bool kCoarse, typename A>
+LSTM_HD void tanh_of(A* x, Index count) {
+    constexpr Index side = lanes<Isa, A>;
+    const auto take = [&](auto& vectors, Index n, Index j) LSTM_INLINED {
+#pragma GCC unroll 4
+        for (Index i = 0; i < n; ++i) vectors[i] = load_vector<Isa>(x + j + i * side);
+        activate<Isa, kCoarse, 0b1111>(vectors);
+#pragma GCC unroll 4
+        for (Index i = 0; i < n; ++i) store_vector<Isa, A>(vectors[i], x + j + i * side);
+    };
+    Vector<Isa, A> four[4], one[1];
+    Index j = 0;
+    for (; j + 4 * side <= count; j += 4 * side) take(four, 4, j);
+    for (; j < count; j += side) take(one, 1, j);
+}
+
 }  // namespace lstm::cpu

@@ -7,7 +7,7 @@
 // computed anew without AMX.
 //
 // A row of the left side lies as [k / 32, planes, 32]; packed blocks as [rows / 16, k / 32, planes, 16, 32]; and a tile
-// of the right side as [k / 32, planes, 4 blocks of columns, 16 pairs of k, 16 columns, 2]. All have zeros behind k.
+// of the right side as [2, k / 32, planes, 2, 16 pairs of k, 16 columns, 2]. All have zeros behind k.
 #pragma once
 
 #ifdef __x86_64__
@@ -72,7 +72,7 @@ LSTM_HD void tile_dot() {
 }
 
 constexpr Index kBlock = 16 * kDeep;                   // bf16 of a register
-constexpr Index kRightPlane = kTile / 16 * kBlock;     // of a plane of 32 k of a tile
+constexpr Index kRightPlane = 2 * kBlock;              // of a plane of 32 k and 32 columns of a tile
 constexpr Index kRowBytes = kDeep * sizeof(BFloat16);  // of a register
 
 // One block of rows of the left side: elements from a row to the next, from a plane, and from 32 k to those behind.
@@ -83,6 +83,12 @@ struct Left {
     LSTM_HD const BFloat16* at(Index i, int p) const { return a + i * step + p * plane; }
     LSTM_HD Index bytes() const { return row * static_cast<Index>(sizeof(BFloat16)); }
 };
+
+// Asks for 16 rows.
+LSTM_HD void fetch_block(const BFloat16* first, Index row) {
+#pragma GCC unroll 16
+    for (Index r = 0; r < 16; ++r) __builtin_prefetch(first + r * row);
+}
 
 // Sums 0 and 1 of one block of rows and 2 and 3 of another grow by what their 32 * steps k make with those of 32
 // columns.
@@ -97,35 +103,40 @@ LSTM_HD void add_two_blocks(const Left& first, const Left& second, const BFloat1
             tile_load<6>(b + p * kRightPlane, kRowBytes);
             tile_load<7>(b + p * kRightPlane + kBlock, kRowBytes);
         };
-        const auto dots = []() LSTM_INLINED {
+        const auto dots = [&](int part) LSTM_INLINED {
             tile_dot<0, 4, 6>();
             tile_dot<1, 4, 7>();
             tile_dot<2, 5, 6>();
             tile_dot<3, 5, 7>();
+            if constexpr (N == 3) {  // a sixth of the next step's operands
+                const Left& rows = part < 3 ? first : second;
+                fetch_block(rows.at(i + 1, part % 3), rows.row);
+                fetch_block(b + N * kRightPlane + part * kBlock, kDeep);
+            }
         };
-        left(0), right(0), dots();
+        left(0), right(0), dots(0);
         if constexpr (N == 3) {
-            left(2), dots();
-            left(1), dots();
-            right(1), dots();
-            left(0), dots();
-            right(2), dots();
+            left(2), dots(1);
+            left(1), dots(2);
+            right(1), dots(3);
+            left(0), dots(4);
+            right(2), dots(5);
         }
     }
 }
 
 // The same of one block of rows: sums 0 to 3 of 64 columns, or with three planes 0 and 1 of 32.
 template <int N>
-LSTM_HD void add_one_block(const Left& left, const BFloat16* b, Index steps) {
-    for (Index i = 0; i < steps; ++i, b += N * kRightPlane) {
+LSTM_HD void add_one_block(const Left& left, const BFloat16* b, const BFloat16* more, Index steps) {
+    for (Index i = 0; i < steps; ++i, b += N * kRightPlane, more += N * kRightPlane) {
         if constexpr (N == 1) {
             tile_load<4>(left.at(i, 0), left.bytes());
             tile_load<5>(b, kRowBytes);
             tile_load<6>(b + kBlock, kRowBytes);
             tile_dot<0, 4, 5>();
-            tile_load<7>(b + 2 * kBlock, kRowBytes);
+            tile_load<7>(more, kRowBytes);
             tile_dot<1, 4, 6>();
-            tile_load<5>(b + 3 * kBlock, kRowBytes);
+            tile_load<5>(more + kBlock, kRowBytes);
             tile_dot<2, 4, 7>();
             tile_dot<3, 4, 5>();
         } else {
@@ -181,8 +192,8 @@ LSTM_HD void multiply_two_blocks(Index rows, Index second, const Left& left, Ind
 }
 
 template <int N>
-LSTM_HD void multiply_one_block(Index rows, const Left& left, const BFloat16* b, Index steps, float* c, Index ldc,
-                                bool accumulate) {
+LSTM_HD void multiply_one_block(Index rows, const Left& left, const BFloat16* b, const BFloat16* more, Index steps,
+                                float* c, Index ldc, bool accumulate) {
     const Index bytes = ldc * static_cast<Index>(sizeof(float));
     set_registers(rows, 0);
     if (accumulate) {
@@ -200,7 +211,7 @@ LSTM_HD void multiply_one_block(Index rows, const Left& left, const BFloat16* b,
             tile_zero<3>();
         }
     }
-    add_one_block<N>(left, b, steps);
+    add_one_block<N>(left, b, more, steps);
     tile_store<0>(c, bytes);
     tile_store<1>(c + 16, bytes);
     if constexpr (N == 1) {
@@ -217,12 +228,13 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
                                                                     const Right<const Planes<N>>& b, Index k, float* c,
                                                                     Index ldc, bool accumulate) {
     static_assert(along != Along::columns, "those are packed in blocks");
-    constexpr Index at_once = (N == 1 ? 512 : 128) / kDeep;  // steps of 32 k
+    constexpr Index at_once = 512 / kDeep;  // steps of 32 k
     constexpr bool packed = along == Along::blocks;
     const Index blocks = round_up(rows, 32) / 32, size = packed ? 32 : (rows + blocks - 1) / blocks;
     const Index all = round_up(k, kDeep) / kDeep;
     const auto* const left = reinterpret_cast<const BFloat16*>(a);
     const auto* const right = reinterpret_cast<const BFloat16*>(b.b);
+    const Index half = b.panel * N;  // from 32 columns to the next
     Index i = 0;
     do {  // once for k = 0 too, which is a sum of nothing
         const Index steps = std::min(at_once, all - i);
@@ -232,12 +244,13 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
                 const BFloat16* const first = left + row * lda * N + i * N * (packed ? kBlock : kDeep);
                 const Left block =
                     packed ? Left{first, kDeep, kBlock, N * kBlock} : Left{first, lda * N, kDeep, N * kDeep};
-                const BFloat16* const columns = right + i * N * kRightPlane + column / 16 * kBlock;
+                const BFloat16* const columns = right + i * N * kRightPlane + column / 32 * half;
                 if (count > 16) {
                     multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps,
                                            c + row * ldc + column, ldc, accumulate);
                 } else if (N > 1 || column == 0) {  // of one plane all columns at once
-                    multiply_one_block<N>(count, block, columns, steps, c + row * ldc + column, ldc, accumulate);
+                    multiply_one_block<N>(count, block, columns, columns + half, steps, c + row * ldc + column, ldc,
+                                          accumulate);
                 }
             }
         }
@@ -252,20 +265,25 @@ using Floats = Vector<Amx, float>;
 using Pairs16 = Amx::Wide;  // of bf16, the first in the lower half
 
 // x with the lower half of each word rounded off.
-LSTM_AMX_INLINED Pairs16 round_to_upper(Floats x) { return (bit_cast<Pairs16>(x) + 0x8000u) & 0xffff0000u; }
+LSTM_HD Pairs16 round_to_upper(Floats x) { return (bit_cast<Pairs16>(x) + 0x8000u) & 0xffff0000u; }
 
-// The three planes of x, each the upper half of a word: to the nearest, so that the last is exact. Notes what is too
-// large for them.
-LSTM_AMX_INLINED void split(Floats x, Pairs16 (&planes)[3], __mmask16& infinite) {
+// The three planes of x, each the upper half of a word: to the nearest, so that the last is exact.
+LSTM_HD void split(Floats x, Pairs16 (&planes)[3]) {
     planes[0] = round_to_upper(x);
-    infinite |= _mm512_fpclass_ps_mask(bit_cast<__m512>(planes[0]), 0x18);
     x -= bit_cast<Floats>(planes[0]);
     planes[1] = round_to_upper(x);
     planes[2] = bit_cast<Pairs16>(x - bit_cast<Floats>(planes[1]));
 }
 
-LSTM_AMX void note(__mmask16 infinite) {
-    if (infinite != 0) thread_state.infinite = true;
+// The larger of a magnitude so far and those of x, of which NaN are none.
+LSTM_HD Floats larger(Floats so_far, Floats x) {
+    const Floats magnitude = bit_cast<Floats>(bit_cast<Pairs16>(x) & 0x7fffffffu);
+    return magnitude > so_far ? magnitude : so_far;
+}
+
+// Makes a note of magnitudes that round to infinity.
+LSTM_AMX void note(Floats largest) {
+    if (_mm512_cmp_ps_mask(largest, _mm512_set1_ps(0x1.ffp127f), _CMP_GE_OQ) != 0) thread_state.infinite = true;
 }
 
 // Where the unit-th of a row's operands lies, in the first plane.
@@ -275,17 +293,28 @@ LSTM_HD auto unit_at(Row* row, Index unit) {
     return reinterpret_cast<Element*>(row) + unit / kDeep * N * kDeep + unit % kDeep;
 }
 
+LSTM_HD std::uint32_t first_bits(Index count, Index most) {
+    return count >= most ? ~0u : (1u << std::max<Index>(count, 0)) - 1;
+}
+
+// Notes what is infinite in a row that store_operands takes.
+template <typename O, std::enable_if_t<std::is_same_v<O, Planes<3>>, int> = 0>
+LSTM_AMX void look_at(const float* row, Index count) {
+    Floats largest = {};
+    for (Index j = 0; j < count; j += 16)
+        largest = larger(largest, _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(count - j, 16)), row + j));
+    note(largest);
+}
+
 // 16 units of a row of the left side, from the unit-th on, in each of its planes.
 template <typename Isa, int N>
-LSTM_AMX void store_operands(const float* from, Index count, Planes<N>* row, Index unit) {
+LSTM_HD void store_operands(const float* from, Index count, Planes<N>* row, Index unit) {
     BFloat16* const to = unit_at<N>(row, unit);
     if constexpr (N == 1) {
         store_units<Isa>(from, count, to);
     } else {
         Pairs16 planes[3];
-        __mmask16 infinite = 0;
-        split(load_vector<Isa>(from), planes, infinite);
-        note(infinite);
+        split(load_vector<Isa>(from), planes);
 #pragma GCC unroll 3
         for (int p = 0; p < N; ++p) {
             const auto upper = __builtin_convertvector(planes[p] >> 16, Amx::Narrow);
@@ -296,7 +325,7 @@ LSTM_AMX void store_operands(const float* from, Index count, Planes<N>* row, Ind
 
 // What store_operands stored there.
 template <typename Isa, int N>
-LSTM_AMX Floats load_operands(const Planes<N>* row, Index unit) {
+LSTM_HD Floats load_operands(const Planes<N>* row, Index unit) {
     const BFloat16* const from = unit_at<N>(row, unit);
     Floats sum = {};
 #pragma GCC unroll 3
@@ -306,20 +335,18 @@ LSTM_AMX Floats load_operands(const Planes<N>* row, Index unit) {
 
 // Where the pairs of k and k + 1 begin in a tile, of 16 columns from `column` on.
 template <int N>
-LSTM_HD BFloat16* pairs_at(Planes<N>* tile, Index k, int plane, Index column) {
-    const Index step = k / kDeep * N + plane;
-    return reinterpret_cast<BFloat16*>(tile) + step * kRightPlane + column / 16 * kBlock + k % kDeep * 16;
-}
-
-LSTM_HD std::uint32_t first_bits(Index count, Index most) {
-    return count >= most ? ~0u : (1u << std::max<Index>(count, 0)) - 1;
+LSTM_HD BFloat16* pairs_at(const Right<Planes<N>>& tile, Index k, int plane, Index column) {
+    const Index step = k / kDeep * N + plane, half = column / 32 * tile.panel * N;
+    return reinterpret_cast<BFloat16*>(tile.b) + half + step * kRightPlane + column % 32 / 16 * kBlock + k % kDeep * 16;
 }
 
 // 16 columns of k and k + 1 to a tile.
-LSTM_AMX_INLINED void put_pairs(Floats even, Floats odd, Planes<3>* tile, Index k, Index column, __mmask16& infinite) {
+LSTM_AMX_INLINED void put_pairs(Floats even, Floats odd, const Right<Planes<3>>& tile, Index k, Index column,
+                                Floats& largest) {
     Pairs16 low[3], high[3];
-    split(even, low, infinite);
-    split(odd, high, infinite);
+    split(even, low);
+    split(odd, high);
+    largest = larger(larger(largest, even), odd);
 #pragma GCC unroll 3
     for (int p = 0; p < 3; ++p) {
         const Pairs16 pairs = low[p] >> 16 | (high[p] & 0xffff0000u);
@@ -328,8 +355,8 @@ LSTM_AMX_INLINED void put_pairs(Floats even, Floats odd, Planes<3>* tile, Index 
 }
 
 // pack_rows: zeros where a group has no row, and behind depth.
-LSTM_AMX void pack_rows_in(Amx, const Groups<float>& groups, Index depth, Planes<3>* tile) {
-    __mmask16 infinite = 0;
+LSTM_AMX void pack_rows_in(Amx, const Groups<float>& groups, Index depth, const Right<Planes<3>>& tile) {
+    Floats largest = {};
     for (Index group = 0; group < 4; ++group) {
         for (Index k = 0; k < round_up(depth, kDeep); k += 16) {
             const auto there = static_cast<__mmask16>(first_bits(depth - k, 16));
@@ -340,13 +367,13 @@ LSTM_AMX void pack_rows_in(Amx, const Groups<float>& groups, Index depth, Planes
             }
             transpose(rows);
 #pragma GCC unroll 8
-            for (Index r = 0; r < 16; r += 2) put_pairs(rows[r], rows[r + 1], tile, k + r, group * 16, infinite);
+            for (Index r = 0; r < 16; r += 2) put_pairs(rows[r], rows[r + 1], tile, k + r, group * 16, largest);
         }
     }
-    note(infinite);
+    note(largest);
 }
 
-LSTM_AMX void pack_rows_in(Amx, const Groups<BFloat16>& groups, Index depth, Planes<1>* tile) {
+LSTM_AMX void pack_rows_in(Amx, const Groups<BFloat16>& groups, Index depth, const Right<Planes<1>>& tile) {
     for (Index group = 0; group < 4; ++group) {
         for (Index k = 0; k < depth; k += kDeep) {
             const __mmask32 there = first_bits(depth - k, kDeep);
@@ -371,49 +398,49 @@ LSTM_AMX_INLINED Pairs16 load_plane(const Planes<N>* row, int plane, Index colum
 
 // 16 columns of k and k + 1 to a tile, from rows that are 0 where null.
 template <int N>
-LSTM_AMX_INLINED void pack_pairs(const Planes<N>* even, const Planes<N>* odd, __mmask16 there, Planes<N>* tile, Index k,
-                                 Index column, __mmask16&) {
+LSTM_AMX_INLINED void pack_pairs(const Planes<N>* even, const Planes<N>* odd, __mmask16 there,
+                                 const Right<Planes<N>>& tile, Index k, Index column, Floats&) {
 #pragma GCC unroll 3
     for (int p = 0; p < N; ++p) {
         const Pairs16 pairs = load_plane(even, p, column, there) | load_plane(odd, p, column, there) << 16;
         std::memcpy(pairs_at(tile, k, p, column), &pairs, sizeof(pairs));
     }
 }
-LSTM_AMX_INLINED void pack_pairs(const BFloat16* even, const BFloat16* odd, __mmask16 there, Planes<1>* tile, Index k,
-                                 Index column, __mmask16& infinite) {
+LSTM_AMX_INLINED void pack_pairs(const BFloat16* even, const BFloat16* odd, __mmask16 there,
+                                 const Right<Planes<1>>& tile, Index k, Index column, Floats& largest) {
     pack_pairs(reinterpret_cast<const Planes<1>*>(even), reinterpret_cast<const Planes<1>*>(odd), there, tile, k,
-               column, infinite);
+               column, largest);
 }
-LSTM_AMX_INLINED void pack_pairs(const float* even, const float* odd, __mmask16 there, Planes<3>* tile, Index k,
-                                 Index column, __mmask16& infinite) {
+LSTM_AMX_INLINED void pack_pairs(const float* even, const float* odd, __mmask16 there, const Right<Planes<3>>& tile,
+                                 Index k, Index column, Floats& largest) {
     Floats rows[2] = {};
     if (even != nullptr) rows[0] = _mm512_maskz_loadu_ps(there, even + column);
     if (odd != nullptr) rows[1] = _mm512_maskz_loadu_ps(there, odd + column);
-    put_pairs(rows[0], rows[1], tile, k, column, infinite);
+    put_pairs(rows[0], rows[1], tile, k, column, largest);
 }
 
 // pack_columns: zeros behind the columns and behind k.
 template <typename T, int N, typename Row>
-LSTM_AMX void pack_columns_in(Amx, Index k, Index columns, const Row& row, Planes<N>* tile) {
-    __mmask16 infinite = 0;
+LSTM_AMX void pack_columns_in(Amx, Index k, Index columns, const Row& row, const Right<Planes<N>>& tile) {
+    Floats largest = {};
     for (Index p = 0; p < round_up(k, kDeep); p += 2) {
         const T *const even = p < k ? row(p) : nullptr, *const odd = p + 1 < k ? row(p + 1) : nullptr;
 #pragma GCC unroll 4
         for (Index column = 0; column < kTile; column += 16) {
             const auto there = static_cast<__mmask16>(first_bits(columns - column, 16));
-            pack_pairs(even, odd, there, tile, p, column, infinite);
+            pack_pairs(even, odd, there, tile, p, column, largest);
         }
     }
-    note(infinite);
+    note(largest);
 }
 
 template <typename Isa, typename T, int N>
 LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, const Right<Planes<N>>& to) {
-    pack_rows_in(Isa(), groups, depth, to.b);
+    pack_rows_in(Isa(), groups, depth, to);
 }
 template <typename Isa, typename T, int N, typename Row>
 LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Planes<N>>& to) {
-    pack_columns_in<T>(Isa(), k, columns, row, to.b);
+    pack_columns_in<T>(Isa(), k, columns, row, to);
 }
 
 // Columns of a[k, columns] to blocks of 16 of them, from the first-th block up to the last-th. Rows of a end in columns

@@ -9,6 +9,7 @@ namespace lstm::cpu {
 
 // Rows of a chunk: the sums that make the weights' gradients are as long as they can be.
 constexpr Index kBackwardRows = 512;
+constexpr Index kPartBytes = 3 << 18;  // of their gradients, multiplied in one go
 
 // Gradients of all rows of a chunk, the left side of products along rows and down columns.
 template <typename A>
@@ -42,6 +43,8 @@ struct Backward {
           tiles(tiles_of(s.hidden)),
           feature_tiles(tiles_of(s.features)),
           input_tiles(tiles_of(s.input)),
+          parts(std::max<Index>(
+              4, walk.room(4 * s.hidden * walk.chunk_rows) * static_cast<Index>(sizeof(A)) / kPartBytes)),
           factor_tiles(input_tiles + feature_tiles + (projected ? tiles : 0)),
           x(static_cast<const T*>(args.x)),
           h0(static_cast<const T*>(args.h0)),
@@ -102,6 +105,7 @@ struct Backward {
     const Shape& s;
     const bool projected;
     const Index tiles, feature_tiles, input_tiles;  // of 64 hidden units, features of h, and of x
+    const Index parts;                              // of a chunk's gradients
     const Index factor_tiles;                       // of all that gradients are multiplied by
     const T *x, *h0, *c0;
     const TypedWeights<T> weights[2];

@@ -11,8 +11,10 @@ namespace lstm::cpu {
 
 constexpr Index kForwardBytes = 1 << 18;  // of a chunk's pre-activations
 constexpr Index kForwardRows = 64;        // of a chunk at least, for which W_ih is read once; of a wide x more
+constexpr Index kPlanesRows = 256;        // where its planes take more to read
 constexpr Index kJoinedBytes = 5 << 17;   // of the weights of one product
 constexpr Index kJoinedBatch = 4;
+constexpr Index kSideBySide = 4;  // rows whose cells are taken by turns, as each is one long chain
 
 template <typename T>
 struct Forward {
@@ -21,7 +23,7 @@ struct Forward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
-        : walk(shape, std::max({kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), kForwardRows,
+        : walk(shape, std::max({kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape),
                                 shape.input / 4})),
           s(walk.s),
           tiles(tiles_of(s.hidden, kUnits)),
@@ -53,6 +55,11 @@ struct Forward {
           w_hr(arena.take<A>(unpacked ? 0 : walk.room(s.directions * feature_tiles * tile_size(s.hidden)))),
           ld_m(walk.in_row(padded)),
           m(arena.take<A>(feature_tiles == 0 ? 0 : walk.room(s.directions * s.batch * ld_m))) {}
+
+    // Of a chunk, for which W_ih is read once.
+    static Index rows_at_least(const Shape& shape) {
+        return shape.instruction_set == InstructionSet::amx && sizeof(T) == 4 ? kPlanesRows : kForwardRows;
+    }
 
     // Whether x and h are multiplied together: where both weights stay in cache, or where to read W_ih at every step
     // moves less than to write and read pre-activations.
@@ -172,33 +179,41 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
         multiply_weight<Isa>(f, rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
                              packed_hh<Isa, const O>(f, d, tile), features, products, true);
     }
-    for (Index r = 0; r < rows; ++r) {
-        const A* const z = products + r * kTile;
-        A* const c = f.c + (d * f.s.batch + b + r) * f.padded + unit;
-        alignas(64) A a[4][kUnits], h_new[kUnits];
-        for (Index j = 0; j < kUnits; j += lanes<Isa, A>) {
-            Vector<Isa, A> gates[4], tanh_c[1];
+    alignas(64) A gates[kSideBySide][4][kUnits], tanh_c[kSideBySide][kUnits], h[kUnits];
+    for (Index r = 0; r < rows; r += kSideBySide) {
+        const Index some = std::min(kSideBySide, rows - r);
+        for (Index n = 0; n < some; ++n) {
+            const A* const z = products + (r + n) * kTile;
+            A* const c = f.c + (d * f.s.batch + b + r + n) * f.padded + unit;
+            for (Index j = 0; j < kUnits; j += lanes<Isa, A>) {
+                Vector<Isa, A> gate[4];
 #pragma GCC unroll 4
-            for (Index k = 0; k < 4; ++k)
-                gates[k] = load_vector<Isa>(z + k * kUnits + j) + load_vector<Isa>(bias + k * kUnits + j);
-            activate<Isa, Forward<T>::coarse, 0b0100>(gates);  // F1 to F4
+                for (Index k = 0; k < 4; ++k)
+                    gate[k] = load_vector<Isa>(z + k * kUnits + j) + load_vector<Isa>(bias + k * kUnits + j);
+                activate<Isa, Forward<T>::coarse, 0b0100>(gate);  // F1 to F4
 #pragma GCC unroll 4
-            for (Index k = 0; k < 4; ++k) store_vector<Isa, A>(gates[k], a[k] + j);
-            tanh_c[0] = gates[1] * load_vector<Isa>(c + j) + gates[0] * gates[2];  // F5
-            store_vector<Isa, A>(tanh_c[0], c + j);
-            activate<Isa, Forward<T>::coarse, 1>(tanh_c);
-            store_vector<Isa, A>(gates[3] * tanh_c[0], h_new + j);  // F6
+                for (Index k = 0; k < 4; ++k) store_vector<Isa, A>(gate[k], gates[n][k] + j);
+                const auto c_new = gate[1] * load_vector<Isa>(c + j) + gate[0] * gate[2];  // F5
+                store_vector<Isa, A>(c_new, c + j);
+                store_vector<Isa, A>(c_new, tanh_c[n] + j);
+            }
         }
-        if (f.feature_tiles == 0) {
-            store_state<Isa>(f, d, first + r, unit, count, h_new, after + (b + r) * f.ld + f.h_first);
-        } else {
-            store_operands<Isa>(h_new, kUnits, reinterpret_cast<O*>(f.m) + (d * f.s.batch + b + r) * f.ld_m, unit);
-        }
-        if (f.gates != nullptr) {
-            const Index row = d * f.walk.rows() + first + r;
-            for (int gate = 0; gate < 4; ++gate)
-                store_units<Isa>(a[gate], count, f.gates + row * 4 * hidden + gate * hidden + unit);
-            store_units<Isa>(c, count, f.cells + row * hidden + unit);
+        tanh_of<Isa, Forward<T>::coarse>(tanh_c[0], some * kUnits);
+        for (Index n = 0; n < some; ++n) {
+            const Index row = b + r + n;
+            for (Index j = 0; j < kUnits; j += lanes<Isa, A>)
+                store_vector<Isa, A>(load_vector<Isa>(gates[n][3] + j) * load_vector<Isa>(tanh_c[n] + j), h + j);  // F6
+            if (f.feature_tiles == 0) {
+                store_state<Isa>(f, d, first + r + n, unit, count, h, after + row * f.ld + f.h_first);
+            } else {
+                store_operands<Isa>(h, kUnits, reinterpret_cast<O*>(f.m) + (d * f.s.batch + row) * f.ld_m, unit);
+            }
+            if (f.gates != nullptr) {
+                const Index saved = d * f.walk.rows() + first + r + n;
+                for (int gate = 0; gate < 4; ++gate)
+                    store_units<Isa>(gates[n][gate], count, f.gates + (saved * 4 + gate) * hidden + unit);
+                store_units<Isa>(f.c + (d * f.s.batch + row) * f.padded + unit, count, f.cells + saved * hidden + unit);
+            }
         }
     }
 }
@@ -244,7 +259,8 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         for (Index unit = 0; f.c0 != nullptr && unit < f.padded; unit += kUnits)
             load_units<Isa>(f.c0 + i * s.hidden + unit, std::min(kUnits, s.hidden - unit), c + unit);
         const Index features = f.h0 == nullptr ? 0 : f.features;  // that are not 0
-        for (Index turn = 0; turn < 2; ++turn) {                  // a row may join at any step
+        look_at<O>(f.h0 + i * features, features);
+        for (Index turn = 0; turn < 2; ++turn) {  // a row may join at any step
             O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.ld + f.h_first;
             for (Index j = 0; j < f.ld - f.h_first; j += kUnits) {
                 alignas(64) A units[kUnits] = {};
@@ -295,6 +311,7 @@ LSTM_HD void convert_input(const Forward<T>& f, const Team& team, int thread, in
     using O = Operand<Isa, T>;
     for (Index row = thread; row < chunk.rows; row += team.threads) {
         const T* const from = f.x + (chunk.base + row) * f.s.input;
+        look_at<O>(from, f.s.input);
         O* const to = reinterpret_cast<O*>(f.converted) + (d * f.walk.chunk_rows + row) * f.ld_x;
         for (Index j = 0; j < f.ld_x; j += kUnits) {
             alignas(64) Acc<T> units[kUnits] = {};
@@ -312,6 +329,7 @@ LSTM_HD void join_input(const Forward<T>& f, const Team& team, const Part& part,
     for_blocks(team, part, f.s, t, [&](Index block, Index rows) LSTM_INLINED {
         for (Index b = block; b < block + rows; ++b) {
             const T* const from = f.x + (f.walk.start[t] + b) * input;
+            look_at<Operand<Isa, T>>(from + first, std::min(end, input) - first);
             for (Index j = first; j < std::min(end, input); j += kUnits) {
                 alignas(64) Acc<T> units[kUnits];
                 load_units<Isa>(from + j, std::min(kUnits, input - j), units);

@@ -10,7 +10,7 @@ namespace lstm::cpu {
 
 // Rows of a product whose result is not at once where it belongs.
 template <typename Isa>
-constexpr Index kRowsAtOnce = 64 / Isa::side * Isa::side;
+constexpr Index kRowsAtOnce = (Isa::side == kRows ? 10 : 8) * Isa::side;
 
 // What a chunk's gradients are multiplied by to give the gradient of one weight.
 template <typename T>
@@ -18,7 +18,6 @@ struct Factor {
     enum Of { x, states, m } of;         // x, the state before each row, or o tanh(c)
     Index columns;                       // of the factor and of the weight
     const ChunkGradients<Acc<T>>* rows;  // whose columns are the weight's rows
-    Index parts;                         // in which threads share them
     Gradient<T> gradient;
 };
 
@@ -26,9 +25,9 @@ struct Factor {
 template <typename T>
 LSTM_HD std::array<Factor<T>, 3> factors_of(const Backward<T>& f, int d) {
     const auto& of = f.gradients[d];
-    return {Factor<T>{Factor<T>::x, f.s.input, &f.da, 4, of.w_ih},
-            Factor<T>{Factor<T>::states, f.s.features, &f.da, 4, of.w_hh},
-            Factor<T>{Factor<T>::m, f.projected ? f.s.hidden : 0, &f.dr, 1, of.w_hr}};
+    return {Factor<T>{Factor<T>::x, f.s.input, &f.da, of.w_ih},
+            Factor<T>{Factor<T>::states, f.s.features, &f.da, of.w_hh},
+            Factor<T>{Factor<T>::m, f.projected ? f.s.hidden : 0, &f.dr, of.w_hr}};
 }
 
 // One tile of a factor, packed.
@@ -151,7 +150,7 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
     const ChunkGradients<A>& g = *factor.rows;
     const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile);
     const auto begin = [&](Index i) {  // at whole blocks
-        return std::min(round_up(g.columns * i / factor.parts, Isa::side), g.columns);
+        return std::min(round_up(g.columns * i / f.parts, Isa::side), g.columns);
     };
     const Index first = begin(part), rows = begin(part + 1) - first;
     const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : pairs ? g.columns : g.ld;
@@ -210,11 +209,11 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
     meet();
     for (int d = 0; d < s.directions; ++d) {
         if (f.dx != nullptr) input_gradients<Isa>(f, d, chunks[d], team, thread);
-        for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* packed) LSTM_INLINED {
-            for (Index part = 0; part < factor.parts; ++part) {
+        for (Index part = 0; part < f.parts; ++part) {  // which stays in cache while the factors' tiles go by
+            for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* packed) LSTM_INLINED {
                 if (mine()) weight_gradient<Isa>(f, factor, d, chunks[d], part, packed, tile, index);
-            }
-        });
+            });
+        }
         for (Index column = 0, count; f.gradients[d].bias.to != nullptr && column < 4 * s.hidden; column += count) {
             const bool tile = column + kTile <= 4 * s.hidden;
             count = tile ? kTile : kUnits;

@@ -11,6 +11,8 @@
 #include <unistd.h>
 #endif
 
+#include <numeric>
+
 #include "jobs.h"
 
 namespace lstm::cpu {
@@ -35,17 +37,24 @@ auto kernel_of([[maybe_unused]] InstructionSet set) {
     return run_baseline<Job>;
 }
 
-// The instruction set that takes least time for a call, of those up to the one that it names.
-template <typename T>
+// Whether a float's three planes, which take half as much again to read and six products, take less time than the
+// float: for enough rows at each step, and enough of them in all to split the weights for.
+template <template <typename> class Job>
+bool planes_pay(const Shape& s, Index rows) {
+    constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
+    const bool whole = s.hidden % kDeep == 0 && s.features % kDeep == 0;
+    const Index sequences = is_far(4 * s.hidden * s.features) ? 12 : 8,
+                all = back ? std::max<Index>(128, s.hidden / 2) : 64;
+    return whole && s.hidden >= (back ? 128 : 64) && rows >= sequences * s.time && rows >= all;
+}
+
+// The instruction set that serves a call best, of those up to the one that it names.
+template <template <typename> class Job, typename T>
 InstructionSet serving(const Shape& s) {
     if (s.instruction_set < InstructionSet::amx) return s.instruction_set;
-    Index rows = 0;
-    for (Index t = 0; t < s.time; ++t) rows += s.steps[t];
+    const Index rows = std::accumulate(s.steps, s.steps + s.time, Index{0});
     if (std::is_same_v<T, BFloat16>) return rows > kFewRows ? InstructionSet::amx : InstructionSet::avx512_bf16;
-    const bool whole = s.hidden % kDeep == 0 && s.features % kDeep == 0;
-    const bool enough = s.batch >= kFewRows;
-    return std::is_same_v<T, float> && whole && enough && rows > kFewRows ? InstructionSet::amx
-                                                                          : InstructionSet::avx512;
+    return std::is_same_v<T, float> && planes_pay<Job>(s, rows) ? InstructionSet::amx : InstructionSet::avx512;
 }
 
 // Whether an operand was infinite that may not be.
@@ -71,26 +80,26 @@ bool run_once(const Shape& shape, const Args& args) {
 }
 
 // In the instruction set that serves it best, and if infinity came where it must not, anew without AMX.
-template <typename Job, typename Args>
+template <template <typename> class Job, typename T, typename Args>
 void run(const Shape& shape, const Args& args) {
     Shape s = shape;
-    s.instruction_set = serving<typename Job::Type>(shape);
-    if (!run_once<Job>(s, args)) return;
+    s.instruction_set = serving<Job, T>(shape);
+    if (!run_once<Job<T>>(s, args)) return;
     s.instruction_set = InstructionSet::avx512;
-    run_once<Job>(s, args);
+    run_once<Job<T>>(s, args);
 }
 
 template <template <typename> class Job, typename Args>
 void run_dtype(const Shape& shape, const Args& args) {
     switch (shape.dtype) {
         case Dtype::float32:
-            return run<Job<float>>(shape, args);
+            return run<Job, float>(shape, args);
         case Dtype::float64:
-            return run<Job<double>>(shape, args);
+            return run<Job, double>(shape, args);
         case Dtype::bfloat16:
-            return run<Job<BFloat16>>(shape, args);
+            return run<Job, BFloat16>(shape, args);
         case Dtype::float16:
-            return run<Job<Float16>>(shape, args);
+            return run<Job, Float16>(shape, args);
     }
 }
 

@@ -13,6 +13,8 @@ namespace lstm::cpu {
 constexpr Index kDeep = 32;        // k of a packed tile is padded to a multiple
 constexpr int kBlocksToFetch = 4;  // at least, that share asking for the next panel
 
+LSTM_HD Index round_up(Index n, Index unit) { return (n + unit - 1) / unit * unit; }
+
 // Columns of a panel of operands O.
 template <typename Isa, typename O>
 constexpr Index panel_width = Isa::vectors * lanes<Isa, O>;
@@ -20,10 +22,8 @@ template <typename Isa>
 constexpr Index panel_width<Isa, BFloat16> = kTile;
 #ifdef __x86_64__
 template <typename Isa, int N>
-constexpr Index panel_width<Isa, Planes<N>> = kTile;
+constexpr Index panel_width<Isa, Planes<N>> = 32;
 #endif
-
-LSTM_HD Index round_up(Index n, Index unit) { return (n + unit - 1) / unit * unit; }
 
 // Elements of a packed tile of depth k.
 LSTM_HD Index tile_size(Index k) { return round_up(k, kDeep) * kTile; }
@@ -43,7 +43,7 @@ struct Right {
 template <typename Isa, typename O>
 LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
     constexpr Index width = panel_width<Isa, std::remove_const_t<O>>;
-    return {b, width, (k + k % 2) * width, far};
+    return {b, width, round_up(k, in_planes<std::remove_const_t<O>> ? kDeep : 2) * width, far};
 }
 
 // Whether a weight of so many elements is too large for the second cache beside what else is there.

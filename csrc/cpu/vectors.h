@@ -210,6 +210,10 @@ LSTM_HD Vector<Isa, Acc<O>> load_operands(const O* row, Index unit) {
     return load_vector<Isa>(row + unit);
 }
 
+// Notes what is infinite in a row of x, if operands O must not be (amx.h).
+template <typename O, typename T>
+LSTM_HD void look_at(const T*, Index) {}
+
 // to = from + before, any number of elements; before may be null for nothing, and may be `to`.
 template <typename Isa, typename T, typename B>
 LSTM_HD void store_row(const Acc<T>* from, Index count, const B* before, T* to) {
