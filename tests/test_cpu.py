@@ -40,7 +40,10 @@ def outputs_and_gradients(layer: nn.Module, tensors: list[Tensor], weights: list
 @pytest.mark.parametrize("inputs", [5, 6])
 @pytest.mark.parametrize(
     ("hidden", "batch", "proj"),
-    [(1, 1, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (384, 66, 0), (2, 1, 1), (33, 7, 5), (100, 17, 70)],
+    [
+        *((1, 1, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (384, 66, 0), (2, 1, 1), (33, 7, 5), (100, 17, 70)),
+        *((160, 22, 0), (128, 41, 0), (128, 41, 32)),  # of the sizes that AMX takes in planes
+    ],
 )
 @pytest.mark.usefixtures("instruction_set")
 def test_every_instruction_set_agrees_with_torch(
@@ -115,6 +118,49 @@ def test_any_number_of_threads_gives_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("proj", [0, 64])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("steps", [[40] * 6, [23] * 20 + [8] * 5 + [1]], ids=["dense", "packed"])
+@pytest.mark.usefixtures("instruction_set", "restore_threads")
+def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], directions: int, proj: int) -> None:
+    """Of sizes whose floats AMX takes in planes of bf16."""
+    test_any_number_of_threads_gives_the_same_bits(160, steps, directions, proj, torch.float32)
+
+
+@pytest.mark.parametrize("value", [float("inf"), 3.4e38], ids=["infinity", "what bf16 rounds to infinity"])
+@pytest.mark.parametrize("where", ["x", "h0", "weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.usefixtures("instruction_set")
+def test_infinity_is_no_nan(where: str, value: float) -> None:
+    """What saturates gates does so in each instruction set, and gradients are finite where those of nn.LSTM are."""
+    torch.manual_seed(0)
+    ours, oracle = LSTM(32, 128, backend="cpu"), nn.LSTM(32, 128).double()
+    tensors = {"x": torch.randn(9, 16, 32), "h0": torch.randn(1, 16, 128), "c0": torch.randn(1, 16, 128)}
+    with torch.no_grad():
+        {**tensors, **dict(ours.named_parameters())}[where].view(-1)[5] = value
+    oracle.load_state_dict(ours.state_dict())
+    weights = [torch.randn(9, 16, 128), torch.randn(1, 16, 128), torch.randn(1, 16, 128)]
+    got = outputs_and_gradients(ours, list(tensors.values()), weights)
+    want = outputs_and_gradients(oracle, [t.double() for t in tensors.values()], [t.double() for t in weights])
+    for a, exact in zip(got, want, strict=True):
+        finite = exact.abs() < 3e38
+        assert torch.equal(a.isfinite(), finite)
+        assert (a.double() - exact)[finite].norm() <= 1e-4 * exact[finite].norm()
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_nan_stays_in_its_sequence_among_many() -> None:
+    torch.manual_seed(0)
+    ours = LSTM(40, 64, backend="cpu")
+    x = torch.randn(9, 20, 40)
+    with torch.no_grad():
+        before = ours(x)[0]
+        x[2, 3, 0] = float("nan")
+        after = ours(x)[0]
+    assert after[2:, 3].isnan().all()
+    after[2:, 3] = before[2:, 3]
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("steps", [[2] * 2, [13] * 4], ids=["weights as they lie", "packed weights"])
 @pytest.mark.parametrize(("hidden", "proj"), [(66, 0), (33, 5)])
@@ -154,17 +200,24 @@ def test_each_gradient_alone_is_what_it_is_with_the_others(needed: int) -> None:
     assert torch.equal(everything[0][needed], everything[1][0])
 
 
-@pytest.mark.parametrize("lengths", [[400] * 6, [400, 330, 330, 12, 2, 1]], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("hidden", "lengths"),
+    [(130, [400] * 6), (130, [400, 330, 330, 12, 2, 1]), (128, [100] * 9), (128, [100] * 20 + [40, 3])],
+    ids=["dense", "packed", "planes", "planes, packed"],
+)
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("proj", [0, 66])
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("instruction_set")
-def test_many_chunks_of_steps_are_one_walk(dtype: torch.dtype, proj: int, directions: int, lengths: list[int]) -> None:
+def test_many_chunks_of_steps_are_one_walk(
+    dtype: torch.dtype, projected: bool, directions: int, hidden: int, lengths: list[int]
+) -> None:
     """Long enough that both walks go by chunks, against nn.LSTM in fp64; errors stay within twice those of nn.LSTM."""
     torch.manual_seed(0)
+    proj, steps, batch = (hidden // 2 + hidden % 32 // 2) * projected, max(lengths), len(lengths)
     sizes: dict[str, Any] = {
         "input_size": 7,
-        "hidden_size": 130,
+        "hidden_size": hidden,
         "bidirectional": directions == 2,
         "proj_size": proj,
     }
@@ -172,8 +225,8 @@ def test_many_chunks_of_steps_are_one_walk(dtype: torch.dtype, proj: int, direct
     ours.backend = "cpu"
     theirs.load_state_dict(ours.state_dict())
     oracle.double().load_state_dict(ours.state_dict())
-    data, found = torch.randn(400, 6, 7).to(dtype), []
-    dy = torch.randn(sum(lengths), directions * (proj or 130)).to(dtype)
+    data, found = torch.randn(steps, batch, 7).to(dtype), []
+    dy = torch.randn(sum(lengths), directions * (proj or hidden)).to(dtype)
     for module in (ours, theirs, oracle):
         x = nn.utils.rnn.pack_padded_sequence(data.to(module.weight_hh_l0.dtype).requires_grad_(), lengths)
         y, (h_n, c_n) = module(x)
