@@ -128,12 +128,12 @@ def test_the_limit_is_the_largest() -> None:
 
 
 def test_this_machines_limits_are_plausible() -> None:
-    """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 8 times that."""
+    """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 half or 16 times that."""
     found = limits.measure("cpu")
     threads = torch.get_num_threads()
     assert 8 < found.gflops["float32"] / threads < 800
     assert found.gflops["float64"] < found.gflops["float32"] < 8.5 * found.gflops["float64"]
-    assert 0.8 < found.gflops["bfloat16"] / found.gflops["float32"] < 8
+    assert 0.4 < found.gflops["bfloat16"] / found.gflops["float32"] < 20
     assert all(1 < rate < 5000 for _, rate in found.bandwidth)
     assert found.exchange_us is not None and found.exchange_us < 1000
 
