@@ -38,14 +38,18 @@ inline int useful_threads(const Shape& s, Index rows, Index tiles) {
         std::clamp<Index>(static_cast<Index>(std::min(step_work, 1e6)), 1, std::min(threads, tiles)));
 }
 
-// Whether a step takes less time by rows than by tiles, in nanoseconds of a core that multiplies 125 pairs in one and
-// reads 30 bytes from behind its second cache.
+// Whether a step takes less time by rows than by tiles, in nanoseconds of a core that multiplies so many pairs in one
+// and reads 30 bytes from behind its second cache.
 LSTM_HD bool rows_are_faster(const Shape& s, Index tiles, int threads) {
-    const double pairs = 4.0 * s.hidden * s.features, bytes = 4 * pairs;
+    const bool planes = s.instruction_set == InstructionSet::amx, one = planes && s.dtype == Dtype::bfloat16;
+    const double rate = one ? 850 : planes ? 170 : 125, least = one ? 16 : planes ? 8 : 0;  // rows: fewer take as long
+    const double pairs = 4.0 * s.hidden * s.features, bytes = (one ? 2 : planes ? 6 : 4) * pairs;
+    const double batch = static_cast<double>(s.batch), of_row = pairs * s.directions / rate;
     const auto read = [](double size) { return size > (1 << 19) ? size / 30 : 0.0; };
-    const double product = pairs * s.batch * s.directions / threads / 125;
     const double uneven = static_cast<double>(tiles_of(tiles, threads) * threads) / static_cast<double>(tiles);
-    return product + read(bytes) <= product * uneven + read(bytes / threads) + 1000 + 150.0 * threads;
+    const double by_rows = of_row * std::max(batch / threads, least) + read(bytes);
+    return by_rows <=
+           of_row * std::max(batch, least) / threads * uneven + read(bytes / threads) + 1000 + 150.0 * threads;
 }
 
 template <typename Isa>
