@@ -128,7 +128,7 @@ def test_the_limit_is_the_largest() -> None:
 
 
 def test_this_machines_limits_are_plausible() -> None:
-    """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 half or 16 times that."""
+    """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 0.5 to 16 times."""
     found = limits.measure("cpu")
     threads = torch.get_num_threads()
     assert 8 < found.gflops["float32"] / threads < 800
