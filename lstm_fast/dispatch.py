@@ -140,9 +140,10 @@ def _torch_is_faster(
     device: torch.device, dtype: torch.dtype, hidden: int, kind: str, shape: Callable[[], tuple[int, int]]
 ) -> str | None:
     """In words; None if it was not measured to be."""
-    if not measured.matters(device.type, kind):
+    place = measured.place(device.type)
+    if not measured.matters(place, kind):
         return None
-    call = measured.Call(device.type, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
+    call = measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
     return measured.torch_is_faster(call)
 
 

@@ -1,7 +1,7 @@
 """Where torch's own LSTM was measured to be faster, so that ``auto`` leaves those calls to it.
 
 The table is made from recorded benchmark runs by ``lstm-fast bench tune``. The one that is shipped comes from the runs
-in benchmarks/results; one that a user made on their own machine takes its place for the device it is about.
+in benchmarks/results; one that a user made on their own machine takes its place for the processor it is about.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ SHIPPED = Path(__file__).with_name("measured.json")
 MARGIN = 0.95  # what an interval's upper end has to stay below
 _LEAVING_MS = 0.009  # what it takes to hand a call over to torch, measured on a core of an AMD EPYC
 _FARTHEST = 2.0  # from a measured shape, in factors of two of T, B and H together
+_UNNAMED = "avx512_bf16"  # the instruction set of runs recorded before runs named theirs
 
 
 class Call(NamedTuple):
-    """What a table's rows are found by: ``kind`` is "layer", "packed", "projected" or "cell"."""
+    """What a table's rows are found by: ``place`` is what that function says, ``kind`` one of "layer", "packed",
+    "projected" and "cell"."""
 
-    device: str
+    place: str
     dtype: str
     kind: str
     trains: bool
@@ -33,6 +35,26 @@ class Call(NamedTuple):
     def distance(self, other: Call) -> float:
         """Factors of two between the shapes."""
         return sum(abs(math.log2(a / b)) for a, b in zip(self[-3:], other[-3:], strict=True))
+
+
+@lru_cache
+def place(device: str) -> str:
+    """A type of device, of a CPU with its instruction set: who is faster differs with it."""
+    if device != "cpu":
+        return device
+    try:
+        from lstm_fast._C import CPU_INSTRUCTION_SETS
+    except ImportError:
+        return device
+    return f"cpu {CPU_INSTRUCTION_SETS[-1]}"
+
+
+def _place_of(run: dict[str, Any]) -> str:
+    """Where a run was recorded, as ``place`` says it; environment.py names the instruction set."""
+    if run["device"] != "cpu":
+        return str(run["device"])
+    _, named, instruction_set = run["cpu"].rpartition(" with ")
+    return f"cpu {instruction_set if named else _UNNAMED}"
 
 
 def users_table() -> Path:
@@ -50,7 +72,7 @@ def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
             if odd or "torch" not in row["rivals"] or row["choice"].startswith("torch:"):
                 continue
             kind = "cell" if row["cell"] else "packed" if row["packed"] else "projected" if row["P"] else "layer"
-            call = Call(run["device"], row["dtype"], kind, row["mode"] != "inference", row["T"], row["B"], row["H"])
+            call = Call(_place_of(run), row["dtype"], kind, row["mode"] != "inference", row["T"], row["B"], row["H"])
             theirs = row["rivals"]["torch"]
             leaving = 1 + _LEAVING_MS / theirs["ms"]
             rows.append([*call, *(round(leaving * theirs[end], 3) for end in ("ratio_low", "ratio_high"))])
@@ -71,22 +93,22 @@ def _read(path: Path) -> _Table:
 
 @lru_cache(maxsize=1)
 def _rows() -> _Table:
-    """By all but the shape: each shape with its upper end; for the devices in a user's table, that one's alone."""
+    """By all but the shape: each shape with its upper end; for the places in a user's table, that one's alone."""
     found: _Table = {}
     for path in (SHIPPED, users_table()):
         try:
             table = _read(path)
         except (OSError, ValueError, KeyError, TypeError):  # there is none, or a user's is broken: no reason to fail
             continue
-        devices = {key[0] for key in table}
-        found = {key: rows for key, rows in found.items() if key[0] not in devices} | table
+        places = {key[0] for key in table}
+        found = {key: rows for key, rows in found.items() if key[0] not in places} | table
     return found
 
 
 @lru_cache
-def matters(device: str, kind: str) -> bool:
+def matters(place: str, kind: str) -> bool:
     """Whether torch was faster anywhere in calls of this kind, so that a call's shape has to be looked up."""
-    return any(high < MARGIN for key, rows in _rows().items() if (key[0], key[2]) == (device, kind) for _, high in rows)
+    return any(high < MARGIN for key, rows in _rows().items() if (key[0], key[2]) == (place, kind) for _, high in rows)
 
 
 @lru_cache(maxsize=4096)

@@ -64,6 +64,8 @@ const Case kCases[] = {
     {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 6, 450, 0, 1},
     {std::vector<Index>(200, 3), 4, 20, 0, 2},  // several chunks
     {std::vector<Index>(200, 3), 4, 20, 6, 1},
+    {std::vector<Index>(14, 10), 6, 128, 0, 2},  // floats in planes
+    {std::vector<Index>(70, 9), 40, 128, 32, 1},
     {[] {
          std::vector<Index> steps(40, 13);
          steps.resize(60, 7);
@@ -82,7 +84,8 @@ std::vector<T> random(Index size, unsigned seed) {
 }
 
 template <template <typename> class Job, typename T, typename Args>
-void run_with(const Shape& shape, const Args& args) {
+void run_with(Shape shape, const Args& args) {
+    shape.instruction_set = serving<Job, T>(shape);
     Arena count;
     Job<T>(shape, args, count);
     Arena arena(count.used());

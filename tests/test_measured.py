@@ -10,9 +10,11 @@ import torch
 
 import lstm_fast
 from lstm_fast import measured
+from lstm_fast._C import CPU_INSTRUCTION_SETS
 from lstm_fast.bench.cases import Case
 
-ABOUT = {"date": "2026-01-01", "commit": "abc", "cpu": "a CPU", "torch": "2.13.0", "threads": 1, "device": "cpu"}
+CPU = f"a CPU with {CPU_INSTRUCTION_SETS[-1]}"
+ABOUT = {"date": "2026-01-01", "commit": "abc", "cpu": CPU, "torch": "2.13.0", "threads": 1, "device": "cpu"}
 
 
 def row(
@@ -62,7 +64,7 @@ CELL = Case(1, 4, 16, cell=True)
 
 
 def call(case: Case, trains: bool = False, kind: str = "cell") -> measured.Call:
-    return measured.Call("cpu", case.dtype, kind, trains, case.T, case.B, case.H)
+    return measured.Call(measured.place("cpu"), case.dtype, kind, trains, case.T, case.B, case.H)
 
 
 def test_torch_takes_a_call_that_it_was_faster_in(tables: Any) -> None:
@@ -80,15 +82,19 @@ def test_torch_takes_a_call_that_it_was_faster_in(tables: Any) -> None:
 
 
 def test_a_table_of_another_device_leaves_the_shipped_one(tables: Any) -> None:
-    shipped = Case(1, 1, 128, cell=True)
+    shipped = measured.Call("cpu avx512_bf16", "float32", "cell", True, 1, 1, 128)
     tables([])
-    assert measured.torch_is_faster(call(shipped, trains=True)) is not None
+    assert measured.torch_is_faster(shipped) is not None
     table = measured.table_from([{**ABOUT, "device": "cuda", "rows": [row(CELL, "inference", 0.5, 0.6)]}])
     measured.users_table().write_text(json.dumps(table))
     measured._rows.cache_clear()
-    assert measured._rows()["cuda", "float32", "cell", False] and measured.torch_is_faster(call(shipped, trains=True))
-    tables([row(CELL, "inference", 0.5, 0.6)])
-    assert measured.torch_is_faster(call(shipped, trains=True)) is None
+    assert measured._rows()["cuda", "float32", "cell", False] and measured.torch_is_faster(shipped)
+    for cpu, remains in (("a CPU with another set", True), ("a CPU with avx512_bf16", False), ("a CPU", False)):
+        table = measured.table_from([{**ABOUT, "cpu": cpu, "rows": [row(CELL, "inference", 0.5, 0.6)]}])
+        measured.users_table().write_text(json.dumps(table))
+        measured._rows.cache_clear()
+        measured.torch_is_faster.cache_clear()
+        assert (measured.torch_is_faster(shipped) is not None) == remains
 
 
 def test_the_nearest_shape_decides_within_reach(tables: Any) -> None:
@@ -149,5 +155,8 @@ def test_shapes_of_every_form_are_found(tables: Any) -> None:
 
 def test_the_shipped_table_is_what_the_recorded_runs_say() -> None:
     results = Path(__file__).parents[1] / "benchmarks" / "results"
-    runs = [json.loads((results / f"{name}-{n}t-avx512.json").read_text()) for name in ("cpu", "cells") for n in (1, 2)]
+    names = [
+        f"{grid}-{n}t-{place}.json" for place in ("avx512", "avx2", "amx") for grid in ("cpu", "cells") for n in (1, 2)
+    ]
+    runs = [json.loads((results / name).read_text()) for name in names]
     assert json.loads(measured.SHIPPED.read_text()) == measured.table_from(runs)

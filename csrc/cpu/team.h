@@ -4,9 +4,9 @@
 #include <atomic>
 #include <vector>
 
-#include "amx.h"
 #include "arena.h"
 #include "layer.h"
+#include "planes.h"
 
 namespace lstm::cpu {
 

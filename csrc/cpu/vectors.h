@@ -200,7 +200,7 @@ LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
     }
 }
 
-// The same of a row of operands, from the unit-th on, which of planes (amx.h) is a multiple of 16.
+// The same of a row of operands, from the unit-th on, which of planes (planes.h) is a multiple of 16.
 template <typename Isa, typename O>
 LSTM_HD void store_operands(const Acc<O>* from, Index count, O* row, Index unit) {
     store_units<Isa>(from, count, row + unit);
@@ -210,7 +210,7 @@ LSTM_HD Vector<Isa, Acc<O>> load_operands(const O* row, Index unit) {
     return load_vector<Isa>(row + unit);
 }
 
-// Notes what is infinite in a row of x, if operands O must not be (amx.h).
+// Notes what is infinite in a row of x, if operands O must not be (planes.h).
 template <typename O, typename T>
 LSTM_HD void look_at(const T*, Index) {}
 
