@@ -99,8 +99,11 @@ def layer(
 @pytest.mark.parametrize("proj", [0, 70])
 @pytest.mark.parametrize(
     ("hidden", "steps"),
-    [(450, [1] * 12), (450, [3] * 6), (450, [17, 16, 9, 9, 2, 1]), (100, [40] * 6), (175, [13] * 40 + [7] * 20)],
-    ids=["one sequence", "three", "packed", "many", "several chunks"],
+    [
+        *((450, [1] * 12), (450, [3] * 6), (450, [17, 16, 9, 9, 2, 1]), (450, [40]), (100, [40] * 6)),
+        (175, [13] * 40 + [7] * 20),
+    ],
+    ids=["one sequence", "three", "packed", "one step", "many", "several chunks"],
 )
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits(
@@ -121,7 +124,9 @@ def test_any_number_of_threads_gives_the_same_bits(
 
 @pytest.mark.parametrize("proj", [0, 64])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("steps", [[40] * 6, [23] * 20 + [8] * 5 + [1]], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "steps", [[40] * 6, [150], [23] * 20 + [8] * 5 + [1]], ids=["dense", "one step", "packed"]
+)
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], directions: int, proj: int) -> None:
     """Of sizes whose floats AMX takes in planes of bf16."""

@@ -149,27 +149,39 @@ LSTM_HD Right<Operand<Isa, T>> packed_weight(Acc<T>* packed, Index rows, Index c
     return packed_at<Isa>(reinterpret_cast<O*>(packed) + (d * tiles_of(columns) + tile) * tile_size(rows), rows);
 }
 
-// Tile of w [rows, columns] of direction d: packed, or as it lies.
+// Tile of w [rows, columns] of direction d: packed in some place, or as it lies.
 template <typename Isa, typename T>
 LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w, Index rows, Index columns,
-                                                Acc<T>* packed, int d, Index tile) {
+                                                Acc<T>* packed, int d, Index tile, Index place) {
     if constexpr (std::is_same_v<Operand<Isa, T>, T>) {
         if (lies_right<Isa>(f, columns, tile)) return {w + tile * kTile, columns, panel_width<Isa, Acc<T>>};
     }
-    const auto right = packed_weight<Isa, T>(packed, rows, columns, d, tile);
+    const auto right = packed_weight<Isa, T>(packed, rows, columns, d, place);
     return {right.b, right.ld, right.panel};
+}
+
+template <typename Isa, typename T>
+LSTM_HD void pack_tile(const Backward<T>& f, const T* w, Index rows, Index columns, Acc<T>* packed, int d, Index tile,
+                       Index place) {
+    if (lies_right<Isa>(f, columns, tile)) return;
+    const Index first = tile * kTile;
+    pack_columns<Isa, T>(
+        rows, std::min(kTile, columns - first), [&](Index k) LSTM_INLINED { return w + k * columns + first; },
+        packed_weight<Isa, T>(packed, rows, columns, d, place));
+}
+
+// Whether each tile of the weights that a step multiplies by is needed once and by one thread, which then packs it in
+// one place after the other's use.
+template <typename T>
+LSTM_HD bool packs_in_passing(const Backward<T>& f, const Team& team) {
+    return f.s.time == 1 && (!team.by_rows || team.threads == 1);
 }
 
 template <typename Isa, typename T>
 LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index rows, Index columns, Acc<T>* packed, int d,
                          const Team& team, int thread) {
-    for (Index tile = thread; tile < tiles_of(columns); tile += team.threads) {
-        if (lies_right<Isa>(f, columns, tile)) continue;
-        const Index first = tile * kTile;
-        pack_columns<Isa, T>(
-            rows, std::min(kTile, columns - first), [&](Index k) LSTM_INLINED { return w + k * columns + first; },
-            packed_weight<Isa, T>(packed, rows, columns, d, tile));
-    }
+    for (Index tile = thread; tile < tiles_of(columns); tile += team.threads)
+        pack_tile<Isa>(f, w, rows, columns, packed, d, tile, tile);
 }
 
 // 16 units in vectors, from where they lie or, where only count < 16 of them exist, from a copy with 0 behind.
@@ -269,8 +281,11 @@ LSTM_HD void for_rows(const StepBack<Isa, T>& step, const Part& part, const Take
 template <typename Isa, typename T>
 LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* left, Index ld, const T* w, Index depth,
                            Index columns, Acc<T>* packed, const Part& part, Acc<T>* to, Index ld_to) {
+    const bool in_passing = packs_in_passing(step.f, step.team);
     for (Index tile = part.tile; tile < part.tile_end; ++tile) {
-        auto right = right_side<Isa>(step.f, w, depth, columns, packed, step.d, tile);
+        const Index place = in_passing ? part.tile : tile;
+        if (in_passing) pack_tile<Isa>(step.f, w, depth, columns, packed, step.d, tile, place);
+        auto right = right_side<Isa>(step.f, w, depth, columns, packed, step.d, tile, place);
         right.far = is_far(depth * columns);
         for (Index k = 0; k < depth; k += Isa::depth) {  // so much of the tile stays in cache
             for_blocks(step.team, part, step.f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {

@@ -159,10 +159,11 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     }
 }
 
-// Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot.
+// Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot. `place`: where the
+// tile of W_hh is.
 template <typename Isa, typename T>
 LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index t, Index b, Index rows, Index tile,
-                          const Operand<Isa, T>* before, Operand<Isa, T>* after) {
+                          Index place, const Operand<Isa, T>* before, Operand<Isa, T>* after) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
     const Index hidden = f.s.hidden, input = f.s.input, features = f.features;
@@ -177,7 +178,7 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
     } else {
         products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
         multiply_weight<Isa>(f, rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
-                             packed_hh<Isa, const O>(f, d, tile), features, products, true);
+                             packed_hh<Isa, const O>(f, d, place), features, products, true);
     }
     alignas(64) A gates[kSideBySide][4][kUnits], tanh_c[kSideBySide][kUnits], h[kUnits];
     for (Index r = 0; r < rows; r += kSideBySide) {
@@ -225,6 +226,12 @@ LSTM_HD bool packs_in_passing(const Forward<T>& f, const Team& team) {
     return !f.unpacked && !f.joined && f.walk.chunks() == 1 && (!team.by_rows || team.threads == 1);
 }
 
+// Whether each tile of W_hh is as well.
+template <typename T>
+LSTM_HD bool packs_both_in_passing(const Forward<T>& f, const Team& team) {
+    return f.s.time == 1 && packs_in_passing(f, team);
+}
+
 // The tiles of this thread, and the states, as the products read them.
 template <typename Isa, typename T>
 LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) {
@@ -237,7 +244,8 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         if (!f.unpacked) {
             if (!packs_in_passing(f, team))
                 pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed_ih<Isa, O>(f, 0, i));
-            pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed_hh<Isa, O>(f, 0, i));
+            if (!packs_both_in_passing(f, team))
+                pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed_hh<Isa, O>(f, 0, i));
         }
         for (Index gate = 0; gate < 4; ++gate) {
             A* const bias = f.bias + i * kTile + gate * kUnits;
@@ -345,6 +353,7 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     const Shape& s = f.s;
     const Team team = make_team<Isa>(s, f.tiles, threads);
     const auto states = [&](int d, Index turn) { return reinterpret_cast<O*>(f.h) + (2 * d + turn) * s.batch * f.ld; };
+    const bool in_passing = packs_both_in_passing(f, team);
     prepare_forward<Isa>(f, team, thread);
     for (int d = 0; f.joined && d < s.directions; ++d)
         join_input<Isa>(f, team, part_of(team, thread, d, f.tiles), d == 0 ? 0 : s.time - 1, states(d, 0));
@@ -365,8 +374,13 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
                 for (Index n = part.tile; n < part.tile_end; ++n) {
                     // there and back: the tiles of the last step's end are still in cache
                     const Index tile = turn == 0 ? n : part.tile + part.tile_end - 1 - n;
+                    const Index place = in_passing ? part.tile : tile;
+                    if (in_passing)
+                        pack_rows<Isa>(gate_rows(f.weights[d].w_hh, s.hidden, f.features, tile), f.features,
+                                       packed_hh<Isa, O>(f, d, place));
                     for_blocks(team, part, s, t, [&](Index b, Index rows) LSTM_INLINED {
-                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, states(d, turn), states(d, 1 - turn));
+                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, place, states(d, turn),
+                                          states(d, 1 - turn));
                     });
                 }
                 if (f.joined && step + 1 < s.time)

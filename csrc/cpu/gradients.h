@@ -95,6 +95,12 @@ LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& 
     }
 }
 
+// Whether each tile of W_ih is needed once and by one thread, as in packs_in_passing.
+template <typename Isa, typename T>
+LSTM_HD bool packs_ih_in_passing(const Backward<T>& f, const Team& team) {
+    return f.walk.chunks() == 1 && (team.threads == 1 || f.walk.rows() <= kRowsAtOnce<Isa>);
+}
+
 // dx of this thread's tiles and rows: those of absolute number, so that both directions find one thread.
 template <typename Isa, typename T>
 LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, const Team& team, int thread) {
@@ -103,11 +109,14 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
     const bool add = f.s.directions > 1;
     const O* const da = chunk_rows<const O>(f, f.da, d);
     constexpr Index at_once = kRowsAtOnce<Isa>;
-    for (Index tile = 0; tile < f.input_tiles; ++tile) {
-        const auto right = right_side<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile);
+    const bool in_passing = packs_ih_in_passing<Isa>(f, team);
+    for (Index tile = in_passing ? thread : 0; tile < f.input_tiles; tile += in_passing ? team.threads : 1) {
+        const Index place = in_passing ? thread : tile;
+        if (in_passing) pack_tile<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile, place);
+        const auto right = right_side<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile, place);
         const Index count = std::min(kTile, input - tile * kTile);
         for (Index block = chunk.base / at_once; block * at_once < chunk.base + chunk.rows; ++block) {
-            if ((tile + block) % team.threads != thread) continue;
+            if (!in_passing && (tile + block) % team.threads != thread) continue;
             const Index first = std::max(block * at_once, chunk.base);
             const Index rows = std::min((block + 1) * at_once, chunk.base + chunk.rows) - first;
             const O* const left = da + (first - chunk.base) * f.da.ld;
@@ -249,9 +258,12 @@ LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread
     const Shape& s = f.s;
     for (int d = 0; d < s.directions; ++d) {
         const auto& w = f.weights[d];
-        pack_weight<Isa>(f, w.w_hh, 4 * s.hidden, s.features, f.w_hh, d, team, thread);
-        if (f.projected) pack_weight<Isa>(f, w.w_hr, s.features, s.hidden, f.w_hr, d, team, thread);
-        if (f.dx != nullptr) pack_weight<Isa>(f, w.w_ih, 4 * s.hidden, s.input, f.w_ih, d, team, thread);
+        if (!packs_in_passing(f, team)) {
+            pack_weight<Isa>(f, w.w_hh, 4 * s.hidden, s.features, f.w_hh, d, team, thread);
+            if (f.projected) pack_weight<Isa>(f, w.w_hr, s.features, s.hidden, f.w_hr, d, team, thread);
+        }
+        if (f.dx != nullptr && !packs_ih_in_passing<Isa>(f, team))
+            pack_weight<Isa>(f, w.w_ih, 4 * s.hidden, s.input, f.w_ih, d, team, thread);
     }
     const Index ld_h = f.feature_tiles * kTile;
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
