@@ -320,7 +320,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_readmes_table_is_the_recorded_runs() -> None:
-    runs = [report.load(ROOT / "benchmarks" / "results" / f"cpu-{threads}t-avx2.json") for threads in (1, 2)]
+    runs = [report.load(ROOT / "benchmarks" / "results" / f"cpu-{threads}t-amx.json") for threads in (1, 2)]
     before, _, rest = (ROOT / "README.md").read_text().partition("<!-- table: begin -->\n")
     assert before and rest.partition("<!-- table: end -->")[0].strip() == report.readme_table(runs).strip()
 

@@ -124,9 +124,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 
 @pytest.mark.parametrize("proj", [0, 64])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize(
-    "steps", [[40] * 6, [150], [23] * 20 + [8] * 5 + [1]], ids=["dense", "one step", "packed"]
-)
+@pytest.mark.parametrize("steps", [[40] * 6, [150], [23] * 20 + [8] * 5 + [1]], ids=["dense", "one step", "packed"])
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], directions: int, proj: int) -> None:
     """Of sizes whose floats AMX takes in planes of bf16."""
