@@ -65,6 +65,12 @@ def finished(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+def test_a_budget_that_loading_has_spent_still_makes_a_model(config: TrainingConfig, tmp_path: Path) -> None:
+    summary = train(replace(config, steps=None, minutes=1e-9), tmp_path, Silent())
+    assert summary["steps"] == 1
+    load_model(tmp_path)
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     for name in ("model.safetensors", "training.safetensors"):
         ours, theirs = load_file(a / name), load_file(b / name)

@@ -165,7 +165,7 @@ class _Run:
         self.last_step = config.steps or sum(len(self._plan(epoch)) for epoch in range(config.epochs or 0))
 
     def go(self, out: Path, reporter: Reporter) -> dict[str, Any]:
-        """Trains to the end of the budget."""
+        """Trains to the end of the budget, and a first step if loading took all of it."""
         out.mkdir(parents=True, exist_ok=True)
         sizes = (
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M parameters, {len(self.tokenizer)} subwords"
@@ -174,8 +174,8 @@ class _Run:
         reporter.note(f"LSTM on {self._backend()}")
         batches = self._batches()
         with _Interrupts() as interrupts:
-            while (progress := self.progress()) < 1:
-                loss = self._train_step(next(batches), progress)
+            while (progress := self.progress()) < 1 or self.step == 0:
+                loss = self._train_step(next(batches), min(progress, 1.0))
                 reporter.step(self.progress(), loss, self.sentences / self.seconds())
                 if self.progress() * EVALUATIONS >= self.evaluations + 1:
                     self._evaluate(out, reporter)
