@@ -22,6 +22,7 @@ from setuptools.errors import CompileError, PlatformError, SetupError
 ROOT = Path(__file__).resolve().parent
 # sm_80 code runs on every 8.x card, sm_90a on Hopper, sm_100 on 10.x; later cards compile the PTX of the newest.
 CUDA_ARCHS = ("80", "90a", "100")
+GCC = 11  # the oldest that knows all instruction sets in csrc/cpu/vectors.h
 CLUSTERS_NVCC = (12, 8)  # the oldest that knows all of the PTX in csrc/cuda/simt.h
 CXX_FLAGS = [
     "-std=c++17",
@@ -100,6 +101,9 @@ class NinjaBuild(build_ext):
         flags = [*CXX_FLAGS, *(f"-I{path}" for path in dict.fromkeys(includes))]
         # torch brings the OpenMP runtime, so it isn't linked; torch's is GCC's, and clang would ask for another.
         if "clang" not in output([*cxx, "--version"]):
+            found = output([*cxx, "-dumpversion"]).strip()
+            if re.match(r"\d+", found) and int(found.partition(".")[0]) < GCC:
+                raise PlatformError(f"lstm_fast needs GCC {GCC} or newer, and {shlex.join(cxx)} is {found}")
             flags.append("-fopenmp")
         linker, rules = [*cxx, "-shared"], {}
         if nvcc is not None:

@@ -77,6 +77,16 @@ def test_a_failed_build_says_what_is_missing(source_copy: Path, environment: dic
     assert "Traceback" not in done.stderr
 
 
+@in_a_checkout
+def test_a_compiler_that_is_too_old_is_named(source_copy: Path, tmp_path: Path) -> None:
+    old = tmp_path / "g++-old"
+    old.write_text("#!/bin/sh\necho 10.2.1\n")
+    old.chmod(0o755)
+    done = run([sys.executable, "-c", WITHOUT_NVCC], source_copy, CXX=str(old))
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == f"error: lstm_fast needs GCC 11 or newer, and {old} is 10.2.1"
+
+
 def test_build_info() -> None:
     info = _C.build_info()
     assert set(info) == {"cuda", "cuda_archs", "nvcc", "clusters", "compiler", "openmp"}
