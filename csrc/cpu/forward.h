@@ -267,19 +267,11 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         for (Index unit = 0; f.c0 != nullptr && unit < f.padded; unit += kUnits)
             load_units<Isa>(f.c0 + i * s.hidden + unit, std::min(kUnits, s.hidden - unit), c + unit);
         const Index features = f.h0 == nullptr ? 0 : f.features;  // that are not 0
-        look_at<O>(f.h0 + i * features, features);
-        for (Index turn = 0; turn < 2; ++turn) {  // a row may join at any step
+        for (Index turn = 0; turn < 2; ++turn) {                  // a row may join at any step
             O* const to = reinterpret_cast<O*>(f.h) + ((2 * d + turn) * s.batch + b) * f.ld + f.h_first;
-            for (Index j = 0; j < f.ld - f.h_first; j += kUnits) {
-                alignas(64) A units[kUnits] = {};
-                if (j < features) load_units<Isa>(f.h0 + i * features + j, std::min(kUnits, features - j), units);
-                store_operands<Isa>(units, kUnits, to, j);
-            }
+            copy_operands<Isa>(f.h0 + i * features, features, 0, f.ld - f.h_first, to);
         }
-        for (Index unit = f.padded; f.feature_tiles > 0 && unit < f.ld_m; unit += kUnits) {
-            alignas(64) const A zeros[kUnits] = {};
-            store_operands<Isa>(zeros, kUnits, reinterpret_cast<O*>(f.m) + i * f.ld_m, unit);
-        }
+        if (f.feature_tiles > 0) copy_operands<Isa>(f.h0, 0, f.padded, f.ld_m, reinterpret_cast<O*>(f.m) + i * f.ld_m);
     }
 }
 
@@ -319,13 +311,8 @@ LSTM_HD void convert_input(const Forward<T>& f, const Team& team, int thread, in
     using O = Operand<Isa, T>;
     for (Index row = thread; row < chunk.rows; row += team.threads) {
         const T* const from = f.x + (chunk.base + row) * f.s.input;
-        look_at<O>(from, f.s.input);
         O* const to = reinterpret_cast<O*>(f.converted) + (d * f.walk.chunk_rows + row) * f.ld_x;
-        for (Index j = 0; j < f.ld_x; j += kUnits) {
-            alignas(64) Acc<T> units[kUnits] = {};
-            if (j < f.s.input) load_units<Isa>(from + j, std::min(kUnits, f.s.input - j), units);
-            store_operands<Isa>(units, std::min(kUnits, f.ld_x - j), to, j);
-        }
+        copy_operands<Isa>(from, f.s.input, 0, f.ld_x, to);
     }
 }
 
@@ -337,12 +324,7 @@ LSTM_HD void join_input(const Forward<T>& f, const Team& team, const Part& part,
     for_blocks(team, part, f.s, t, [&](Index block, Index rows) LSTM_INLINED {
         for (Index b = block; b < block + rows; ++b) {
             const T* const from = f.x + (f.walk.start[t] + b) * input;
-            look_at<Operand<Isa, T>>(from + first, std::min(end, input) - first);
-            for (Index j = first; j < std::min(end, input); j += kUnits) {
-                alignas(64) Acc<T> units[kUnits];
-                load_units<Isa>(from + j, std::min(kUnits, input - j), units);
-                store_operands<Isa>(units, std::min(kUnits, input - j), states + b * f.ld, j);
-            }
+            copy_operands<Isa>(from, input, first, std::min(end, input), states + b * f.ld);
         }
     });
 }

@@ -43,8 +43,7 @@ LSTM_HD std::uint32_t first_bits(Index count, Index most) {
 }
 
 // Notes what is infinite in a row that store_operands takes.
-template <typename O, std::enable_if_t<std::is_same_v<O, Planes<3>>, int> = 0>
-LSTM_AMX void look_at(const float* row, Index count) {
+LSTM_AMX void look_at(const float* row, Index count, const Planes<3>*) {
     Floats largest = {};
     for (Index j = 0; j < count; j += 16)
         largest = larger(largest, _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(count - j, 16)), row + j));

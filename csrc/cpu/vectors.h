@@ -210,9 +210,21 @@ LSTM_HD Vector<Isa, Acc<O>> load_operands(const O* row, Index unit) {
     return load_vector<Isa>(row + unit);
 }
 
-// Notes what is infinite in a row of x, if operands O must not be (planes.h).
+// Notes what is infinite in a row that becomes operands O, if those must not be (planes.h).
 template <typename O, typename T>
-LSTM_HD void look_at(const T*, Index) {}
+LSTM_HD void look_at(const T*, Index, const O*) {}
+
+// Elements first .. end of a row of operands, of which `count` are those of `from` and the others 0. `first` is a
+// multiple of 16.
+template <typename Isa, typename O, typename T>
+LSTM_HD void copy_operands(const T* from, Index count, Index first, Index end, O* row) {
+    if (first < count) look_at(from + first, std::min(count, end) - first, row);
+    for (Index j = first; j < end; j += kUnits) {
+        alignas(64) Acc<T> units[kUnits] = {};
+        if (j < count) load_units<Isa>(from + j, std::min(kUnits, count - j), units);
+        store_operands<Isa>(units, std::min(kUnits, end - j), row, j);
+    }
+}
 
 // to = from + before, any number of elements; before may be null for nothing, and may be `to`.
 template <typename Isa, typename T, typename B>
