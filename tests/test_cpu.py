@@ -41,7 +41,7 @@ def outputs_and_gradients(layer: nn.Module, tensors: list[Tensor], weights: list
 @pytest.mark.parametrize(
     ("hidden", "batch", "proj"),
     [
-        *((1, 1, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (384, 66, 0), (2, 1, 1), (33, 7, 5), (100, 17, 70)),
+        *((1, 1, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (384, 90, 0), (256, 1, 0), (2, 1, 1), (33, 7, 5), (100, 17, 70)),
         *((160, 22, 0), (128, 41, 0), (128, 41, 32)),  # of the sizes that AMX takes in planes
     ],
 )
@@ -49,12 +49,15 @@ def outputs_and_gradients(layer: nn.Module, tensors: list[Tensor], weights: list
 def test_every_instruction_set_agrees_with_torch(
     dtype: torch.dtype, hidden: int, batch: int, proj: int, inputs: int
 ) -> None:
-    """One with weights that no second cache holds, and so wide a batch that x, where it is even, joins h."""
+    """One with weights that no second cache holds, and so wide a batch that x, where it is even, joins h.
+
+    One of more steps than are few, of single rows that read W_hh as it lies.
+    """
     torch.manual_seed(0)
     ours = LSTM(inputs, hidden, bidirectional=True, proj_size=proj, dtype=dtype, backend="cpu")
     oracle = nn.LSTM(inputs, hidden, bidirectional=True, proj_size=proj, dtype=torch.float64)
     oracle.load_state_dict(ours.state_dict())
-    steps, features = 6, proj or hidden
+    steps, features = 6 if batch > 1 else 12, proj or hidden
     shapes = [(steps, batch, inputs), (2, batch, features), (2, batch, hidden)]
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
     weights = [torch.randn(shape, dtype=dtype) for shape in [(steps, batch, 2 * features), *shapes[1:]]]
@@ -129,6 +132,14 @@ def test_any_number_of_threads_gives_the_same_bits(
 def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], directions: int, proj: int) -> None:
     """Of sizes whose floats AMX takes in planes of bf16."""
     test_any_number_of_threads_gives_the_same_bits(160, steps, directions, proj, torch.float32)
+
+
+@pytest.mark.parametrize("steps", [[90] * 3, [1] * 20], ids=["many rows", "one sequence"])
+@pytest.mark.parametrize("proj", [0, 256])
+@pytest.mark.usefixtures("instruction_set", "restore_threads")
+def test_any_number_of_threads_gives_the_same_bits_of_large_weights(steps: list[int], proj: int) -> None:
+    """Gradients of many rows don't stay in the second cache and are taken by pieces; one row reads W_hh as it lies."""
+    test_any_number_of_threads_gives_the_same_bits(384, steps, 1, proj, torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("inf"), 3.4e38], ids=["infinity", "what bf16 rounds to infinity"])

@@ -10,7 +10,7 @@
 namespace lstm::cpu {
 namespace {
 
-constexpr std::int64_t kHugePage = std::int64_t{2} << 20, kMostKept = std::int64_t{64} << 20;
+constexpr std::int64_t kHugePage = std::int64_t{2} << 20, kMostKept = std::int64_t{128} << 20;
 
 // What the last call left, or null. A call takes it away, so that calls side by side have one each.
 std::atomic<char*> kept{nullptr};

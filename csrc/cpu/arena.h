@@ -9,7 +9,7 @@
 namespace lstm::cpu {
 
 // Arrays carved from one block. The first use counts the bytes, with null for every array; an arena made with that
-// count gives them. Arrays begin at multiples of 64 bytes and hold anything. A block of up to 64 MiB is kept for the
+// count gives them. Arrays begin at multiples of 64 bytes and hold anything. A block of up to 128 MiB is kept for the
 // process's next call, whose pages then need not be made anew.
 class Arena {
   public:

@@ -10,6 +10,7 @@ namespace lstm::cpu {
 // Rows of a chunk: the sums that make the weights' gradients are as long as they can be.
 constexpr Index kBackwardRows = 512;
 constexpr Index kPartBytes = 3 << 18;  // of their gradients, multiplied in one go
+constexpr Index kLeftBytes = 1 << 19;  // of a left side that stays in the second cache while weights go by
 
 // Gradients of all rows of a chunk, the left side of products along rows and down columns.
 template <typename A>
@@ -281,18 +282,26 @@ LSTM_HD void for_rows(const StepBack<Isa, T>& step, const Part& part, const Take
 template <typename Isa, typename T>
 LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* left, Index ld, const T* w, Index depth,
                            Index columns, Acc<T>* packed, const Part& part, Acc<T>* to, Index ld_to) {
-    const bool in_passing = packs_in_passing(step.f, step.team);
-    for (Index tile = part.tile; tile < part.tile_end; ++tile) {
+    using O = Operand<Isa, T>;
+    const Backward<T>& f = step.f;
+    const bool in_passing = packs_in_passing(f, step.team);
+    const auto multiply_piece = [&](Index tile, Index k) LSTM_INLINED {  // which stays in cache for all rows
         const Index place = in_passing ? part.tile : tile;
-        if (in_passing) pack_tile<Isa>(step.f, w, depth, columns, packed, step.d, tile, place);
-        auto right = right_side<Isa>(step.f, w, depth, columns, packed, step.d, tile, place);
+        if (in_passing && k == 0) pack_tile<Isa>(f, w, depth, columns, packed, step.d, tile, place);
+        Right<const O> right = right_side<Isa>(f, w, depth, columns, packed, step.d, tile, place).from(k);
         right.far = is_far(depth * columns);
-        for (Index k = 0; k < depth; k += Isa::depth) {  // so much of the tile stays in cache
-            for_blocks(step.team, part, step.f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
-                multiply<Isa>(rows, left + b * ld + k, ld, right.from(k), std::min(Isa::depth, depth - k),
-                              to + b * ld_to + tile * kTile, ld_to, k > 0);
-            });
-        }
+        for_blocks(step.team, part, f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
+            multiply<Isa>(rows, left + b * ld + k, ld, right, std::min(Isa::depth, depth - k),
+                          to + b * ld_to + tile * kTile, ld_to, k > 0);
+        });
+    };
+    const Index pieces = tiles_of(depth, Isa::depth), tiles = part.tile_end - part.tile;
+    const bool stays = f.walk.room(f.s.steps[step.t] * depth) * static_cast<Index>(sizeof(Acc<T>)) <= kLeftBytes;
+    for (Index i = 0; i < tiles * pieces; ++i) {
+        const bool by_tiles = stays || in_passing;  // else by pieces of the left side, each of which then stays
+        const Index tile = by_tiles ? i / pieces : i % tiles, piece = by_tiles ? i % pieces : i / tiles;
+        // there and back: the tiles of the last step's end are still in cache
+        multiply_piece(step.t % 2 == 0 ? part.tile + tile : part.tile_end - 1 - tile, piece * Isa::depth);
     }
 }
 

@@ -11,10 +11,14 @@ namespace lstm::cpu {
 
 constexpr Index kForwardBytes = 1 << 18;  // of a chunk's pre-activations
 constexpr Index kForwardRows = 64;        // of a chunk at least, for which W_ih is read once; of a wide x more
-constexpr Index kPlanesRows = 256;        // where its planes take more to read
+constexpr Index kPlanesRows = 256;        // where its planes take more to read, but at most
+constexpr Index kPlanesBytes = 3 << 18;   // of x, which stay in the second cache
 constexpr Index kJoinedBytes = 5 << 17;   // of the weights of one product
+constexpr Index kJoinedTile = 1 << 18;    // of one tile of them in planes
 constexpr Index kJoinedBatch = 4;
-constexpr Index kSideBySide = 4;  // rows whose cells are taken by turns, as each is one long chain
+constexpr Index kFewSteps = 32;          // that don't pay for packing W_hh, if each is of one row and
+constexpr Index kLargeWeight = 1 << 18;  // W_hh has so many elements
+constexpr Index kSideBySide = 4;         // rows whose cells are taken by turns, as each is one long chain
 
 template <typename T>
 struct Forward {
@@ -23,8 +27,7 @@ struct Forward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
-        : walk(shape, std::max({kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape),
-                                shape.input / 4})),
+        : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape))),
           s(walk.s),
           tiles(tiles_of(s.hidden, kUnits)),
           padded(tiles * kUnits),
@@ -40,6 +43,7 @@ struct Forward {
           gates(static_cast<T*>(args.gates)),
           cells(static_cast<A*>(args.cells)),
           unpacked(walk.few()),
+          hh_lies(lies_hh()),
           joined(joins()),
           h_first(joined ? s.input : 0),
           ld(h_first + walk.in_row(std::max(padded, feature_tiles * kTile))),
@@ -58,16 +62,27 @@ struct Forward {
 
     // Of a chunk, for which W_ih is read once.
     static Index rows_at_least(const Shape& shape) {
-        return shape.instruction_set == InstructionSet::amx && sizeof(T) == 4 ? kPlanesRows : kForwardRows;
+        if (shape.instruction_set != InstructionSet::amx || sizeof(T) != 4)
+            return std::max(kForwardRows, shape.input / 4);
+        return std::clamp(kPlanesBytes / (6 * shape.input), kForwardRows, kPlanesRows);
     }
 
     // Whether x and h are multiplied together: where both weights stay in cache, or where to read W_ih at every step
-    // moves less than to write and read pre-activations.
+    // moves less than to write and read pre-activations, and a tile of planes leaves room for them in the second cache.
     bool joins() const {
-        const Index bytes = 4 * s.hidden * (s.input + features) * static_cast<Index>(sizeof(T));
+        const Index depth = s.input + features, bytes = 4 * s.hidden * depth * static_cast<Index>(sizeof(T));
         const bool stay = s.batch >= kJoinedBatch && bytes <= kJoinedBytes;
-        const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch;
+        const bool room = !walk.planes() || walk.room(depth * kTile) * static_cast<Index>(sizeof(T)) <= kJoinedTile;
+        const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch && room;
         return !unpacked && s.input % (walk.planes() ? kDeep : 2) == 0 && (stay || less);
+    }
+
+    // Whether W_hh is read as it lies: always, or by single rows, which far from the core takes them no longer. Pairs
+    // and planes exist only packed.
+    bool lies_hh() const {
+        const bool pairs = std::is_same_v<T, BFloat16> && s.instruction_set >= InstructionSet::avx512_bf16;
+        return unpacked || (s.batch == 1 && s.time <= kFewSteps && 4 * s.hidden * features >= kLargeWeight &&
+                            !walk.planes() && !pairs);
     }
 
     // Elements of one tile of both weights.
@@ -87,6 +102,7 @@ struct Forward {
     T *y, *h_n, *c_n, *gates;
     A* cells;
     const bool unpacked;  // whether weights are read as they lie
+    const bool hh_lies;   // whether W_hh is
     const bool joined;    // whether x and h are multiplied together
     const Index h_first;  // where h begins in a row of states
     const Index ld;       // from one row of states to the next
@@ -116,13 +132,13 @@ LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
     return packed_at<Isa>(first.b + tile_size(f.s.input), f.features, is_far(4 * f.s.hidden * f.features));
 }
 
-// c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or of few rows in all its rows as they lie.
+// c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or its rows as they lie.
 template <typename Isa, typename T>
 LSTM_HD void multiply_weight(const Forward<T>& f, Index rows, const Operand<Isa, T>* left, Index ld,
                              const Groups<T>& rows_of_w, const Right<const Operand<Isa, T>>& packed, Index k, Acc<T>* c,
-                             bool accumulate) {
+                             bool accumulate, bool lies) {
     if constexpr (!in_planes<Operand<Isa, T>>) {
-        if (f.unpacked) return multiply_unpacked<Isa>(rows, left, ld, rows_of_w, k, c, accumulate);
+        if (lies) return multiply_unpacked<Isa>(rows, left, ld, rows_of_w, k, c, accumulate);
     }
     multiply<Isa>(rows, left, ld, packed, k, c, kTile, accumulate);
 }
@@ -151,7 +167,7 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     alignas(64) Acc<T> h[Isa::rows * kTile];
     const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
     multiply_weight<Isa>(f, rows, m, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
-                         packed_at<Isa>(packed, hidden), hidden, h, false);
+                         packed_at<Isa>(packed, hidden), hidden, h, false, f.unpacked);
     for (Index r = 0; r < rows; ++r) {
         for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
             store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),
@@ -178,7 +194,7 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
     } else {
         products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
         multiply_weight<Isa>(f, rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
-                             packed_hh<Isa, const O>(f, d, place), features, products, true);
+                             packed_hh<Isa, const O>(f, d, place), features, products, true, f.hh_lies);
     }
     alignas(64) A gates[kSideBySide][4][kUnits], tanh_c[kSideBySide][kUnits], h[kUnits];
     for (Index r = 0; r < rows; r += kSideBySide) {
@@ -244,7 +260,7 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
         if (!f.unpacked) {
             if (!packs_in_passing(f, team))
                 pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed_ih<Isa, O>(f, 0, i));
-            if (!packs_both_in_passing(f, team))
+            if (!f.hh_lies && !packs_both_in_passing(f, team))
                 pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed_hh<Isa, O>(f, 0, i));
         }
         for (Index gate = 0; gate < 4; ++gate) {
@@ -293,7 +309,7 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
         if (in_passing) pack_rows<Isa>(rows_of_w, input, packed_ih<Isa, O>(f, d, place));
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
             multiply_weight<Isa>(f, rows, x + first * f.ld_x, f.ld_x, rows_of_w, packed_ih<Isa, const O>(f, d, place),
-                                 input, f.of_tile(d, tile) + first * kTile, false);
+                                 input, f.of_tile(d, tile) + first * kTile, false, f.unpacked);
         };
         if (part.all_rows(team)) {
             take(0, chunk.rows);
