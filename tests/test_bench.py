@@ -1,9 +1,11 @@
 """The benchmark's protocol: what is counted, what stops the clock, and that nothing measured is lost."""
 
+import gc
 import json
 import subprocess
 import sys
 import types
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -266,6 +268,22 @@ def test_other_libraries_are_given_the_oracles_weights(name: str, monkeypatch: p
     for mode in ("forward+backward", "inference"):
         assert rivals.task(built, x, mode)().shape == (*x.shape[:2], SMALL.H)
     assert name == "flashrnn" or not built.training  # haste saves what a backward pass needs whenever it is training
+
+
+def test_peak_memory_counts_one_side_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[nn.Module]] = []
+    oracle = rivals.oracle
+
+    def remembered(case: Case, device: str) -> nn.Module:
+        module = oracle(case, device)
+        made.append(weakref.ref(module))
+        return module
+
+    monkeypatch.setattr(rivals, "oracle", remembered)
+    for side in memory.SIDES:
+        module = memory._module(SMALL, side, "cpu")
+        gc.collect()
+        assert made[-1]() is (None if side == "ours" else module)
 
 
 def test_peak_memory_is_that_of_the_shape() -> None:

@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from lstm_fast.bench import rivals
 from lstm_fast.bench.cases import Case
 
 SIDES = ("ours", "torch")
@@ -58,25 +62,25 @@ def peak(case: Case, device: str) -> dict[str, float]:
 def _peak_mb(device: str) -> float:
     """Since the process began; getrusage would count its parent too."""
     if device == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated() / 2**20
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
+def _module(case: Case, side: str, device: str) -> nn.Module:
+    """One side's module alone: whose weights ours has taken is gone."""
+    oracle = rivals.oracle(case, device)
+    return rivals.ours(case, oracle) if side == "ours" else oracle
+
+
 def main() -> None:
-    import torch
-
-    from lstm_fast.bench import rivals
-
     torch.set_num_threads(1)
     case, side, device = Case(*json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
 
     def passes(case: Case, count: int) -> None:
-        oracle, x = rivals.oracle(case, device), rivals.make_input(case, device)
-        call = rivals.task(rivals.ours(case, oracle) if side == "ours" else oracle, x, "forward+backward")
+        module, x = _module(case, side, device), rivals.make_input(case, device)
+        call = rivals.task(module, x, "forward+backward")
         for _ in range(count):
             call()
 
