@@ -55,15 +55,16 @@ struct Case {
 };
 
 const Case kCases[] = {
-    {{1}, 5, 7, 0, 1},                     // few rows, no whole vector
-    {{3, 3}, 64, 64, 0, 2},                // few rows, whole tiles read in place
-    {{40}, 130, 150, 20, 2},               // one step: weights packed in passing
-    {{6, 5, 3, 3, 1}, 9, 33, 0, 2},        // odd sizes, unequal lengths
-    {{13, 13, 13, 7}, 16, 48, 0, 1},       // joined product, rows shared by threads
-    {{13, 13, 13, 7}, 16, 48, 20, 2},      // the same, projected
-    {{2, 2, 2, 2, 2, 1}, 70, 130, 65, 2},  // tiles shared by threads, projected
-    {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 6, 450, 0, 1},
-    {std::vector<Index>(200, 3), 4, 20, 0, 2},  // several chunks
+    {{1}, 5, 7, 0, 1},                            // few rows, no whole vector
+    {{3, 3}, 64, 64, 0, 2},                       // few rows, whole tiles read in place
+    {{40}, 130, 150, 20, 2},                      // one step: weights packed in passing
+    {{6, 5, 3, 3, 1}, 9, 33, 0, 2},               // odd sizes, unequal lengths
+    {{13, 13, 13, 7}, 16, 48, 0, 1},              // joined product, rows shared by threads
+    {{13, 13, 13, 7}, 16, 48, 20, 2},             // the same, projected
+    {{2, 2, 2, 2, 2, 1}, 70, 130, 65, 2},         // tiles shared by threads, projected
+    {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 6, 450, 0, 1},  // W_hh read as it lies
+    {{90, 80}, 6, 384, 0, 1},                     // gradients by pieces
+    {std::vector<Index>(200, 3), 4, 20, 0, 2},    // several chunks
     {std::vector<Index>(200, 3), 4, 20, 6, 1},
     {std::vector<Index>(14, 10), 6, 128, 0, 2},  // floats in planes
     {std::vector<Index>(70, 9), 40, 128, 32, 1},

@@ -134,9 +134,9 @@ LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
 
 // c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or its rows as they lie.
 template <typename Isa, typename T>
-LSTM_HD void multiply_weight(const Forward<T>& f, Index rows, const Operand<Isa, T>* left, Index ld,
-                             const Groups<T>& rows_of_w, const Right<const Operand<Isa, T>>& packed, Index k, Acc<T>* c,
-                             bool accumulate, bool lies) {
+LSTM_HD void multiply_weight(Index rows, const Operand<Isa, T>* left, Index ld, const Groups<T>& rows_of_w,
+                             const Right<const Operand<Isa, T>>& packed, Index k, Acc<T>* c, bool accumulate,
+                             bool lies) {
     if constexpr (!in_planes<Operand<Isa, T>>) {
         if (lies) return multiply_unpacked<Isa>(rows, left, ld, rows_of_w, k, c, accumulate);
     }
@@ -166,8 +166,8 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.ld_m;
     alignas(64) Acc<T> h[Isa::rows * kTile];
     const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
-    multiply_weight<Isa>(f, rows, m, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
-                         packed_at<Isa>(packed, hidden), hidden, h, false, f.unpacked);
+    multiply_weight<Isa, T>(rows, m, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
+                            packed_at<Isa>(packed, hidden), hidden, h, false, f.unpacked);
     for (Index r = 0; r < rows; ++r) {
         for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
             store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),
@@ -193,8 +193,8 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
                       false);
     } else {
         products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
-        multiply_weight<Isa>(f, rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
-                             packed_hh<Isa, const O>(f, d, place), features, products, true, f.hh_lies);
+        multiply_weight<Isa, T>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
+                                packed_hh<Isa, const O>(f, d, place), features, products, true, f.hh_lies);
     }
     alignas(64) A gates[kSideBySide][4][kUnits], tanh_c[kSideBySide][kUnits], h[kUnits];
     for (Index r = 0; r < rows; r += kSideBySide) {
@@ -308,8 +308,8 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
         const Index place = in_passing ? part.tile : tile;
         if (in_passing) pack_rows<Isa>(rows_of_w, input, packed_ih<Isa, O>(f, d, place));
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
-            multiply_weight<Isa>(f, rows, x + first * f.ld_x, f.ld_x, rows_of_w, packed_ih<Isa, const O>(f, d, place),
-                                 input, f.of_tile(d, tile) + first * kTile, false, f.unpacked);
+            multiply_weight<Isa, T>(rows, x + first * f.ld_x, f.ld_x, rows_of_w, packed_ih<Isa, const O>(f, d, place),
+                                    input, f.of_tile(d, tile) + first * kTile, false, f.unpacked);
         };
         if (part.all_rows(team)) {
             take(0, chunk.rows);
