@@ -297,8 +297,8 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
     };
     const Index pieces = tiles_of(depth, Isa::depth), tiles = part.tile_end - part.tile;
     const bool stays = f.walk.room(f.s.steps[step.t] * depth) * static_cast<Index>(sizeof(Acc<T>)) <= kLeftBytes;
+    const bool by_tiles = stays || in_passing;  // else by pieces of the left side, each of which then stays
     for (Index i = 0; i < tiles * pieces; ++i) {
-        const bool by_tiles = stays || in_passing;  // else by pieces of the left side, each of which then stays
         const Index tile = by_tiles ? i / pieces : i % tiles, piece = by_tiles ? i % pieces : i / tiles;
         // there and back: the tiles of the last step's end are still in cache
         multiply_piece(step.t % 2 == 0 ? part.tile + tile : part.tile_end - 1 - tile, piece * Isa::depth);

@@ -77,8 +77,8 @@ struct Forward {
         return !unpacked && s.input % (walk.planes() ? kDeep : 2) == 0 && (stay || less);
     }
 
-    // Whether W_hh is read as it lies: always, or by single rows, which far from the core takes them no longer. Pairs
-    // and planes exist only packed.
+    // Whether W_hh is read as it lies: in a call of few rows, or by single rows for some steps, to whom packing gives
+    // little where it is large. Pairs and planes exist only packed.
     bool lies_hh() const {
         const bool pairs = std::is_same_v<T, BFloat16> && s.instruction_set >= InstructionSet::avx512_bf16;
         return unpacked || (s.batch == 1 && s.time <= kFewSteps && 4 * s.hidden * features >= kLargeWeight &&
