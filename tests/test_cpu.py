@@ -69,6 +69,18 @@ def test_every_instruction_set_agrees_with_torch(
         assert error < 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "inputs", "proj"),
+    [(128, 64, 0), (128, 64, 32), (256, 256, 0), (352, 384, 0)],
+    ids=["weights stay", "projected", "wide batch", "tile too large to join"],
+)
+@pytest.mark.usefixtures("instruction_set")
+def test_wide_batches_agree_with_torch_in_planes(dtype: torch.dtype, hidden: int, inputs: int, proj: int) -> None:
+    """Inputs of whole steps of 32, which in AMX as well are multiplied together with h, or for themselves."""
+    test_every_instruction_set_agrees_with_torch(dtype, hidden, 70, proj, inputs)
+
+
 def layer(
     steps: list[int], directions: int, hidden: int, proj: int, dtype: torch.dtype, offset: int = 0
 ) -> list[Tensor]:
