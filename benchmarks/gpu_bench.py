@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ GROUPS = {
     "packed": Group("bf16, packed, lengths uniform in 1..T, forward+backward", 1.5, 5.0),
     "bidirectional": Group("bf16, both directions, forward+backward", 1.5, 5.0),
     "inference": Group("bf16, inference"),
+    "grid": Group("bf16 over the grid where clusters would do, forward+backward"),
     "gates": Group("the stepwise gate kernels, bf16, forward+backward"),
 }
 
@@ -72,6 +73,10 @@ def shapes() -> Iterator[Shape]:
     for B, H in ((16, 256), (64, 512), (128, 256), (16, 768)):
         for group in ("fp16", "tf32", "packed", "bidirectional", "inference"):
             yield Shape(group, 256, B, H)
+    for B, H in ((16, 512), (64, 512), (16, 768)):
+        yield Shape("grid", 256, B, H)
+    for group, B, H in (("bf16", 64, 1024), ("fp16", 16, 1024), ("tf32", 16, 1024), ("packed", 64, 1024)):
+        yield Shape(group, 256, B, H)
     for backend in ("cuda", "triton"):
         yield Shape("gates", 64, 16, 512, backend)
     for B, H in ((2, 256), (16, 512), (128, 768)):
@@ -140,11 +145,19 @@ def launches(theirs: nn.Module, x: Any) -> dict[str, Any]:
 
 
 def run_row(shape: Shape) -> dict[str, Any]:
+    with persistent.over_the_grid() if shape.group == "grid" else nullcontext():
+        return _run_row(shape)
+
+
+def _run_row(shape: Shape) -> dict[str, Any]:
     row: dict[str, Any] = shape._asdict()
     dtype = getattr(torch, case_of(shape).dtype)
     refused = persistent.unavailable() or persistent.refuses(torch.device("cuda", 0), dtype, shape.H)
     if shape.backend == "persistent" and refused is not None:
         return {**row, "refused": refused}
+    if shape.backend == "persistent":
+        directions = 2 if shape.group == "bidirectional" else 1
+        row["plans"] = persistent.plans(torch.device("cuda", 0), dtype, shape.H, shape.B, directions)
     x, theirs, ours = build(shape)
     mode = "inference" if shape.group == "inference" else "forward+backward"
     error, allowed = errors(x, theirs, ours)

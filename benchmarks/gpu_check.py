@@ -31,17 +31,21 @@ from lstm_fast.bench.runner import describe, write
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("persistent", "cuda", "triton")
+OVER_THE_GRID = "persistent over-the-grid"  # without clusters
 SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120}  # nine minutes in all, with the build
 LAST_ROW = 40  # seconds that the bench has for the row that it is in when its time ends
 
 # Odd and vectorised sizes, both directions, two layers, several tiles.
 SMALL_CASE = """
-import sys, torch, lstm_fast
-for dtype in (torch.float32, torch.bfloat16):
-    for hidden in (33, 64):
-        module = lstm_fast.LSTM(5, hidden, 2, bidirectional=True, device="cuda", dtype=dtype, backend=sys.argv[1])
-        module(torch.randn(4, 11, 5, device="cuda", dtype=dtype))[0].sum().backward()
-torch.cuda.synchronize()
+import contextlib, sys, torch, lstm_fast
+from lstm_fast.kernels import persistent
+backend, _, over_the_grid = sys.argv[1].partition(" ")
+with persistent.over_the_grid() if over_the_grid else contextlib.nullcontext():
+    for dtype in (torch.float32, torch.bfloat16):
+        for hidden in (33, 64):
+            module = lstm_fast.LSTM(5, hidden, 2, bidirectional=True, device="cuda", dtype=dtype, backend=backend)
+            module(torch.randn(4, 11, 5, device="cuda", dtype=dtype))[0].sum().backward()
+    torch.cuda.synchronize()
 """
 
 
@@ -92,9 +96,8 @@ def run_sanitizer() -> dict[str, Any]:
     if tool is None:
         return {"ok": True, "summary": "skipped: compute-sanitizer is not installed"}
     checks = [
-        *(("memcheck", backend) for backend in BACKENDS),
-        ("synccheck", "persistent"),
-        ("racecheck", "persistent"),
+        *(("memcheck", backend) for backend in (*BACKENDS, OVER_THE_GRID)),
+        *((check, how) for check in ("synccheck", "racecheck") for how in ("persistent", OVER_THE_GRID)),
     ]
 
     def sanitize(check: str, backend: str) -> tuple[bool, str]:

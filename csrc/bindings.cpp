@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/limits.h"
@@ -158,28 +159,49 @@ void bind_gates(py::module_& m) {
 using lstm::persistent::Kind;
 using lstm::persistent::Plan;
 
-// C, G, tiles of a cluster, clusters of a direction, bytes of shared memory.
-using PlanTuple = std::tuple<int, int, int, int, int>;
+// Plan's members in their order.
+using PlanTuple = std::tuple<int, int, int, int, int, int, int, int>;
 
 Plan plan_of(const PlanTuple& plan) {
     return std::apply([](auto... numbers) { return Plan{numbers...}; }, plan);
 }
 
-// `granted(cluster, threads, shared)`: clusters that run at once. None if no layout fits.
+// `granted(grid, cluster, threads, shared)`: clusters, or a grid's blocks, that run at once. None if no layout fits.
 std::optional<PlanTuple> persistent_plan(int kind, bool backward, int hidden, int batch, int directions,
                                          const py::function& granted) {
-    const auto resident = [&](int cluster, int threads, int shared) {
-        return granted(cluster, threads, shared).cast<int>();
+    const auto resident = [&](bool grid, int cluster, int threads, int shared) {
+        return granted(grid, cluster, threads, shared).cast<int>();
     };
     const Plan plan = lstm::persistent::plan(static_cast<Kind>(kind), backward, hidden, batch, directions, resident);
     if (plan.cluster == 0) return std::nullopt;
-    return PlanTuple{plan.cluster, plan.groups, plan.tiles, plan.clusters, plan.shared};
+    return PlanTuple{plan.cluster, plan.groups, plan.tiles,      plan.clusters,
+                     plan.shared,  plan.grid,   plan.directions, plan.clocks};
+}
+
+double persistent_library_clocks(int kind, int hidden, int batch) {
+    return lstm::persistent::library_clocks(static_cast<Kind>(kind), hidden, batch);
+}
+
+// Bytes of a grid's workspace: of its flags, and in all.
+std::pair<std::int64_t, std::int64_t> persistent_workspace(int kind, bool backward, const PlanTuple& plan,
+                                                           int directions) {
+    const int element = lstm::persistent::element_size(static_cast<Kind>(kind));
+    const auto at = lstm::persistent::workspace(backward, element, plan_of(plan), directions);
+    return {at.state, at.end};
 }
 
 int persistent_granted([[maybe_unused]] int kind, [[maybe_unused]] bool backward, [[maybe_unused]] int device,
-                       [[maybe_unused]] int cluster, [[maybe_unused]] int threads, [[maybe_unused]] int shared) {
+                       [[maybe_unused]] bool grid, [[maybe_unused]] int cluster, [[maybe_unused]] int threads,
+                       [[maybe_unused]] int shared) {
+#ifdef LSTM_FAST_WITH_CUDA
+    using namespace lstm::persistent::cuda;
+    if (grid) {
+        const auto ask = backward ? grid_resident_backward : grid_resident_forward;
+        return ask(static_cast<Kind>(kind), device, threads, shared);
+    }
+#endif
 #ifdef LSTM_FAST_WITH_CLUSTERS
-    const auto ask = backward ? lstm::persistent::cuda::resident_backward : lstm::persistent::cuda::resident_forward;
+    const auto ask = backward ? resident_backward : resident_forward;
     return ask(static_cast<Kind>(kind), device, cluster, threads, shared);
 #else
     return 0;
@@ -192,6 +214,12 @@ void run_persistent(const Walk& walk, int kind, std::optional<int> device, std::
     std::string error;
     if (!device) {
         error = lstm::persistent::host::run(walk, static_cast<Kind>(kind), queue);
+    } else if (walk.plan.grid != 0) {
+#ifdef LSTM_FAST_WITH_CUDA
+        error = lstm::persistent::cuda::grid_run(walk, static_cast<Kind>(kind), *device, pointer(queue));
+#else
+        error = "lstm_fast._C was built without CUDA";
+#endif
     } else {
 #ifdef LSTM_FAST_WITH_CLUSTERS
         error = lstm::persistent::cuda::run(walk, static_cast<Kind>(kind), *device, pointer(queue));
@@ -209,7 +237,8 @@ lstm::persistent::Sizes persistent_sizes(const std::array<std::int64_t, 5>& size
 
 void persistent_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh, Address starts,
                         Address y, Address h_n, Address c_n, Address cells, const std::array<std::int64_t, 5>& sizes,
-                        const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
+                        const PlanTuple& plan, Address workspace, int kind, std::optional<int> device,
+                        std::uint64_t queue) {
     const lstm::persistent::Forward walk{pointer(gates),
                                          pointer(h0),
                                          pointer(c0),
@@ -221,13 +250,17 @@ void persistent_forward(Address gates, Address h0, Address c0, const std::vector
                                          pointer(cells),
                                          persistent_sizes(sizes),
                                          plan_of(plan),
-                                         {}};
+                                         pointer(workspace),
+                                         {},
+                                         {},
+                                         0};
     run_persistent(walk, kind, device, queue);
 }
 
 void persistent_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh, Address starts,
                          Address dy, Address dh, Address dc, Address dgates, const std::array<std::int64_t, 5>& sizes,
-                         const PlanTuple& plan, int kind, std::optional<int> device, std::uint64_t queue) {
+                         const PlanTuple& plan, Address workspace, int kind, std::optional<int> device,
+                         std::uint64_t queue) {
     const lstm::persistent::Backward walk{pointer(gates),
                                           pointer(cells),
                                           pointer(c0),
@@ -239,18 +272,21 @@ void persistent_backward(Address gates, Address cells, Address c0, const std::ve
                                           pointer(dgates),
                                           persistent_sizes(sizes),
                                           plan_of(plan),
-                                          {}};
+                                          pointer(workspace),
+                                          {},
+                                          {},
+                                          0};
     run_persistent(walk, kind, device, queue);
 }
 
 // int32 values into the device's memory, without a wait.
 void upload([[maybe_unused]] const std::vector<std::int32_t>& values, [[maybe_unused]] Address to,
             [[maybe_unused]] int device, [[maybe_unused]] Address stream) {
-#ifdef LSTM_FAST_WITH_CLUSTERS
+#ifdef LSTM_FAST_WITH_CUDA
     const std::string error = lstm::persistent::cuda::upload(values.data(), static_cast<int>(values.size()),
                                                              pointer(to), device, pointer(stream));
 #else
-    const std::string error = "lstm_fast._C was built without clusters";
+    const std::string error = "lstm_fast._C was built without CUDA";
 #endif
     if (!error.empty()) throw std::runtime_error("the starts of the steps could not be copied: " + error);
 }
@@ -271,12 +307,17 @@ std::pair<std::vector<std::pair<int, int>>, Steps> measure_exchange([[maybe_unus
 void bind_persistent(py::module_& m) {
     m.def("persistent_plan", persistent_plan, py::kw_only(), "kind"_a, "backward"_a, "hidden"_a, "batch"_a,
           "directions"_a, "granted"_a);
-    m.def("persistent_granted", persistent_granted, py::kw_only(), "kind"_a, "backward"_a, "device"_a, "cluster"_a,
-          "threads"_a, "shared"_a);
+    m.def("persistent_granted", persistent_granted, py::kw_only(), "kind"_a, "backward"_a, "device"_a, "grid"_a,
+          "cluster"_a, "threads"_a, "shared"_a);
+    m.def("persistent_library_clocks", persistent_library_clocks, py::kw_only(), "kind"_a, "hidden"_a, "batch"_a);
+    m.def("persistent_workspace", persistent_workspace, py::kw_only(), "kind"_a, "backward"_a, "plan"_a,
+          "directions"_a);
     m.def("persistent_forward", persistent_forward, Released(), py::kw_only(), "gates"_a, "h0"_a, "c0"_a, "w_hh"_a,
-          "starts"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "kind"_a, "device"_a, "queue"_a);
+          "starts"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a,
+          "queue"_a);
     m.def("persistent_backward", persistent_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a, "w_hh"_a,
-          "starts"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "sizes"_a, "plan"_a, "kind"_a, "device"_a, "queue"_a);
+          "starts"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a,
+          "queue"_a);
     m.def("measure_exchange", measure_exchange, Released(), "device"_a);
     m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
 }

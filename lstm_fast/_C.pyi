@@ -76,9 +76,15 @@ def persistent_plan(
     hidden: int,
     batch: int,
     directions: int,
-    granted: Callable[[int, int, int], int],
-) -> tuple[int, int, int, int, int] | None: ...
-def persistent_granted(*, kind: int, backward: bool, device: int, cluster: int, threads: int, shared: int) -> int: ...
+    granted: Callable[[bool, int, int, int], int],
+) -> tuple[int, int, int, int, int, int, int, int] | None: ...
+def persistent_granted(
+    *, kind: int, backward: bool, device: int, grid: bool, cluster: int, threads: int, shared: int
+) -> int: ...
+def persistent_library_clocks(*, kind: int, hidden: int, batch: int) -> float: ...
+def persistent_workspace(
+    *, kind: int, backward: bool, plan: tuple[int, int, int, int, int, int, int, int], directions: int
+) -> tuple[int, int]: ...
 def persistent_forward(
     *,
     gates: int,
@@ -91,7 +97,8 @@ def persistent_forward(
     c_n: int,
     cells: int,
     sizes: tuple[int, int, int, int, int],
-    plan: tuple[int, int, int, int, int],
+    plan: tuple[int, int, int, int, int, int, int, int],
+    workspace: int,
     kind: int,
     device: int | None,
     queue: int,
@@ -108,7 +115,8 @@ def persistent_backward(
     dc: int,
     dgates: int,
     sizes: tuple[int, int, int, int, int],
-    plan: tuple[int, int, int, int, int],
+    plan: tuple[int, int, int, int, int, int, int, int],
+    workspace: int,
     kind: int,
     device: int | None,
     queue: int,

@@ -45,7 +45,7 @@ class Status(NamedTuple):
 
 
 _WHAT = {
-    "persistent": "the whole recurrence in one launch of thread-block clusters",
+    "persistent": "the whole recurrence in one launch",
     "cuda": "one library GEMM and one fused CUDA C++ gate kernel a step",
     "triton": "one library GEMM and one fused Triton gate kernel a step",
     "cpu": "a whole layer in one C++ call",
@@ -139,8 +139,11 @@ def surely_cpu(backend: str, dtype: torch.dtype, hidden: int, kind: str, shape: 
 def _torch_is_faster(
     device: torch.device, dtype: torch.dtype, hidden: int, kind: str, shape: Callable[[], tuple[int, int]]
 ) -> str | None:
-    """In words; None if it was not measured to be."""
+    """In words; None if it was not measured to be, nor is expected to be where nothing was measured."""
     place = measured.place(device.type)
+    if device.type == "cuda" and not measured.knows(place):
+        outweighed: str | None = persistent.outweighed(device, dtype, hidden, shape()[1])
+        return outweighed
     if not measured.matters(place, kind):
         return None
     call = measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)

@@ -27,15 +27,17 @@ def precision(kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def granted(clusters: dict[int, int]) -> Iterator[None]:
-    """The host grants so many clusters of each size; of others none."""
-    before = dict(persistent._ON_HOST)
+def granted(clusters: dict[int, int], grid: int = 0) -> Iterator[None]:
+    """The host grants so many clusters of each size, of others none; and so many blocks of a grid."""
+    before, before_grid = dict(persistent._ON_HOST), persistent._GRID_ON_HOST
     persistent._ON_HOST.update({size: clusters.get(size, 0) for size in before})
+    persistent._GRID_ON_HOST = grid
     persistent._plan.cache_clear()
     try:
         yield
     finally:
         persistent._ON_HOST.update(before)
+        persistent._GRID_ON_HOST = before_grid
         persistent._plan.cache_clear()
 
 

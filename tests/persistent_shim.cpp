@@ -12,8 +12,8 @@ Sizes sizes(const std::int64_t* n) {
 }
 
 Plan plan(const std::int64_t* n) {
-    return {static_cast<int>(n[5]), static_cast<int>(n[6]), static_cast<int>(n[7]), static_cast<int>(n[8]),
-            static_cast<int>(n[9])};
+    return {static_cast<int>(n[5]), static_cast<int>(n[6]),  static_cast<int>(n[7]),  static_cast<int>(n[8]),
+            static_cast<int>(n[9]), static_cast<int>(n[10]), static_cast<int>(n[11]), static_cast<int>(n[12])};
 }
 
 const char* keep(const std::string& words) {
@@ -24,16 +24,18 @@ const char* keep(const std::string& words) {
 
 }  // namespace
 
-// p: gates, h0, c0, w_hh of both directions, starts, y, h_n, c_n, cells; n: N, T, B, H, D, then the plan.
+// p: gates, h0, c0, w_hh of both directions, starts, y, h_n, c_n, cells, workspace; n: N, T, B, H, D, then the plan.
 extern "C" const char* forward(void* const* p, const std::int64_t* n, int kind, std::uint64_t schedule) {
     const auto* starts = static_cast<const std::int32_t*>(p[5]);
-    const Forward walk{p[0], p[1], p[2], {p[3], p[4]}, starts, p[6], p[7], p[8], p[9], sizes(n), plan(n), {}};
+    const Forward walk{p[0], p[1],     p[2],    {p[3], p[4]}, starts, p[6], p[7], p[8],
+                       p[9], sizes(n), plan(n), p[10],        {},     {},   0};
     return keep(host::run(walk, static_cast<Kind>(kind), schedule));
 }
 
-// p: gates, cells, c0, w_hh of both directions, starts, dy, dh, dc, dgates.
+// p: gates, cells, c0, w_hh of both directions, starts, dy, dh, dc, dgates, workspace.
 extern "C" const char* backward(void* const* p, const std::int64_t* n, int kind, std::uint64_t schedule) {
     const auto* starts = static_cast<const std::int32_t*>(p[5]);
-    const Backward walk{p[0], p[1], p[2], {p[3], p[4]}, starts, p[6], p[7], p[8], p[9], sizes(n), plan(n), {}};
+    const Backward walk{p[0], p[1],     p[2],    {p[3], p[4]}, starts, p[6], p[7], p[8],
+                        p[9], sizes(n), plan(n), p[10],        {},     {},   0};
     return keep(host::run(walk, static_cast<Kind>(kind), schedule));
 }

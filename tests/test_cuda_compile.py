@@ -109,12 +109,29 @@ def test_persistent_kernels(tmp_path, name, arch):
         assert loop.count("CCTL.IVALL") <= 1, "the L1 cache is emptied within the loop, not only by the last barrier"
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["grid_fwd", "grid_bwd"])
+def test_persistent_kernels_over_the_grid(tmp_path, name, arch):
+    """On every architecture, weights in registers; words travel 16 bytes at a time, past the L1 cache."""
+    cubin = tmp_path / "kernel.cubin"
+    compile_cuda(CUDA / f"{name}.cu", arch, cubin)
+    usage, code = resources(cubin), sass(cubin)
+    assert len(usage) == 4, "bf16, fp16, TF32, fp32, each for up to 4 groups of two warps"
+    for kernel, use in usage.items():
+        assert use["REG"] * 256 <= 65536 and use["STACK"] == use["LOCAL"] == 0, kernel
+        product = "HMMA.16816.F32" if "__half" in kernel or "bfloat" in kernel else "HMMA.1688.F32.TF32"
+        collected = r"LDG\.E\.128\.STRONG\.GPU" if name == "grid_fwd" else r"LDG\.E\.STRONG\.GPU"
+        for instruction in (product, r"LDS\.128", r"STG\.E\.128", r"RED(G)?\.E\.ADD\.STRONG\.GPU", collected):
+            assert re.search(instruction, code[kernel]), f"{kernel} has no {instruction}"
+        assert not re.search(r"\b(STAS|SYNCS|UCGABAR|LDL|STL)", code[kernel])
+
+
 @pytest.mark.parametrize("kind", range(4), ids=["bf16", "fp16", "tf32", "fp32"])
 def test_a_plan_never_asks_for_more_than_a_block_has(kind):
-    """Every plan for every H, with all sizes of cluster granted or only the portable ones."""
+    """Every plan for every H, with all sizes of cluster granted or only the portable ones, or none but a grid."""
     planned = set()
-    for hidden in [*range(1, 1100, 7), 256, 512, 768]:
-        for batch, directions, largest in itertools.product((1, 17, 300), (1, 2), (8, 16)):
+    for hidden in [*range(1, 1100, 7), 256, 512, 768, 1024, 1920]:
+        for batch, directions, largest in itertools.product((1, 17, 300), (1, 2), (0, 8, 16)):
             for backward in (False, True):
                 plan = _C.persistent_plan(
                     kind=kind,
@@ -122,18 +139,45 @@ def test_a_plan_never_asks_for_more_than_a_block_has(kind):
                     hidden=hidden,
                     batch=batch,
                     directions=directions,
-                    granted=lambda cluster, threads, shared, most=largest: 128 // cluster if cluster <= most else 0,
+                    granted=lambda grid, cluster, threads, shared, most=largest: (
+                        132 * (most == 0) if grid else 128 // cluster if cluster <= most else 0
+                    ),
                 )
                 if plan is None:
                     continue
-                cluster, groups, tiles, clusters, shared = plan
-                assert cluster <= largest and groups <= (8, 8, 6, 4)[kind]
+                cluster, groups, tiles, clusters, shared, grid, at_a_time, clocks = plan
+                assert grid == (largest == 0) and groups <= (4 if grid else (8, 8, 6, 4)[kind])
+                assert cluster * at_a_time * clusters <= 132 if grid else cluster <= largest
                 assert cluster * groups * 8 >= hidden and tiles * clusters * 8 >= batch
-                assert shared <= SHARED_LIMIT
+                assert at_a_time == directions or (grid and at_a_time == 1)
+                assert shared <= SHARED_LIMIT and clocks > 0
                 planned.add((hidden, largest))
-    widest = {largest: max(h for h, granted in planned if granted == largest) for largest in (8, 16)}
+    widest = {largest: max(h for h, granted in planned if granted == largest) for largest in (0, 8, 16)}
+    assert widest[0] >= (1920 if kind < 2 else 1024)
     assert widest[16] >= (768 if kind < 2 else 512)
     assert widest[8] >= (512 if kind < 2 else 256)
+
+
+@pytest.mark.parametrize(
+    "multiprocessors, kib, largest, widest",
+    [(132, 227, 16, [1920, 1056]), (108, 163, 0, [1472, 864]), (128, 99, 0, [1024, 768])],
+    ids=["H100", "A100", "RTX 4090"],
+)
+def test_the_widest_layers(multiprocessors, kib, largest, widest):
+    """Of 16 bits and of fp32, as docs/persistent.md and the README have them."""
+
+    def granted(grid: bool, cluster: int, threads: int, shared: int) -> int:
+        if shared > kib * 1024:
+            return 0
+        return multiprocessors if grid else multiprocessors // cluster * (cluster <= largest)
+
+    def fits(kind: int, hidden: int) -> bool:
+        asked = {"kind": kind, "hidden": hidden, "batch": 1, "directions": 1, "granted": granted}
+        return all(_C.persistent_plan(backward=backward, **asked) is not None for backward in (False, True))
+
+    for kind in range(4):
+        limit = widest[kind // 2]
+        assert [fits(kind, hidden) for hidden in (limit, limit + 1)] == [True, False]
 
 
 COMPILE_TRITON = """

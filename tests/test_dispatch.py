@@ -120,28 +120,40 @@ def gpu_kernels(monkeypatch):
     monkeypatch.setattr(
         dispatch.KERNELS["persistent"],
         "refuses",
-        lambda device, dtype, hidden: f"{hidden} hidden units fit no cluster" if hidden > 768 else None,
+        lambda device, dtype, hidden: f"{hidden} hidden units don't fit" if hidden > 768 else None,
     )
+    monkeypatch.setattr(dispatch.persistent, "outweighed", lambda device, dtype, hidden, batch: None)
 
 
-def choose_on_gpu(hidden, backend="auto", **call):
+def choose_on_gpu(hidden, backend="auto", batch=4, **call):
     call = {"proj_size": 0, "traced": False, "transformed": False, **call}
-    return dispatch.choose(backend, GPU, torch.bfloat16, hidden, **call, kind="layer", shape=lambda: (8, 4))
+    return dispatch.choose(backend, GPU, torch.bfloat16, hidden, **call, kind="layer", shape=lambda: (8, batch))
 
 
-def test_on_a_gpu_what_fits_a_cluster_is_persistent_and_the_rest_is_torchs(gpu_kernels):
+def test_on_a_gpu_what_fits_is_persistent_and_the_rest_is_torchs(gpu_kernels):
     assert choose_on_gpu(768).backend == "persistent"
-    assert choose_on_gpu(1024) == ("torch", "persistent: 1024 hidden units fit no cluster")
+    assert choose_on_gpu(1024) == ("torch", "persistent: 1024 hidden units don't fit")
     assert "no projections" in choose_on_gpu(64, proj_size=3).reason
     with pytest.raises(RuntimeError, match='backend="persistent" cannot serve this call: 1024 hidden units'):
         choose_on_gpu(1024, backend="persistent")
+
+
+def test_on_a_gpu_nobody_measured_large_batches_go_to_torch_by_estimate(gpu_kernels, monkeypatch):
+    monkeypatch.setattr(
+        dispatch.persistent, "outweighed", lambda *asked: f"slow at {asked[2:]}" if asked[3] > 9 else None
+    )
+    assert choose_on_gpu(64, batch=9).backend == "persistent"
+    assert choose_on_gpu(64, batch=10) == ("torch", "persistent: slow at (64, 10)")
+    assert choose_on_gpu(64, "persistent", batch=10).backend == "persistent"
+    monkeypatch.setattr(dispatch.measured, "knows", lambda place: place == "cuda")
+    assert choose_on_gpu(64, batch=10).backend == "persistent"
 
 
 def test_a_compiled_graph_on_a_gpu_takes_gate_kernels_before_the_reference(gpu_kernels, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert choose_on_gpu(768).backend == "persistent"
     backend, reason = choose_on_gpu(1024)
-    assert backend == "cuda" and "1024 hidden units fit no cluster" in reason
+    assert backend == "cuda" and "1024 hidden units don't fit" in reason
     monkeypatch.setattr(dispatch.KERNELS["cuda"], "unavailable", lambda: "it was not built")
     assert choose_on_gpu(1024).backend == "triton"
 

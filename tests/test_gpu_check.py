@@ -254,6 +254,7 @@ def test_lost_is_what_the_card_says(monkeypatch):
 def test_wrong_results_are_never_timed(monkeypatch, group, found):
     monkeypatch.setattr(gpu_bench.persistent, "unavailable", lambda: None)
     monkeypatch.setattr(gpu_bench.persistent, "refuses", lambda *_: None)
+    monkeypatch.setattr(gpu_bench.persistent, "plans", lambda *_: [])
     monkeypatch.setattr(gpu_bench, "build", lambda shape: (None, None, None))
     monkeypatch.setattr(gpu_bench, "errors", lambda *_: (found["error"], 1e-3))
     row = gpu_bench.run_row(gpu_bench.Shape(group, 8, 2, 4))
@@ -291,13 +292,15 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(gpu_bench, "build", lambda shape: build(shape._replace(backend="cpu"), device="cpu"))
 
 
-@pytest.mark.parametrize("group", ["bf16", "tf32", "packed", "bidirectional", "inference"])
+@pytest.mark.parametrize("group", ["bf16", "tf32", "packed", "bidirectional", "inference", "grid"])
 def test_a_row_is_measured(monkeypatch, clock, group):
     on_cpu(monkeypatch)
     monkeypatch.setattr(gpu_bench.persistent, "unavailable", lambda: None)
     monkeypatch.setattr(gpu_bench.persistent, "refuses", lambda *_: None)
+    monkeypatch.setattr(gpu_bench.persistent, "plans", lambda *asked: [asked[2:], gpu_bench.persistent._clusters])
     monkeypatch.setattr(gpu_bench, "launches", lambda *_: {"launches": 7})
     row = gpu_bench.run_row(gpu_bench.Shape(group, 6, 4, 8))
+    assert row["plans"] == [(8, 4, 2 if group == "bidirectional" else 1), group != "grid"]
     assert len(clock) == 2 * gpu_bench.PAIRS == 2 * row["pairs"]
     assert (row["ours_ms"], row["theirs_ms"], row["ratio_low"], row["ratio"], row["ratio_p80"]) == (2, 4, 2, 2, 2)
     assert row["us_per_step"] == 1e3 * row["ours_ms"] / 6
@@ -365,9 +368,11 @@ def test_the_sanitizer_runs_each_check(monkeypatch, code, said, ok, told):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "compute-sanitizer")
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (code, said))
     found = gpu_check.run_sanitizer()
-    assert found["ok"] == ok and found["summary"].count(told) == 5
+    assert found["ok"] == ok and found["summary"].count(told) == 8
     assert all(f"memcheck of {backend}" in found["summary"] for backend in gpu_check.BACKENDS)
-    assert all(f"{check} of persistent" in found["summary"] for check in ("synccheck", "racecheck"))
+    for check in ("memcheck", "synccheck", "racecheck"):
+        assert f"{check} of persistent:" in found["summary"]
+        assert f"{check} of {gpu_check.OVER_THE_GRID}:" in found["summary"]
 
 
 def test_without_a_sanitizer_it_says_so(monkeypatch):

@@ -18,13 +18,28 @@ pytestmark = pytest.mark.gpu
 TF32_EPS = 2**-10
 
 
+GPU = torch.device("cuda", 0)
+
+
 @pytest.fixture(autouse=True)
-def _needs_clusters(monkeypatch):
+def _needs_a_card(monkeypatch):
     """fp32 is strict unless a test allows TF32: which sizes cuDNN takes TF32 for is its own affair."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    missing = persistent.unavailable() or persistent.refuses(torch.device("cuda", 0), torch.bfloat16, 8)
+    missing = persistent.unavailable() or persistent.refuses(GPU, torch.bfloat16, 8)
     if missing is not None:
         pytest.skip(f"persistent: {missing}")
+
+
+@pytest.fixture(params=["clusters", "grid"])
+def exchange(request):
+    """How blocks exchange h: as the card would have it, in clusters, or over the grid."""
+    if request.param == "grid":
+        with persistent.over_the_grid():
+            yield
+    elif torch.cuda.get_device_capability(GPU) < (9, 0):
+        pytest.skip("the GPU has no clusters")
+    else:
+        yield
 
 
 def pair(features: int, hidden: int, dtype: torch.dtype, **options) -> tuple[lstm_fast.LSTM, nn.LSTM]:
@@ -65,36 +80,50 @@ def check(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("hidden, batch", [(1, 3), (7, 130), (257, 17), (300, 64), (384, 33), (512, 128), (512, 1)])
-def test_sizes(dtype, hidden, batch):
+def test_sizes(exchange, dtype, hidden, batch):
     ours, theirs = pair(20, hidden, dtype)
     check(ours, theirs, torch.randn(30, batch, 20, device="cuda", dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_widest(dtype):
-    ours, theirs = pair(64, 768, dtype)
+@pytest.mark.parametrize(
+    "dtype, hidden", [(torch.bfloat16, 768), (torch.float16, 768), (torch.bfloat16, 1536), (torch.float32, 1024)]
+)
+def test_the_widest(dtype, hidden):
+    why_not = persistent.refuses(GPU, dtype, hidden)
+    if why_not is not None:
+        pytest.skip(why_not)
+    ours, theirs = pair(64, hidden, dtype)
     check(ours, theirs, torch.randn(30, 40, 64, device="cuda", dtype=dtype))
 
 
+def test_both_directions_of_a_layer_whose_weights_fill_the_card():
+    """Over the grid one direction after the other."""
+    if persistent.refuses(GPU, torch.bfloat16, 1600) is not None:
+        pytest.skip("the GPU holds no 1600 units")
+    assert [plan[6] for plan in persistent.plans(GPU, torch.bfloat16, 1600, 9, 2)] == [1, 1]
+    ours, theirs = pair(64, 1600, torch.bfloat16, bidirectional=True)
+    check(ours, theirs, torch.randn(20, 9, 64, device="cuda", dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_packed_both_directions_two_layers(dtype):
+def test_packed_both_directions_two_layers(exchange, dtype):
     ours, theirs = pair(33, 100, dtype, num_layers=2, bidirectional=True)
     lengths = torch.randint(1, 41, (70,))
     check(ours, theirs, torch.randn(int(lengths.max()), 70, 33, device="cuda", dtype=dtype), lengths)
 
 
-def test_more_clusters_than_the_card_holds():
+def test_more_clusters_than_the_card_holds(exchange):
     ours, theirs = pair(8, 256, torch.bfloat16)
     check(ours, theirs, torch.randn(5, 4000, 8, device="cuda", dtype=torch.bfloat16))
 
 
-def test_a_long_walk_of_a_wide_layer():
+def test_a_long_walk_of_a_wide_layer(exchange):
     ours, theirs = pair(8, 512, torch.bfloat16)
     check(ours, theirs, torch.randn(4096, 16, 8, device="cuda", dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("hidden", [64, 512, 768])
-def test_the_same_bits_ten_times(hidden):
+@pytest.mark.parametrize("hidden", [64, 512, 768, 1024])
+def test_the_same_bits_ten_times(exchange, hidden):
     ours, _ = pair(16, hidden, torch.bfloat16, bidirectional=True)
     x = torch.randn(200, 50, 16, device="cuda", dtype=torch.bfloat16)
     wanted = results(ours, x)
@@ -102,7 +131,7 @@ def test_the_same_bits_ten_times(hidden):
         assert all(torch.equal(a, b) for a, b in zip(results(ours, x), wanted, strict=True))
 
 
-def test_two_launches_side_by_side():
+def test_two_launches_side_by_side(exchange):
     """On two streams at once, queued behind a wait: neither needs blocks that the other keeps out."""
     modules = [pair(16, hidden, torch.bfloat16)[0] for hidden in (256, 512)]
     inputs = [torch.randn(300, 64, 16, device="cuda", dtype=torch.bfloat16) for _ in modules]
@@ -120,7 +149,7 @@ def test_two_launches_side_by_side():
             assert all(torch.equal(t, u) for t, u in zip(a, b, strict=True))
 
 
-def test_a_graph_captures_a_packed_call():
+def test_a_graph_captures_a_packed_call(exchange):
     """The starts of the steps travel as kernel arguments: the graph holds no pointer to memory of the host."""
     ours, _ = pair(16, 64, torch.bfloat16)
     lengths = torch.randint(1, 2000, (9,))
@@ -153,7 +182,7 @@ def test_fp32_uses_tf32_only_where_torch_allows_it(monkeypatch, hidden):
 
 
 @pytest.mark.parametrize("batch", [16, 128])
-def test_no_more_memory_than_nn_lstm(batch):
+def test_no_more_memory_than_nn_lstm(exchange, batch):
     ours, theirs = pair(512, 512, torch.bfloat16)
     x = torch.randn(256, batch, 512, device="cuda", dtype=torch.bfloat16)
     peaks = []
@@ -168,11 +197,11 @@ def test_no_more_memory_than_nn_lstm(batch):
     assert peaks[0] <= peaks[1]
 
 
-def test_what_fits_no_cluster_goes_to_torch_and_says_so():
-    module = lstm_fast.LSTM(8, 2048, device="cuda", dtype=torch.bfloat16)
+def test_what_does_not_fit_goes_to_torch_and_says_so():
+    module = lstm_fast.LSTM(8, 4096, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(3, 2, 8, device="cuda", dtype=torch.bfloat16)
     told = lstm_fast.explain(module, x)
-    assert told.startswith("torch: persistent: no cluster of this GPU holds") and "2048 hidden units" in told
-    assert module(x)[0].shape == (3, 2, 2048)
+    assert told.startswith("torch: persistent: this GPU does not hold") and "4096 hidden units" in told
+    assert module(x)[0].shape == (3, 2, 4096)
     small = lstm_fast.LSTM(8, 64, device="cuda", dtype=torch.bfloat16)
     assert lstm_fast.explain(small, x).startswith("persistent: the whole recurrence in one launch")

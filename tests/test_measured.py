@@ -43,7 +43,7 @@ def test_a_users_table_lies_in_their_cache(monkeypatch: pytest.MonkeyPatch) -> N
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Writes runs' rows as the user's table."""
     monkeypatch.setattr(measured, "users_table", lambda: tmp_path / "new" / "measured.json")
-    caches = (measured._rows, measured.matters, measured.torch_is_faster)
+    caches = (measured._rows, measured.knows, measured.matters, measured.torch_is_faster)
 
     def forget() -> None:
         for cache in caches:

@@ -13,6 +13,14 @@ from tests.persistent_case import Case, error, granted
 KINDS = ["bf16", "fp16", "tf32", "fp32"]
 # nn.LSTM on a CPU has no TF32 to compare with: its 11 bits of operands, summed.
 TF32_ERROR = 2.0**-10
+NUMBERS = {"bf16": 0, "fp16": 1, "tf32": 2, "fp32": 3}
+
+
+@pytest.fixture(params=["clusters", "grid"])
+def exchange(request):
+    """How blocks exchange h: in clusters, or over a grid on a card that grants none."""
+    with granted({2: 66, 4: 32, 8: 16, 16: 7}) if request.param == "clusters" else granted({}, grid=132):
+        yield request.param
 
 
 def check(case: Case, found: dict[str, torch.Tensor]) -> None:
@@ -34,20 +42,24 @@ def uneven(batch: int, longest: int) -> list[int]:
 @pytest.mark.parametrize("batch", [1, 3, 17])
 @pytest.mark.parametrize("hidden", [1, 7, 33, 64, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_awkward_sizes(kind, hidden, batch):
+def test_awkward_sizes(exchange, kind, hidden, batch):
     for directions, lengths in ((1, [5] * batch), (2, uneven(batch, 6))):
         case = Case(kind, hidden, lengths, directions)
+        for backward in (False, True):
+            plan = persistent._plan(NUMBERS[kind], backward, hidden, batch, directions, None)
+            assert plan[5] == (exchange == "grid")
         check(case, case.both())
 
 
+@pytest.mark.parametrize("clusters, grid", [({2: 2, 4: 2}, 0), ({}, 11)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cluster_of_several_tiles(kind):
+def test_a_cluster_of_several_tiles(kind, clusters, grid):
     """41 sequences, dense and packed: clusters take turns with their tiles, the shorter ones drop out."""
-    with granted({2: 2, 4: 2}):
+    with granted(clusters, grid):
         for directions, lengths in ((1, [4] * 41), (2, uneven(41, 6))):
             case = Case(kind, 40, lengths, directions)
             for backward in (False, True):
-                plan = persistent._plan(persistent._kind(case.x.dtype), backward, 40, 41, directions, None)
+                plan = persistent._plan(NUMBERS[kind], backward, 40, 41, directions, None)
                 assert plan[2] >= 2, "tiles of a cluster"
             check(case, case.both())
 
@@ -70,19 +82,45 @@ def test_every_layout_of_the_weights(kind, hidden, clusters, groups):
     with granted(clusters):
         case = Case(kind, hidden, [2] * 9)
         for backward in (False, True):
-            kinds = {"bf16": 0, "fp16": 1, "tf32": 2, "fp32": 3}
-            assert persistent._plan(kinds[kind], backward, hidden, 9, 1, None)[1] == groups
+            assert persistent._plan(NUMBERS[kind], backward, hidden, 9, 1, None)[1] == groups
+        check(case, case.both())
+
+
+@pytest.mark.parametrize(
+    "kind, hidden, blocks, groups, cluster",
+    [
+        ("bf16", 512, 16, 4, 16),  # all weights in registers
+        ("fp16", 1024, 34, 4, 32),  # half of them in shared memory
+        ("bf16", 1024, 130, 1, 128),
+        ("tf32", 768, 96, 1, 96),
+        ("fp32", 768, 66, 2, 48),
+        ("fp32", 300, 27, 2, 19),  # the last block has one unit of 12
+    ],
+)
+def test_every_layout_of_a_grid(kind, hidden, blocks, groups, cluster):
+    with granted({}, blocks):
+        case = Case(kind, hidden, [2] * 3)
+        plans = [persistent._plan(NUMBERS[kind], backward, hidden, 3, 1, None) for backward in (False, True)]
+        assert {(plan[1], plan[0]) for plan in plans} == {(groups, cluster)}
+        check(case, case.both())
+
+
+def test_directions_that_a_grid_holds_only_one_at_a_time():
+    with granted({}, 3):
+        case = Case("bf16", 40, uneven(19, 5), 2)
+        plans = [persistent._plan(0, backward, 40, 19, 2, None) for backward in (False, True)]
+        assert all(plan[6] == 1 for plan in plans), plans
         check(case, case.both())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_walk(kind):
+def test_a_long_walk(exchange, kind):
     case = Case(kind, 16, [400, 399, 7])
     check(case, case.both())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saturated_gates(kind):
+def test_saturated_gates(exchange, kind):
     """Inputs of up to +-150: gates reach 0 and 1, and nothing overflows."""
     case = Case(kind, 24, [6] * 3, scale=200.0)
     found = case.both()
@@ -90,7 +128,7 @@ def test_saturated_gates(kind):
     check(case, found)
 
 
-def test_nan_stays_in_its_sequence():
+def test_nan_stays_in_its_sequence(exchange):
     case = Case("bf16", 40, [4] * 11)
     clean = case.both()
     case.gates[0, 3] = float("nan")  # step 0 of sequence 3
@@ -100,7 +138,7 @@ def test_nan_stays_in_its_sequence():
     assert torch.equal(y[:, others], clean["y"].view(4, 11, 40)[:, others])
 
 
-def test_inference_saves_nothing_and_gives_the_same():
+def test_inference_saves_nothing_and_gives_the_same(exchange):
     case = Case("bf16", 40, uneven(9, 5), 2)
     saved, bare = case.forward(), case.forward(save=False)
     assert all(torch.equal(saved[name], bare[name]) for name in ("y", "h_n", "c_n"))
@@ -108,7 +146,7 @@ def test_inference_saves_nothing_and_gives_the_same():
     assert not torch.equal(saved["gates"], case.gates)
 
 
-def test_no_gradient_of_y_is_a_gradient_of_zero():
+def test_no_gradient_of_y_is_a_gradient_of_zero(exchange):
     case = Case("fp32", 20, uneven(9, 5), 2)
     saved = case.forward()
     found = case.backward(saved, dy=False)
@@ -118,12 +156,20 @@ def test_no_gradient_of_y_is_a_gradient_of_zero():
 
 
 @pytest.mark.parametrize(
-    "kind, hidden, directions, clusters",
-    [("bf16", 40, 2, {4: 2}), ("tf32", 24, 1, {2: 2}), ("fp32", 40, 1, {8: 1}), ("fp16", 64, 1, {8: 16})],
+    "kind, hidden, directions, clusters, grid",
+    [
+        ("bf16", 40, 2, {4: 2}, 0),
+        ("tf32", 24, 1, {2: 2}, 0),
+        ("fp32", 40, 1, {8: 1}, 0),
+        ("fp16", 64, 1, {8: 16}, 0),
+        ("bf16", 40, 2, {}, 20),
+        ("fp32", 24, 1, {}, 3),
+        ("fp16", 64, 2, {}, 4),
+    ],
 )
-def test_the_same_bits_under_every_schedule(kind, hidden, directions, clusters):
+def test_the_same_bits_under_every_schedule(kind, hidden, directions, clusters, grid):
     """Whoever runs ahead and whenever messages land: no result depends on it, and nobody waits for ever."""
-    with granted(clusters):
+    with granted(clusters, grid):
         case = Case(kind, hidden, uneven(19, 5), directions)
         wanted = case.both()
         for schedule in range(1, 37):
@@ -132,7 +178,7 @@ def test_the_same_bits_under_every_schedule(kind, hidden, directions, clusters):
                 assert torch.equal(value, found[name]), f"{name} differs under schedule {schedule}"
 
 
-def test_inputs_are_only_read():
+def test_inputs_are_only_read(exchange):
     case = Case("fp16", 33, uneven(9, 4), 2)
     inputs = {"h0": case.h0, "c0": case.c0, "dy": case.dy, "w": case.w_hh[0], "w_reverse": case.w_hh[1]}
     before = {name: t.clone() for name, t in inputs.items()}
@@ -149,16 +195,39 @@ def test_what_it_refuses_and_why():
     assert "not float64" in persistent.refuses(gpu, torch.float64, 8)
 
 
-def test_hidden_sizes_that_no_cluster_holds(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A card of compute capability 9.0 to ask about; none to run on."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(persistent._C, "persistent_granted", lambda **_: 7)
-    persistent._plan.cache_clear()
-    gpu = torch.device("cuda", 0)
-    assert persistent.refuses(gpu, torch.bfloat16, 768) is None
-    assert persistent.refuses(gpu, torch.bfloat16, 1024) == (
-        "no cluster of this GPU holds the 4096 x 1024 weights of 1024 hidden units on chip"
+    host = persistent._granted
+    monkeypatch.setattr(
+        persistent, "_granted", lambda kind, backward, device, *asked: host(kind, backward, None, *asked)
     )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert "compute capability 9.0, and the GPU has 8.6" in persistent.refuses(gpu, torch.bfloat16, 64)
     persistent._plan.cache_clear()
+    yield torch.device("cuda", 0)
+    persistent._plan.cache_clear()
+
+
+def test_hidden_sizes_that_a_card_does_not_hold(monkeypatch, gpu):
+    assert persistent.refuses(gpu, torch.bfloat16, 1024) is None
+    assert persistent.refuses(gpu, torch.bfloat16, 2048) == (
+        "this GPU does not hold the 8192 x 2048 weights of 2048 hidden units on chip"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0, and the GPU has 7.5" in persistent.refuses(gpu, torch.bfloat16, 64)
+
+
+def test_a_card_without_clusters_serves_over_the_grid(gpu):
+    with persistent.over_the_grid():
+        assert persistent.refuses(gpu, torch.float32, 256) is None
+        assert persistent._plan(0, False, 256, 1, 1, 0)[5] == 1
+    assert persistent._plan(0, False, 256, 1, 1, 0)[5] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_batches_whose_arithmetic_outweighs_the_launches_are_left_to_torch(gpu, dtype):
+    for hidden in (256, 512, 1024):
+        assert persistent.outweighed(gpu, dtype, hidden, 16) is None
+        why_not = persistent.outweighed(gpu, dtype, hidden, 20000)
+        assert f"a step of 20000 x {hidden} units is expected to take" in why_not

@@ -5,9 +5,11 @@ A fault counts as caught when some schedule ends in an error or in other bits th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 SHIM = Path(__file__).with_name("persistent_shim.cpp")
 SCHEDULES = range(36)
 BF16 = 0
-FORWARD, BACKWARD = "persistent_fwd.h", "persistent_bwd.h"
+FORWARD, BACKWARD, COMMON = "persistent_fwd.h", "persistent_bwd.h", "persistent_common.h"
 
 
 @dataclass
@@ -31,33 +33,36 @@ class Fault:
     whole: str
     broken: str
     caught_as: str  # part of the error, or "bits"
+    grid: bool = False
 
 
 FAULTS = {
-    "forward: no wait for h": Fault(FORWARD, "simt::wait(full(now.slot, before), parity_of(now.i - 1));", "", "bits"),
+    "forward: no wait for h": Fault(FORWARD, "simt::wait(full(now.slot, buffer), parity_of(now.i - 1));", "", "bits"),
     "forward: h in one buffer": Fault(
-        FORWARD, "(2 * slot + buffer) * kColumns * p.layout.row", "(2 * slot) * kColumns * p.layout.row", "bits"
+        FORWARD, "(kGrid ? 0 : 2 * slot + buffer) * kColumns", "(kGrid ? 0 : 2 * slot) * kColumns", "bits"
     ),
     "forward: halves of K not awaited": Fault(FORWARD, "simt::sync_some(1 + at.group(), 64);", "", "bits"),
     "forward: halves of K in one buffer": Fault(FORWARD, "+ turn * blockDim.x;", ";", "bits"),
     "forward: the next fill not expected": Fault(
-        FORWARD, "simt::arrive_expecting(full(now.slot, before), fill_bytes());", "", "deadlock"
+        FORWARD, "simt::arrive_expecting(full(now.slot, buffer), fill_bytes());", "", "deadlock"
     ),
     "forward: a fill of too few bytes": Fault(
         FORWARD,
-        "return p.plan.cluster * p.plan.groups * kGroup * kColumns * kElement;",
-        "return (p.plan.cluster - 1) * p.plan.groups * kGroup * kColumns * kElement;",
+        "return kColumns * column_bytes();",
+        "return (kColumns - 1) * column_bytes();",
         "",
     ),
     "forward: messages before the cluster is ready": Fault(
         FORWARD,
-        "        simt::sync_cluster();\n    }\n\n    SIMT unsigned fill_bytes",
-        "    }\n    SIMT unsigned fill_bytes",
+        "        if constexpr (!kGrid) simt::sync_cluster();\n    }\n",
+        "    }\n",
         "",
     ),
     "forward: padding of K not zeroed": Fault(FORWARD, "[j] = Words{0, 0, 0, 0};", "[j].x += 0;", "bits"),
     "backward: no wait for dh": Fault(BACKWARD, "simt::wait(full(slot, fill % 2), parity_of(fill));", "", "bits"),
-    "backward: gates' gradients not awaited": Fault(BACKWARD, "simt::sync_threads();", "", "bits"),
+    "backward: gates' gradients not awaited": Fault(
+        BACKWARD, "simt::sync_threads();  // all gradients of the block's cells lie in b", "", "bits"
+    ),
     # The kernel's first draft did this: a block's own warps don't all send to their own block.
     "backward: gates' gradients in one buffer": Fault(BACKWARD, "+ turn * kColumns * p.layout.row;", ";", "bits"),
     "backward: dh in one buffer": Fault(
@@ -66,6 +71,41 @@ FAULTS = {
     "backward: the wrong parity": Fault(BACKWARD, "parity_of(fill))", "parity_of(fill + 2))", ""),
     "backward: sent to the wrong block": Fault(
         BACKWARD, "group / p.plan.groups;", "(group / p.plan.groups + 1) % p.plan.cluster;", "bits"
+    ),
+    "forward, grid: no wait for h": Fault(FORWARD, "global().await(now.slot, now.i);", "", "bits", grid=True),
+    "forward, grid: copies not awaited": Fault(
+        FORWARD, "h(now.slot, buffer));\n            simt::sync_threads();", "h(now.slot, buffer));", "bits", grid=True
+    ),
+    "forward, grid: h0 not published": Fault(
+        FORWARD, "if (steps()[slot] > 0) send(before, slot, 0);", "", "deadlock", grid=True
+    ),
+    "forward, grid: a signal before all is published": Fault(
+        COMMON,
+        "simt::sync_threads();\n        if (threadIdx.x == 0) simt::signal",
+        "if (threadIdx.x == 0) simt::signal",
+        "bits",
+        grid=True,
+    ),
+    "forward, grid: only one thread waits": Fault(
+        COMMON,
+        "static_cast<unsigned>(p.plan.cluster * (fill + 1)));\n        simt::sync_threads();",
+        "static_cast<unsigned>(p.plan.cluster * (fill + 1)));",
+        "bits",
+        grid=True,
+    ),
+    "forward, grid: too few signals": Fault(
+        COMMON, "p.plan.cluster * (fill + 1)", "p.plan.cluster * fill + 1", "bits", True
+    ),
+    "forward, grid: one buffer": Fault(COMMON, "(2 * tile(slot) + buffer)", "(2 * tile(slot))", "bits", grid=True),
+    "backward, grid: no wait for dh": Fault(BACKWARD, "global().await(slot, fill);", "", "bits", grid=True),
+    "backward, grid: one buffer": Fault(
+        BACKWARD, "global().buffer(slot, buffer)", "global().buffer(slot, 0)", "bits", True
+    ),
+    "backward, grid: no signal": Fault(
+        BACKWARD, "if constexpr (kGrid) global().signal(now.slot);", "", "deadlock", grid=True
+    ),
+    "backward, grid: steps read before they are known": Fault(
+        BACKWARD, "simt::sync_threads();  // all know the steps", "", "", grid=True
     ),
 }
 
@@ -84,8 +124,10 @@ def call(function, tensors: list[Tensor | None], case: Case, backward: bool, sch
     directions, batch, hidden = case.c0.shape
     plan = persistent._plan(BF16, backward, hidden, batch, directions, None)
     numbers = [case.gates.size(1), len(case.steps), batch, hidden, directions, *plan]
-    pointers = (ctypes.c_void_p * 10)(*(None if t is None else t.data_ptr() for t in tensors))
-    return function(pointers, (ctypes.c_int64 * 10)(*numbers), BF16, ctypes.c_uint64(schedule)).decode()
+    launch = {"plan": plan, "kind": BF16, "sizes": numbers[:5]}
+    tensors = [*tensors, persistent._workspace(launch, backward, torch.device("cpu"))]
+    pointers = (ctypes.c_void_p * 11)(*(None if t is None else t.data_ptr() for t in tensors))
+    return function(pointers, (ctypes.c_int64 * 13)(*numbers), BF16, ctypes.c_uint64(schedule)).decode()
 
 
 def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
@@ -96,7 +138,7 @@ def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
     weights = [case.w_hh[0], case.w_hh[-1]]
     shown = set()
     for schedule in SCHEDULES:
-        if fault.file == FORWARD:
+        if fault.file != BACKWARD:
             found = {
                 "gates": case.gates.clone(),
                 **{n: torch.full_like(whole[n], 9) for n in ("y", "h_n", "c_n", "cells")},
@@ -119,28 +161,36 @@ def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
     return shown
 
 
-@pytest.fixture(scope="module")
-def case():
-    """Clusters of 8 blocks with several tiles each, K padded, units past H."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on PATH")
-    with granted({8: 1}):
+@contextlib.contextmanager
+def exchanging(grid: bool) -> Iterator[Case]:
+    """Clusters of 8 blocks, or a grid of 10, with several tiles each, K padded, units past H."""
+    with granted({}, 10) if grid else granted({8: 1}):
         yield Case("bf16", 76, [5, 5, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1])
 
 
-def test_the_whole_kernel_shows_nothing(case, tmp_path):
+@pytest.fixture(autouse=True)
+def _needs_a_compiler():
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH")
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_the_whole_kernel_shows_nothing(tmp_path, grid):
     library = build(tmp_path, CSRC)
-    for file in (FORWARD, BACKWARD):
-        assert caught(library, case, Fault(file, "", "", "")) == set()
+    with exchanging(grid) as case:
+        for file in (FORWARD, BACKWARD):
+            assert caught(library, case, Fault(file, "", "", "")) == set()
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_caught(case, tmp_path, name):
+def test_a_fault_is_caught(tmp_path, name):
     fault = FAULTS[name]
     shutil.copytree(CSRC, tmp_path / "csrc")
     source = tmp_path / "csrc" / "cuda" / fault.file
     text = source.read_text()
     assert text.count(fault.whole) == 1, f"{fault.file} should have one {fault.whole!r}"
     source.write_text(text.replace(fault.whole, fault.broken))
-    shown = caught(build(tmp_path, tmp_path / "csrc"), case, fault)
+    library = build(tmp_path, tmp_path / "csrc")
+    with exchanging(fault.grid) as case:
+        shown = caught(library, case, fault)
     assert any(fault.caught_as in how for how in shown), f"{name}: {shown or 'nothing showed'}"

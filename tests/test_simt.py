@@ -27,7 +27,18 @@ def kernels(tmp_path_factory):
     sources = [str(TESTS / "simt_kernels.cpp"), str(CSRC / "host" / "simt.cpp")]
     subprocess.run(["g++", *flags, *sources, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    for name in ("product", "indices", "ring", "exchange", "early", "large", "launch", "wrong"):
+    for name in (
+        "product",
+        "indices",
+        "ring",
+        "exchange",
+        "early",
+        "large",
+        "launch",
+        "wrong",
+        "grid",
+        "wrong_in_a_grid",
+    ):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.round_tf32.restype = ctypes.c_float
     loaded.round_tf32.argtypes = [ctypes.c_float]
@@ -116,6 +127,34 @@ def test_a_phase_ends_with_its_last_arrival_however_early_its_bytes(kernels):
         found = torch.zeros(32, dtype=torch.int32)
         assert kernels.early(ctypes.c_uint64(schedule), pointer(found)) == b""
         assert (found == 100 + 10 + 11).all(), schedule
+
+
+def test_words_for_the_grid(kernels):
+    """What is signalled has come; and each way of using it too early shows under some schedule."""
+    rounds, blocks, bad = 5, 40, set()
+    wanted = (torch.arange(rounds) * 20 * blocks + blocks * (blocks - 1)).int().expand(blocks, rounds)
+    for schedule in SCHEDULES:
+        for fault in range(4):
+            sums = torch.zeros(blocks, rounds, dtype=torch.int32)
+            assert kernels.grid(ctypes.c_uint64(schedule), rounds, fault, pointer(sums)) == b"" or fault > 0
+            if not torch.equal(sums, wanted):
+                bad.add(fault)
+    assert bad == {1, 2, 3}
+
+
+NO_CLUSTER = "needs a cluster, and this launch has none (block 0 of cluster 0, warp 0, thread 0)"
+WRONG_IN_A_GRID = [
+    "words for the grid are outside of its global memory or not aligned (block 0 of cluster 0, warp 0, thread 0)",
+    "words for the grid are outside of its global memory or not aligned (block 0 of cluster 0, warp 0, thread 0)",
+    "deadlock: nobody can go on and nothing is on its way: 64 threads in await of signal 2",
+    "sync_cluster " + NO_CLUSTER,
+    "a message " + NO_CLUSTER,
+]
+
+
+@pytest.mark.parametrize("which", range(len(WRONG_IN_A_GRID)))
+def test_what_could_not_work_in_a_grid_is_said(kernels, which):
+    assert WRONG_IN_A_GRID[which] in kernels.wrong_in_a_grid(which).decode()
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 3, 5])

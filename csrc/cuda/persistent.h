@@ -4,6 +4,9 @@
 // (step, tile) after the other. Block r owns the hidden units from r U on, U = 8 G: G groups of 8 units, two warps
 // each. Clusters never wait for one another.
 //
+// A thread-block cluster exchanges h through distributed shared memory. Where none holds W_hh, or the GPU has none, the
+// C blocks are any of a grid that is resident as a whole, and exchange h through global memory: a "grid" plan.
+//
 // N rows over all steps, T steps, B sequences, H hidden units, D directions, T also the storage dtype. Gates are
 // ordered i, f, g, o. All arrays are C-contiguous, need only the alignment of their elements, and do not overlap.
 // Pointers must stay valid until the work is done: at return on the host, in stream order with CUDA.
@@ -35,11 +38,14 @@ struct Sizes {
 
 // How a launch is laid out.
 struct Plan {
-    int cluster;   // C blocks, 2 to 16
-    int groups;    // G; a block has 64 G threads
-    int tiles;     // of a cluster, at most
-    int clusters;  // of a direction
-    int shared;    // bytes of a block
+    int cluster;     // C blocks: 2 to 16, or as many as the grid has
+    int groups;      // G; a block has 64 G threads
+    int tiles;       // of a cluster, at most
+    int clusters;    // of a direction
+    int shared;      // bytes of a block
+    int grid;        // 1 where blocks exchange through global memory
+    int directions;  // of one launch: all, or 1 where both can't be resident at once
+    int clocks;      // that a step is expected to take
 };
 
 // How W_hh is multiplied: in 16 bits, or float as TF32, or float in three TF32 products, which keep fp32's bits.
@@ -58,34 +64,36 @@ constexpr Held held(int element, int most_groups) {
     return most_groups == 4 ? Held{8, 2, 8} : Held{6, 1, 12};
 }
 // The kernel that serves G groups, by the most it serves; 0 if none does. fp32's three products leave fewer registers.
-LSTM_HD int most_groups(Kind kind, int groups) {
-    const int widest = kind == Kind::float32 ? 4 : kind == Kind::tf32 ? 6 : 8;
+LSTM_HD int most_groups(Kind kind, int groups, bool grid) {
+    const int widest = grid || kind == Kind::float32 ? 4 : kind == Kind::tf32 ? 6 : 8;
     return groups > widest ? 0 : groups <= 4 ? 4 : groups <= 6 ? 6 : 8;
 }
 
 LSTM_HD int round_up(int x, int to) { return (x + to - 1) / to * to; }
 LSTM_HD int most(int a, int b) { return a > b ? a : b; }
 
-// Offsets in bytes. Both start with the barriers, 2 a tile; then int [tiles], the steps of each tile; then float
-// [tiles, 2, threads], the state.
+// Offsets in bytes. Both start with the barriers, 2 a tile; then int [tiles], the steps of each tile; then the state,
+// float [tiles, 2, threads], which a grid keeps in global memory.
 struct ForwardLayout {
     int blocks;   // of K: all hidden units, padded so that each warp of a pair has an even number
     int in_smem;  // of those, how many of each warp's lie in shared memory
     int row;      // bytes from one column of h to the next: an odd number of blocks, so that banks differ
-    int partial, weights, h, end;  // Words [2, warps, 32]; Words [warps, in_smem, 4, 32]; T [tiles, 2, 8, row]
+    // Words [2, warps, 32]; Words [warps, in_smem, 4, 32]; T [tiles, 2, 8, row], or of a grid [8, row]
+    int partial, weights, h, end;
 };
 struct BackwardLayout {
     int blocks;   // of K: the four gates of the block's own units
     int tiles;    // of 16 hidden units, each warp's at most
     int in_smem;  // of those, how many lie in shared memory
     int row;      // bytes from one column of the gates' gradient to the next
-    // Words [warps, in_smem, blocks, 2, 32]; T [2, 8, row]; float [tiles, 2, C, G, 64]
+    // Words [warps, in_smem, blocks, 2, 32]; T [2, 8, row]; float [tiles, 2, C, G, 64], of a grid nothing
     int weights, da, slots, end;
 };
 
 LSTM_HD int offset_of_steps(const Plan& plan) { return 16 * plan.tiles; }
 LSTM_HD int offset_of_state(const Plan& plan) { return round_up(20 * plan.tiles, 16); }
-LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + 8 * plan.tiles * 64 * plan.groups; }
+LSTM_HD int state_bytes(const Plan& plan) { return 8 * plan.tiles * 64 * plan.groups; }  // of a block
+LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan.grid ? 0 : state_bytes(plan)); }
 
 LSTM_HD ForwardLayout forward_layout(int element, int held_blocks, const Plan& plan) {
     const int warps = 2 * plan.groups;
@@ -96,7 +104,7 @@ LSTM_HD ForwardLayout forward_layout(int element, int held_blocks, const Plan& p
     at.partial = after_state(plan);
     at.weights = at.partial + 2 * warps * 512;
     at.h = at.weights + warps * at.in_smem * 2048;
-    at.end = at.h + plan.tiles * 2 * kColumns * at.row;
+    at.end = at.h + (plan.grid ? 1 : plan.tiles * 2) * kColumns * at.row;
     return at;
 }
 
@@ -110,7 +118,27 @@ LSTM_HD BackwardLayout backward_layout(int element, int held_tiles, const Plan& 
     at.weights = after_state(plan);
     at.da = at.weights + warps * at.in_smem * at.blocks * 1024;
     at.slots = at.da + 2 * kColumns * at.row;
-    at.end = at.slots + plan.tiles * 2 * plan.cluster * plan.groups * 256;
+    at.end = at.slots + (plan.grid ? 0 : plan.tiles * 2 * plan.cluster * plan.groups * 256);
+    return at;
+}
+
+// ---- What a grid keeps in global memory -----------------------------------------------------------------------------
+
+// Offsets in bytes: first a flag for each tile of each cluster, 128 bytes apart and zero before the launch; then the
+// state, float [blocks, tiles, 2, threads]; then what travels, for each tile of each cluster twice: forward h,
+// T [8, C U]; backward partial sums of dh, float [C owners, C sources, G, 64].
+struct Workspace {
+    Index state, exchange, of_buffer, end;  // of_buffer: bytes
+};
+constexpr int kFlagBytes = 128;
+
+LSTM_HD Workspace workspace(bool backward, int element, const Plan& plan, int directions) {
+    const Index clusters = Index{plan.clusters} * directions, units = plan.cluster * plan.groups * kGroup;
+    Workspace at{};
+    at.state = clusters * plan.tiles * kFlagBytes;
+    at.exchange = at.state + clusters * plan.cluster * state_bytes(plan);
+    at.of_buffer = backward ? units * plan.cluster * kColumns * 4 : units * kColumns * element;
+    at.end = at.exchange + clusters * plan.tiles * 2 * at.of_buffer;
     return at;
 }
 
@@ -128,7 +156,10 @@ struct Forward {
     void* cells;                 // float [D, N, H], written: the cell states; null when there will be no backward pass
     Sizes sizes;
     Plan plan;
-    ForwardLayout layout;  // of the plan: filled by `run`
+    void* global;          // of a grid: its workspace, 16-byte aligned, flags zeroed
+    ForwardLayout layout;  // of the plan, as the next two: filled by `run`
+    Workspace workspace;
+    int direction;  // the launch's first
 };
 
 struct Backward {
@@ -143,26 +174,34 @@ struct Backward {
     void* dgates;                // T [D, N, 4H], written: gradient of the pre-activations
     Sizes sizes;
     Plan plan;
-    BackwardLayout layout;  // of the plan: filled by `run`
+    void* global;  // as in Forward, as all that follows
+    BackwardLayout layout;
+    Workspace workspace;
+    int direction;
 };
 
 inline void lay_out(Forward& walk, Kind kind) {
-    const int element = element_size(kind);
-    walk.layout = forward_layout(element, held(element, most_groups(kind, walk.plan.groups)).blocks, walk.plan);
+    const int element = element_size(kind), most = most_groups(kind, walk.plan.groups, walk.plan.grid);
+    walk.layout = forward_layout(element, held(element, most).blocks, walk.plan);
+    walk.workspace = workspace(false, element, walk.plan, walk.sizes.directions);
 }
 inline void lay_out(Backward& walk, Kind kind) {
-    const int element = element_size(kind);
-    walk.layout = backward_layout(element, held(element, most_groups(kind, walk.plan.groups)).tiles, walk.plan);
+    const int element = element_size(kind), most = most_groups(kind, walk.plan.groups, walk.plan.grid);
+    walk.layout = backward_layout(element, held(element, most).tiles, walk.plan);
+    walk.workspace = workspace(true, element, walk.plan, walk.sizes.directions);
 }
 
 // ---- Who calls what -------------------------------------------------------------------------------------------------
 
 // What a device grants: clusters that run at the same time, of so many blocks with so many threads and bytes of shared
-// memory each; 0 if none.
-using Resident = std::function<int(int cluster, int threads, int shared)>;
+// memory each; 0 if none. Of a grid: blocks that do.
+using Resident = std::function<int(bool grid, int cluster, int threads, int shared)>;
 
 // The layout expected to be fastest for B sequences in D directions, or one with cluster = 0 if none fits.
 Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const Resident& resident);
+
+// That a step is expected to take torch's own LSTM: a library's product and gates, launched step by step.
+double library_clocks(Kind kind, int hidden, int batch);
 
 // The kernels' own source on the host, for tests without a GPU: empty, or what went wrong. `schedule`:
 // csrc/host/simt.h.
@@ -171,17 +210,22 @@ std::string run(const Forward& walk, Kind kind, std::uint64_t schedule);
 std::string run(const Backward& walk, Kind kind, std::uint64_t schedule);
 }  // namespace host
 
-// On a GPU of compute capability 9.0 or later, queued on `stream` of `device`; empty, or why it could not be.
+// On a GPU, queued on `stream` of `device`; empty, or why it could not be. Clusters from compute capability 9.0 on, a
+// grid from 8.0.
 namespace cuda {
 int resident_forward(Kind kind, int device, int cluster, int threads, int shared);
 int resident_backward(Kind kind, int device, int cluster, int threads, int shared);
 std::string run(const Forward& walk, Kind kind, int device, void* stream);
 std::string run(const Backward& walk, Kind kind, int device, void* stream);
+int grid_resident_forward(Kind kind, int device, int threads, int shared);
+int grid_resident_backward(Kind kind, int device, int threads, int shared);
+std::string grid_run(const Forward& walk, Kind kind, int device, void* stream);
+std::string grid_run(const Backward& walk, Kind kind, int device, void* stream);
 // Copies int32 [count] from the host, through kernel arguments: no wait, and a CUDA graph may capture it.
 std::string upload(const std::int32_t* from, int count, void* to, int device, void* stream);
 
 // What one step took: "message" of size bytes between two blocks, "exchange" of h with so many units in a cluster of
-// so many blocks, "grid" for a flag through L2, "product" of so many multiply-adds by one warp.
+// so many blocks, "grid" of the same over a grid of so many, "product" of so many multiply-adds by one warp.
 struct Latency {
     const char* what;
     int size, blocks;

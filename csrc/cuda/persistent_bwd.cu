@@ -8,7 +8,7 @@ int resident_backward(Kind kind, int device, int cluster, int threads, int share
 }
 
 std::string run(const Backward& walk, Kind kind, int device, void* stream) {
-    return launch<BackwardKernel>(walk, kind, device, stream);
+    return launch<BackwardKernel, false>(walk, kind, device, stream);
 }
 
 }  // namespace lstm::persistent::cuda

@@ -1,7 +1,8 @@
 // The backward walk, one thread's share. At step t of a tile, a lane sums what the cluster's blocks sent for its cell
 // into dh, makes the gradients of the cell's four gates, and lays them beside those of the block's other cells (B).
 // Then each warp multiplies its tiles of W_hh^T (A, in registers: 16 hidden units by the block's own gates) by them:
-// this block's part of dh of the step before, for all hidden units, in fp32, which it sends to the units' owners.
+// this block's part of dh of the step before, for all hidden units, in fp32, which it sends to the units' owners: into
+// their shared memory, or of a grid into global memory.
 #pragma once
 
 #include "persistent_common.h"
@@ -23,7 +24,7 @@ struct alignas(4 * sizeof(T)) Gates {
     T of[4];
 };
 
-template <typename T, bool kExact, int kMost>
+template <typename T, bool kExact, int kMost, bool kGrid>
 struct BackwardKernel {
     static constexpr int kElement = sizeof(T), kTiles = held(kElement, kMost).tiles, kDeep = held(kElement, kMost).deep;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
@@ -32,7 +33,7 @@ struct BackwardKernel {
     const Backward& p;
     const Position at;
 
-    SIMT explicit BackwardKernel(const Backward& walk) : p(walk), at(position(walk.plan)) {}
+    SIMT explicit BackwardKernel(const Backward& walk) : p(walk), at(position<kGrid>(walk.plan, walk.direction)) {}
 
     // The lane's cell in a tile. Lanes are those whose sums lie side by side in the slots: see `send`.
     SIMT int unit() const {
@@ -46,6 +47,7 @@ struct BackwardKernel {
     SIMT int* steps() const { return reinterpret_cast<int*>(simt::shared_memory() + offset_of_steps(p.plan)); }
     // This thread's cell in a tile: the gradient of h that passes by steps it takes no part in, and of c.
     SIMT float& dh_state(int slot) const {
+        if constexpr (kGrid) return global().state(slot)[threadIdx.x];
         return reinterpret_cast<float*>(simt::shared_memory() +
                                         offset_of_state(p.plan))[2 * slot * blockDim.x + threadIdx.x];
     }
@@ -55,7 +57,14 @@ struct BackwardKernel {
     SIMT unsigned char* da(int turn) const {
         return simt::shared_memory() + p.layout.da + turn * kColumns * p.layout.row;
     }
-    SIMT float* from_block(int slot, int buffer, int rank) const {  // [G, 2, 32]
+    SIMT Global<Backward> global() const { return {p, at}; }
+    // What block `rank` sends to block `owner`, [G, 2, 32]: in the memory of each owner at the same place, or in the
+    // grid's.
+    SIMT float* from_block(int slot, int buffer, int rank, [[maybe_unused]] int owner) const {
+        if constexpr (kGrid) {
+            return reinterpret_cast<float*>(global().buffer(slot, buffer)) +
+                   Index{owner * p.plan.cluster + rank} * p.plan.groups * 64;
+        }
         return reinterpret_cast<float*>(simt::shared_memory() + p.layout.slots) +
                ((2 * slot + buffer) * p.plan.cluster + rank) * p.plan.groups * 64;
     }
@@ -127,12 +136,14 @@ struct BackwardKernel {
         for (int slot = thread; slot < p.plan.tiles; slot += threads) {
             const int count = steps_of_tile(p.starts, p.sizes, tile_of(p.plan, at, slot));
             steps()[slot] = count;
-            for (int buffer = 0; buffer < 2; ++buffer) {
-                simt::init(full(slot, buffer), 1);
-                if (count > buffer) simt::arrive_expecting(full(slot, buffer), fill_bytes());
+            if constexpr (!kGrid) {
+                for (int buffer = 0; buffer < 2; ++buffer) {
+                    simt::init(full(slot, buffer), 1);
+                    if (count > buffer) simt::arrive_expecting(full(slot, buffer), fill_bytes());
+                }
             }
         }
-        simt::publish_barriers();
+        if constexpr (!kGrid) simt::publish_barriers();
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -157,16 +168,27 @@ struct BackwardKernel {
             dh_state(slot) = mine ? static_cast<const float*>(p.dh)[in_batch(b)] : 0.0f;
             dc_state(slot) = mine ? static_cast<const float*>(p.dc)[in_batch(b)] : 0.0f;
         }
-        simt::sync_cluster();
+        if constexpr (kGrid) {
+            simt::sync_threads();  // all know the steps
+        } else {
+            simt::sync_cluster();
+        }
     }
 
     // What all blocks sent for this lane's cell in fill `fill`, summed in their order.
     SIMT float received(int slot, int fill) const {
-        simt::wait(full(slot, fill % 2), parity_of(fill));
-        const float* from = from_block(slot, fill % 2, 0) + (2 * at.group() + at.half()) * 32 + at.lane;
+        const float* from = from_block(slot, fill % 2, 0, at.rank) + (2 * at.group() + at.half()) * 32 + at.lane;
+        const int stride = p.plan.groups * 64;
         float sum = 0.0f;
+        if constexpr (kGrid) {
+            global().await(slot, fill);
+#pragma unroll 8
+            for (int rank = 0; rank < p.plan.cluster; ++rank) sum += simt::collect(from + rank * stride);
+        } else {
+            simt::wait(full(slot, fill % 2), parity_of(fill));
 #pragma unroll 4
-        for (int rank = 0; rank < p.plan.cluster; ++rank) sum += from[rank * p.plan.groups * 64];
+            for (int rank = 0; rank < p.plan.cluster; ++rank) sum += from[rank * stride];
+        }
         return sum;
     }
 
@@ -177,9 +199,14 @@ struct BackwardKernel {
         const int group = 2 * tile + r / 4;  // of the cluster
         if (group >= p.plan.cluster * p.plan.groups) return;
         const int owner = group / p.plan.groups;
-        float* const to =
-            from_block(slot, buffer, at.rank) + (group % p.plan.groups * 2 + q / 2) * 32 + (r % 4 * 2 + q % 2) * 4;
-        simt::send(to, owner, Words{bits(d[0]), bits(d[1]), bits(d[2]), bits(d[3])}, full(slot, buffer));
+        float* const to = from_block(slot, buffer, at.rank, owner) + (group % p.plan.groups * 2 + q / 2) * 32 +
+                          (r % 4 * 2 + q % 2) * 4;
+        const Words words{bits(d[0]), bits(d[1]), bits(d[2]), bits(d[3])};
+        if constexpr (kGrid) {
+            simt::publish(to, words);
+        } else {
+            simt::send(to, owner, words, full(slot, buffer));
+        }
     }
 
     SIMT void product(const Words (&w)[kTiles][kDeep][2], int turn, int slot, int buffer) const {
@@ -244,7 +271,7 @@ struct BackwardKernel {
             float dh = dh_state(now.slot), dc = dc_state(now.slot);
             if (now.i > 0) {
                 dh += received(now.slot, now.i - 1);
-                if (threadIdx.x == 0 && now.i + 1 < steps()[now.slot]) {
+                if (!kGrid && threadIdx.x == 0 && now.i + 1 < steps()[now.slot]) {
                     simt::arrive_expecting(full(now.slot, (now.i - 1) % 2), fill_bytes());
                 }
             }
@@ -260,6 +287,7 @@ struct BackwardKernel {
             dc_state(now.slot) = active ? cell.dc_prev : dc;
             simt::sync_threads();  // all gradients of the block's cells lie in b
             product(w, turn, now.slot, now.i % 2);
+            if constexpr (kGrid) global().signal(now.slot);
             if (active && unit() < p.sizes.hidden) {
                 const int hidden = simt::opaque(p.sizes.hidden);
                 T* const to = static_cast<T*>(p.dgates) + in_rows(x.row) * 4 * hidden + unit();
@@ -275,7 +303,7 @@ struct BackwardKernel {
             static_cast<float*>(p.dh)[in_batch(b)] = dh;
             static_cast<float*>(p.dc)[in_batch(b)] = dc_state(slot);
         }
-        simt::sync_cluster();  // no block ends while another may still write to it
+        if constexpr (!kGrid) simt::sync_cluster();  // no block ends while another may still write to it
     }
 };
 

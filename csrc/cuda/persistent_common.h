@@ -16,32 +16,38 @@ using Bf16 = BFloat16;
 using Fp16 = Float16;
 #endif
 
-// The kernel of storage type T_ that serves up to kMost_ groups; exact: fp32 without TF32's rounding.
-template <typename T_, bool kExact_, int kMost_>
+// The kernel of storage type T_ that serves up to kMost_ groups; exact: fp32 without TF32's rounding; in clusters, or
+// for a grid.
+template <typename T_, bool kExact_, int kMost_, bool kGrid_>
 struct Instance {
     using T = T_;
-    static constexpr bool kExact = kExact_;
+    static constexpr bool kExact = kExact_, kGrid = kGrid_;
     static constexpr int kMost = kMost_;
 };
 
 // visit(Instance) for the kernel that serves `groups` groups.
-template <typename Visit>
+template <bool kGrid, typename Visit>
 auto with_instance(Kind kind, int groups, Visit visit) {
-    const int most = most_groups(kind, groups);
-    const auto sixteen_bits = [&](auto zero) {
+    [[maybe_unused]] const int most = most_groups(kind, groups, kGrid);
+    const auto by_groups = [&](auto zero) {
         using T = decltype(zero);
-        if (most == 4) return visit(Instance<T, false, 4>{});
-        return most == 6 ? visit(Instance<T, false, 6>{}) : visit(Instance<T, false, 8>{});
+        if constexpr (!kGrid) {
+            if (most == 6) return visit(Instance<T, false, 6, kGrid>{});
+            if constexpr (sizeof(T) == 2) {
+                if (most == 8) return visit(Instance<T, false, 8, kGrid>{});
+            }
+        }
+        return visit(Instance<T, false, 4, kGrid>{});
     };
     switch (kind) {
         case Kind::bfloat16:
-            return sixteen_bits(Bf16{});
+            return by_groups(Bf16{});
         case Kind::float16:
-            return sixteen_bits(Fp16{});
+            return by_groups(Fp16{});
         case Kind::tf32:
-            return most == 4 ? visit(Instance<float, false, 4>{}) : visit(Instance<float, false, 6>{});
+            return by_groups(float{});
         default:
-            return visit(Instance<float, true, 4>{});
+            return visit(Instance<float, true, 4, kGrid>{});
     }
 }
 
@@ -49,16 +55,19 @@ struct Position {
     int direction;
     int cluster;  // of its direction
     int rank;     // of the block in its cluster
+    int ordinal;  // of the cluster among those of all directions
     int warp, lane;
 
     SIMT int group() const { return warp / 2; }  // a group of 8 units has two warps
     SIMT int half() const { return warp % 2; }
 };
 
-SIMT Position position(const Plan& plan) {
-    const int cluster = static_cast<int>(blockIdx.x) / plan.cluster, warp = static_cast<int>(threadIdx.x) / 32;
-    return {cluster / plan.clusters, cluster % plan.clusters, static_cast<int>(simt::cluster_rank()), warp,
-            static_cast<int>(threadIdx.x) % 32};
+template <bool kGrid>
+SIMT Position position(const Plan& plan, int first_direction) {
+    const int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32;
+    const int ordinal = block / plan.cluster + first_direction * plan.clusters;
+    const int rank = kGrid ? block % plan.cluster : static_cast<int>(simt::cluster_rank());
+    return {ordinal / plan.clusters, ordinal % plan.clusters, rank, ordinal, warp, static_cast<int>(threadIdx.x) % 32};
 }
 
 // Tiles are dealt round, so that a cluster's are ordered by length, the longest first.
@@ -98,6 +107,36 @@ SIMT bool advance(Item& item, const int* steps, int slots) {
     if (++item.slot == slots || steps[item.slot] <= item.i) item = {item.i + 1, 0};
     return item.i < steps[0];
 }
+
+// A grid's workspace, from where the caller's cluster stands in it.
+template <typename Walk>
+struct Global {
+    const Walk& p;
+    const Position& at;
+
+    SIMT unsigned char* start() const { return static_cast<unsigned char*>(p.global); }
+    SIMT Index tile(int slot) const { return Index{at.ordinal} * p.plan.tiles + slot; }
+    SIMT simt::Flag* flag(int slot) const { return reinterpret_cast<simt::Flag*>(start() + tile(slot) * kFlagBytes); }
+    SIMT float* state(int slot) const {  // [2, threads] of this block
+        const Index block = Index{at.ordinal} * p.plan.cluster + at.rank;
+        return reinterpret_cast<float*>(start() + p.workspace.state + block * state_bytes(p.plan)) +
+               Index{2} * slot * blockDim.x;
+    }
+    SIMT unsigned char* buffer(int slot, int buffer) const {
+        return start() + p.workspace.exchange + (2 * tile(slot) + buffer) * p.workspace.of_buffer;
+    }
+
+    // For the whole block: what all blocks published in `fill` (0, 1, ...) of a tile may be collected.
+    SIMT void await(int slot, int fill) const {
+        if (threadIdx.x == 0) simt::await(flag(slot), static_cast<unsigned>(p.plan.cluster * (fill + 1)));
+        simt::sync_threads();
+    }
+    // For the whole block: all that it had to publish of a fill is published.
+    SIMT void signal(int slot) const {
+        simt::sync_threads();
+        if (threadIdx.x == 0) simt::signal(flag(slot));
+    }
+};
 
 // A phase of a buffer's barrier: buffers take turns, fill by fill.
 SIMT unsigned parity_of(int fill) { return (static_cast<unsigned>(fill) / 2) % 2; }

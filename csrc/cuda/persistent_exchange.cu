@@ -101,18 +101,26 @@ __global__ void __launch_bounds__(kMostThreads) exchange_steps(Times* times, int
     sync_cluster();
 }
 
-// Every block raises its flag in global memory and waits for all others'.
-__global__ void __launch_bounds__(kThreads) grid_step(Times* times, unsigned* flags) {
+// The same over a grid: every block publishes its share of h, signals, awaits all signals and collects the whole.
+__global__ void __launch_bounds__(kThreads, 1) grid_steps(Times* times, unsigned char* global, unsigned words) {
+    auto* const flag = reinterpret_cast<Flag*>(global);
+    auto* const here = reinterpret_cast<Words*>(shared_memory());
+    const unsigned share = (words + gridDim.x - 1) / gridDim.x;
     Stopwatch watch(times);
-    for (unsigned step = 1; step <= kSteps; ++step) {
-        __syncthreads();
-        if (threadIdx.x == 0)
-            asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(flags + blockIdx.x), "r"(step) : "memory");
-        for (unsigned j = threadIdx.x; j < gridDim.x; j += kThreads) {
-            unsigned seen = 0;
-            while (seen < step) asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(flags + j) : "memory");
+    for (unsigned step = 0; step < kSteps; ++step) {
+        auto* const h = reinterpret_cast<Words*>(global + 128) + step % 2 * words;
+        for (unsigned j = threadIdx.x; j < share && blockIdx.x * share + j < words; j += kThreads) {
+            publish(h + blockIdx.x * share + j, Words{1, 2, 3, 4});
         }
-        __syncthreads();
+        sync_threads();
+        if (threadIdx.x == 0) {
+            signal(flag);
+            await(flag, (step + 1) * gridDim.x);
+        }
+        sync_threads();
+#pragma unroll 4
+        for (unsigned j = threadIdx.x; j < words; j += kThreads) here[j] = collect(h + j);
+        sync_threads();
     }
     watch.stop();
 }
@@ -219,14 +227,17 @@ Exchange measure_exchange(int device) {
             launch.measure("exchange", hidden, cluster, 1.0, run);
         }
     }
-    for (int blocks : {16, 64, multiprocessors}) {
-        launch.measure("grid", 4, blocks, 1.0, [&] {
-            Times* times = launch.times();
-            auto* flags = static_cast<unsigned*>(launch.scratch());
-            void* arguments[] = {&times, &flags};
-            const auto grid = dim3(static_cast<unsigned>(blocks));
-            return cudaLaunchCooperativeKernel(grid_step, grid, dim3(kThreads), arguments, 0, nullptr);
-        });
+    for (int blocks : {32, 64, multiprocessors}) {
+        for (int hidden : {512, 1024}) {
+            launch.measure("grid", hidden, blocks, 1.0, [&] {
+                Times* times = launch.times();
+                void* scratch = launch.scratch();
+                auto words = static_cast<unsigned>(hidden);  // 8 sequences of 16 bits: 16 bytes a unit
+                void* arguments[] = {&times, &scratch, &words};
+                const auto grid = dim3(static_cast<unsigned>(blocks));
+                return cudaLaunchCooperativeKernel(grid_steps, grid, dim3(kThreads), arguments, 16 * words, nullptr);
+            });
+        }
     }
     launch.measure("product", 2048, 1, 8.0, [&] {
         products<<<1, kThreads>>>(launch.times(), static_cast<float*>(launch.scratch()));

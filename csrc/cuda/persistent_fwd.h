@@ -1,6 +1,7 @@
 // The forward walk, one thread's share. At step t of a tile, each warp multiplies its half of K for the 32 gate rows of
 // its group (A, in registers) by h of the step before (B, in shared memory); the two warps of a group swap halves, so
-// that a lane has i, f, g, o of one cell; it makes the new h, and the group sends it into every block of the cluster.
+// that a lane has i, f, g, o of one cell; it makes the new h, and the group sends it into every block of the cluster,
+// or of a grid into global memory, from where every block copies it.
 #pragma once
 
 #include "persistent_common.h"
@@ -14,7 +15,7 @@ struct Preactivation {
     int row;  // of [N, ...]; below 0 when the state stays
 };
 
-template <typename T, bool kExact, int kMost>
+template <typename T, bool kExact, int kMost, bool kGrid>
 struct ForwardKernel {
     static constexpr int kElement = sizeof(T), kHeld = held(kElement, kMost).blocks;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
@@ -27,7 +28,7 @@ struct ForwardKernel {
 
     SIMT explicit ForwardKernel(const Forward& walk)
         : p(walk),
-          at(position(walk.plan)),
+          at(position<kGrid>(walk.plan, walk.direction)),
           unit((at.rank * walk.plan.groups + at.group()) * kGroup + at.lane / 4),
           column(2 * (at.lane % 4) + at.half()) {}
 
@@ -36,10 +37,12 @@ struct ForwardKernel {
     }
     SIMT int* steps() const { return reinterpret_cast<int*>(simt::shared_memory() + offset_of_steps(p.plan)); }
     SIMT unsigned char* h(int slot, int buffer) const {
-        return simt::shared_memory() + p.layout.h + (2 * slot + buffer) * kColumns * p.layout.row;
+        return simt::shared_memory() + p.layout.h + (kGrid ? 0 : 2 * slot + buffer) * kColumns * p.layout.row;
     }
+    SIMT Global<Forward> global() const { return {p, at}; }
     // This thread's cell in a tile: c, and h as `bits`.
     SIMT float& c_state(int slot) const {
+        if constexpr (kGrid) return global().state(slot)[threadIdx.x];
         return reinterpret_cast<float*>(simt::shared_memory() +
                                         offset_of_state(p.plan))[2 * slot * blockDim.x + threadIdx.x];
     }
@@ -92,11 +95,13 @@ struct ForwardKernel {
         for (int slot = thread; slot < p.plan.tiles; slot += threads) {
             const int count = steps_of_tile(p.starts, p.sizes, tile_of(p.plan, at, slot));
             steps()[slot] = count;
-            for (int buffer = 0; buffer < 2; ++buffer) simt::init(full(slot, buffer), 1);
-            if (count > 1) simt::arrive_expecting(full(slot, 1), fill_bytes());
-            if (count > 2) simt::arrive_expecting(full(slot, 0), fill_bytes());
+            if constexpr (!kGrid) {
+                for (int buffer = 0; buffer < 2; ++buffer) simt::init(full(slot, buffer), 1);
+                if (count > 1) simt::arrive_expecting(full(slot, 1), fill_bytes());
+                if (count > 2) simt::arrive_expecting(full(slot, 0), fill_bytes());
+            }
         }
-        simt::publish_barriers();
+        if constexpr (!kGrid) simt::publish_barriers();
         const int h_bytes = p.layout.end - p.layout.h;
         for (int j = thread; j < h_bytes / 16; j += threads) {
             reinterpret_cast<Words*>(simt::shared_memory() + p.layout.h)[j] = Words{0, 0, 0, 0};
@@ -114,27 +119,65 @@ struct ForwardKernel {
                 w[j][k] = mine ? weights(k, at.half() * (p.layout.blocks / 2) + j) : Words{0, 0, 0, 0};
             }
         }
-        simt::sync_threads();  // the zeros lie before h0 comes
+        simt::sync_threads();  // the zeros lie before h0 comes, and all know the steps
         for (int slot = 0; slot < p.plan.tiles; ++slot) {
-            const int first = tile_of(p.plan, at, slot) * kColumns;
-            for (int j = thread; j < kColumns * p.sizes.hidden; j += threads) {
-                const int b = first + j / p.sizes.hidden, u = j % p.sizes.hidden;
-                if (b >= p.sizes.batch) break;
-                const Index from = (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + u;
-                reinterpret_cast<T*>(h(slot, 0) + (b - first) * p.layout.row)[u] =
-                    operand<kExact>(static_cast<const T*>(p.h0)[from]);
-            }
             const int b = sequence(slot);
             const bool mine = b < p.sizes.batch && unit < p.sizes.hidden;
+            const T before = mine ? static_cast<const T*>(p.h0)[in_batch(b)] : T{};
             c_state(slot) = mine ? load(static_cast<const T*>(p.c0)[in_batch(b)]) : 0.0f;
-            h_state(slot) = mine ? bits(static_cast<const T*>(p.h0)[in_batch(b)]) : 0u;
+            h_state(slot) = bits(before);
+            if constexpr (kGrid) {
+                if (steps()[slot] > 0) send(before, slot, 0);
+                continue;
+            }
+            const int first = tile_of(p.plan, at, slot) * kColumns;
+            for (int j = thread; j < kColumns * p.sizes.hidden; j += threads) {
+                const int row = j / p.sizes.hidden, u = j % p.sizes.hidden;
+                if (first + row >= p.sizes.batch) break;
+                const Index from = (Index{at.direction} * p.sizes.batch + first + row) * p.sizes.hidden + u;
+                reinterpret_cast<T*>(h(slot, 0) + row * p.layout.row)[u] =
+                    operand<kExact>(static_cast<const T*>(p.h0)[from]);
+            }
         }
-        simt::sync_cluster();
+        if constexpr (!kGrid) simt::sync_cluster();
     }
 
-    SIMT unsigned fill_bytes() const {  // of h of one step and tile
-        return p.plan.cluster * p.plan.groups * kGroup * kColumns * kElement;
+    // h of the step before, of all units, lies in h(slot, i % 2).
+    SIMT void receive(const Item& now) const {
+        const int buffer = now.i % 2;
+        if constexpr (kGrid) {
+            global().await(now.slot, now.i);
+            collect(global().buffer(now.slot, buffer), h(now.slot, buffer));
+            simt::sync_threads();
+        } else if (now.i > 0) {
+            simt::wait(full(now.slot, buffer), parity_of(now.i - 1));
+            if (threadIdx.x == 0 && now.i + 2 < steps()[now.slot]) {
+                simt::arrive_expecting(full(now.slot, buffer), fill_bytes());
+            }
+            simt::sync_warp();  // lanes may have left the wait one by one, and products want them together
+        }
     }
+
+    // A tile's h, T [8, C U], into rows of the block's own: a warp takes a column, four loads at a time.
+    SIMT void collect(const unsigned char* from, unsigned char* to) const {
+        const int words = column_bytes() / 16;
+        for (int column = at.warp; column < kColumns; column += 2 * p.plan.groups) {
+            const auto* source = reinterpret_cast<const Words*>(from + column * column_bytes());
+            auto* target = reinterpret_cast<Words*>(to + column * p.layout.row);
+            for (int first = at.lane; first < words; first += 4 * 32) {
+                Words some[4];
+                for (int j = 0; j < 4; ++j) {
+                    if (first + 32 * j < words) some[j] = simt::collect(source + first + 32 * j);
+                }
+                for (int j = 0; j < 4; ++j) {
+                    if (first + 32 * j < words) target[first + 32 * j] = some[j];
+                }
+            }
+        }
+    }
+
+    SIMT int column_bytes() const { return p.plan.cluster * p.plan.groups * kGroup * kElement; }  // of h as it travels
+    SIMT unsigned fill_bytes() const { return kColumns * column_bytes(); }
     SIMT Words& in_smem(int j, int k) const {
         return reinterpret_cast<Words*>(simt::shared_memory() +
                                         p.layout.weights)[((at.warp * p.layout.in_smem + j) * 4 + k) * 32 + at.lane];
@@ -185,7 +228,7 @@ struct ForwardKernel {
         for (int k = 0; k < 4; ++k) sum[k] = pick(k, mine) + bit_cast<float>(words[k]);
     }
 
-    // The warp's new h, 8 units of 4 columns, into buffer `buffer` of every block.
+    // The warp's new h, 8 units of 4 columns, into buffer `buffer` of every block, or of the grid.
     SIMT void send(T value, int slot, int buffer) const {
         constexpr int kChunks = 8 * kElement / 16;  // of a column
         const int q = at.lane % 4, part = at.lane / 4 % kChunks;
@@ -199,8 +242,17 @@ struct ForwardKernel {
             const int r = kElement == 2 ? 2 * j : 4 * part + j;
             words[j] = simt::shuffle(word, 4 * r + q);
         }
-        unsigned char* const to = h(slot, buffer) + (2 * q + at.half()) * p.layout.row +
-                                  (at.rank * p.plan.groups + at.group()) * kGroup * kElement + part * 16;
+        const int column_from = 2 * q + at.half();
+        const int in_column = (at.rank * p.plan.groups + at.group()) * kGroup * kElement + part * 16;
+        if constexpr (kGrid) {
+            if (at.lane < 4 * kChunks) {
+                simt::publish(global().buffer(slot, buffer) + column_from * column_bytes() + in_column,
+                              Words{words[0], words[1], words[2], words[3]});
+            }
+            global().signal(slot);
+            return;
+        }
+        unsigned char* const to = h(slot, buffer) + column_from * p.layout.row + in_column;
         for (int rank = at.lane / (4 * kChunks); rank < p.plan.cluster; rank += 8 / kChunks) {
             simt::send(to, rank, Words{words[0], words[1], words[2], words[3]}, full(slot, buffer));
         }
@@ -218,18 +270,12 @@ struct ForwardKernel {
             const Preactivation<T> x = next;
             const bool active = x.row >= 0;
             const int before = now.i % 2;
-            if (now.i > 0) {
-                simt::wait(full(now.slot, before), parity_of(now.i - 1));
-                if (threadIdx.x == 0 && now.i + 2 < steps()[now.slot]) {
-                    simt::arrive_expecting(full(now.slot, before), fill_bytes());
-                }
-                simt::sync_warp();  // lanes may have left the wait one by one, and products want them together
-            }
+            receive(now);
             float gate[4][2], sum[4];
             product(w, h(now.slot, before), gate);
-            swap_halves(gate, turn, sum);
             float c = c_state(now.slot);
             T h_now = from_bits<T>(h_state(now.slot));
+            swap_halves(gate, turn, sum);
             const CellForward<float> cell = cell_forward<!kExact>(load(x.a[0]) + sum[0], load(x.a[1]) + sum[1],
                                                                   load(x.a[2]) + sum[2], load(x.a[3]) + sum[3], c);
             if (active) {
@@ -248,7 +294,7 @@ struct ForwardKernel {
             more = advance(item, steps(), p.plan.tiles);
             if (more) next = fetch(item);
         }
-        simt::sync_cluster();  // no block ends while another may still write to it
+        if constexpr (!kGrid) simt::sync_cluster();  // no block ends while another may still write to it
     }
 
     SIMT void write(int row, const CellForward<float>& cell, T h_now) const {

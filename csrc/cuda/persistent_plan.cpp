@@ -13,9 +13,18 @@ constexpr double kCells = 350;              // gates and bookkeeping of an item
 constexpr double kProduct = 6.5;            // of one simt::mma in a quarter of a multiprocessor
 constexpr double kBytesFromSmem = 100;      // a clock
 constexpr double kBytesFromCluster = 20.0;  // a clock
+// The same through global memory: words, a flag and its waiters; and bytes past the L1 cache, when all blocks read.
+constexpr double kGridExchange = 2300;
+constexpr double kBytesFromL2 = 30;
 
-double clocks_of_item(Kind kind, bool backward, const Plan& plan, int element, int most_groups) {
-    const Held kept = held(element, most_groups);
+// What others reach (design notes of FlashRNN and cuDNN on an H100): a step's launches, and flops a clock, in 16 bits
+// and in fp32, at less than half of the card's rate, as its products are thin.
+constexpr double kLibraryStep = 7000;
+constexpr double kLibraryFlops = 225e3, kLibraryFlops32 = 27e3;
+
+double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
+    const int element = element_size(kind);
+    const Held kept = held(element, most_groups(kind, plan.groups, plan.grid));
     const int warps = 2 * plan.groups, hidden = plan.cluster * plan.groups * kGroup;
     double products, smem, incoming;
     if (backward) {
@@ -30,39 +39,97 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan, int element, i
         incoming = hidden * kColumns * element;
     }
     const int each = kind == Kind::float32 ? 3 : 1;
-    return kCells + products / 4 * kProduct * each + smem / kBytesFromSmem + incoming / kBytesFromCluster;
+    const double exchange = plan.grid ? incoming * (backward ? 2 : 1) / kBytesFromL2 : incoming / kBytesFromCluster;
+    return kCells + products / 4 * kProduct * each + smem / kBytesFromSmem + exchange;
 }
+
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+class Search {
+  public:
+    Search(Kind kind, bool backward, int hidden, int batch, int directions, const Resident& resident)
+        : kind_(kind),
+          backward_(backward),
+          hidden_(hidden),
+          all_tiles_(std::max(1, divide_up(batch, kColumns))),
+          directions_(directions),
+          resident_(resident) {}
+
+    // Clusters beyond those that run at once follow when others have ended.
+    void clusters_of(int cluster) {
+        Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), false, directions_);
+        for (int tiles = 1; tiles <= all_tiles_ && lay_out(candidate, tiles); ++tiles) {
+            const int at_once = resident_(false, cluster, 64 * candidate.groups, candidate.shared);
+            if (at_once == 0) return;
+            const int rounds = divide_up(candidate.clusters * directions_, at_once);
+            offer(candidate, rounds, kExchange);
+            if (rounds == 1) return;  // more tiles a cluster would only wait for one another
+        }
+    }
+
+    // All clusters of a grid are resident at once; of both directions if they can be, else of one after the other.
+    void grid_of(int groups, int at_a_time) {
+        Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, true, at_a_time);
+        int tiles = 1;
+        while (lay_out(candidate, tiles)) {
+            const int blocks = resident_(true, candidate.cluster, 64 * groups, candidate.shared);
+            const int clusters = blocks / (candidate.cluster * at_a_time);
+            if (clusters == 0) return;
+            if (candidate.clusters <= clusters) return offer(candidate, directions_ / at_a_time, kGridExchange);
+            tiles = std::max(tiles + 1, divide_up(all_tiles_, clusters));
+        }
+    }
+
+    Plan best{};
+
+  private:
+    static Plan of(int cluster, int groups, bool grid, int at_a_time) {
+        return {cluster, groups, 0, 0, 0, grid ? 1 : 0, at_a_time, 0};
+    }
+
+    // False if no kernel serves the candidate or it needs more memory than a block has.
+    bool lay_out(Plan& candidate, int tiles) const {
+        const int serves = most_groups(kind_, candidate.groups, candidate.grid), element = element_size(kind_);
+        if (serves == 0) return false;
+        candidate.tiles = tiles;
+        candidate.clusters = divide_up(all_tiles_, tiles);
+        const Held kept = held(element, serves);
+        candidate.shared = backward_ ? backward_layout(element, kept.tiles, candidate).end
+                                     : forward_layout(element, kept.blocks, candidate).end;
+        return candidate.shared <= kSharedLimit;
+    }
+
+    void offer(const Plan& candidate, int rounds, double exchange) {
+        const double item = clocks_of_item(kind_, backward_, candidate);
+        const double clocks = rounds * std::max(candidate.tiles * item, item + exchange);
+        if (best.cluster != 0 && clocks >= best.clocks) return;
+        best = candidate;
+        best.clocks = static_cast<int>(clocks);
+    }
+
+    const Kind kind_;
+    const bool backward_;
+    const int hidden_, all_tiles_, directions_;
+    const Resident& resident_;
+};
 
 }  // namespace
 
 Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const Resident& resident) {
-    const int element = element_size(kind), all_tiles = std::max(1, (batch + kColumns - 1) / kColumns);
-    Plan best{};
-    double best_clocks = 0;
-    for (int cluster : {2, 4, 8, 16}) {
-        Plan candidate{cluster, (hidden + cluster * kGroup - 1) / (cluster * kGroup), 0, 0, 0};
-        const int serves = most_groups(kind, candidate.groups);
-        if (serves == 0) continue;
-        const Held kept = held(element, serves);
-        for (int tiles = 1; tiles <= all_tiles; ++tiles) {
-            candidate.tiles = tiles;
-            candidate.clusters = (all_tiles + tiles - 1) / tiles;
-            candidate.shared = backward ? backward_layout(element, kept.tiles, candidate).end
-                                        : forward_layout(element, kept.blocks, candidate).end;
-            if (candidate.shared > kSharedLimit) break;
-            const int at_once = resident(cluster, 64 * candidate.groups, candidate.shared);
-            if (at_once == 0) break;
-            const int rounds = (candidate.clusters * directions + at_once - 1) / at_once;
-            const double item = clocks_of_item(kind, backward, candidate, element, serves);
-            const double clocks = rounds * std::max(tiles * item, item + kExchange);
-            if (best.cluster == 0 || clocks < best_clocks) {
-                best = candidate;
-                best_clocks = clocks;
-            }
-            if (rounds == 1) break;  // more tiles a cluster would only wait for one another
-        }
+    Search search(kind, backward, hidden, batch, directions, resident);
+    for (int cluster : {2, 4, 8, 16}) search.clusters_of(cluster);
+    for (int at_a_time = directions; at_a_time > 0; --at_a_time) {
+        for (int groups = 4; groups > 0; --groups) search.grid_of(groups, at_a_time);
     }
-    return best;
+    return search.best;
+}
+
+double library_clocks(Kind kind, int hidden, int batch) {
+    const double flops = 8.0 * batch * hidden * hidden;
+    const double rate = kind == Kind::float32 ? kLibraryFlops32
+                        : kind == Kind::tf32  ? kLibraryFlops / 2
+                                              : kLibraryFlops;
+    return kLibraryStep + flops / rate;
 }
 
 }  // namespace lstm::persistent

@@ -85,6 +85,8 @@ SIMT std::uint64_t nanoseconds() {
     return now;
 }
 
+constexpr std::uint64_t kPatience = 10'000'000'000;  // nanoseconds
+
 SIMT bool ended(Barrier* barrier, unsigned parity) {
     std::uint32_t done;
     asm volatile(
@@ -103,7 +105,7 @@ SIMT void wait(Barrier* barrier, unsigned parity) {
     if (!ended(barrier, parity)) {
         const std::uint64_t start = nanoseconds();
         while (!ended(barrier, parity)) {
-            if (nanoseconds() - start > 10'000'000'000u) __trap();
+            if (nanoseconds() - start > kPatience) __trap();
         }
     }
     // Of shared memory alone: an acquire of all memory would empty the L1 cache at every step.
@@ -120,6 +122,46 @@ SIMT void send(void* to, unsigned rank, Words value, Barrier* barrier) {
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
         "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(counted)
         : "memory");
+}
+
+// ---- Words for the whole grid: in global memory, counted by a flag there --------------------------------------------
+
+// All blocks that wait for one another have to be resident at the same time.
+using Flag = std::uint32_t;  // in global memory, 0 before the launch
+
+// Stores 16 bytes in global memory, for whoever awaits this block's next signal.
+SIMT void publish(void* to, Words value) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+}
+
+// One thread for its block, after sync_threads: all that the block has published is there, and the flag counts one
+// more.
+SIMT void signal(Flag* flag) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+// One thread for its block, before sync_threads: returns once the flag has counted so many signals. Traps like `wait`.
+SIMT void await(const Flag* flag, unsigned signals) {
+    const std::uint64_t start = nanoseconds();
+    for (unsigned seen = 0;;) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+        if (seen >= signals) return;
+        if (nanoseconds() - start > kPatience) __trap();
+    }
+}
+
+// What another block has published, past the L1 cache, which never hears of it.
+SIMT Words collect(const Words* from) {
+    Words value;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from));
+    return value;
+}
+SIMT float collect(const float* from) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
 }
 
 // ---- Matrix product, warp-wide --------------------------------------------------------------------------------------

@@ -59,14 +59,19 @@ struct Fibre {
     ucontext_t context;
     unsigned block, thread;       // block: rank in the cluster
     const char* waits = nullptr;  // for what; null while it can run
-    const Barrier* at = nullptr;  // the Barrier it waits at, if it does
-    unsigned operand = 0;         // the parity it waits for there, or the number of its sync_some
+    const void* at = nullptr;     // the Barrier or flag it waits at, if it does
+    unsigned operand = 0;         // the parity or the signals it waits for there, or the number of its sync_some
 };
 
+// What is on its way: a message to another block's shared memory, words for the whole grid, or a signal that they came.
+enum class Means { message, words, signal };
 struct Message {
-    unsigned block;
-    std::size_t to, counted;  // offsets in the block's memory
+    Means means;
+    unsigned block;           // where a message goes; of words and signals, whose they are
+    std::size_t to, counted;  // of a message: offsets in the block's memory
+    void* global;             // of words: where they go; of a signal: its flag
     Words value;
+    std::uint64_t number = 0;  // in the order of sending
 };
 
 // How an adversary chooses: at random, or by fixed ranks of blocks or warps; when messages land.
@@ -182,6 +187,7 @@ class Cluster {
     }
 
     void sync_cluster() {
+        if (launch_.global != nullptr) fail("sync_cluster needs a cluster, and this launch has none");
         meet(all_, fibres_.size(), "sync_cluster", [] {});
     }
 
@@ -221,7 +227,26 @@ class Cluster {
         end_if_complete(barrier);
     }
 
-    void send(const Message& message) {
+    void await(const simt::Flag* flag, unsigned signals) {
+        check_global(flag, sizeof(*flag));
+        pause();
+        while (*flag < signals) {
+            fibres_[current_].at = flag;
+            fibres_[current_].operand = signals;
+            waiting_.push_back(current_);
+            leave("await");
+        }
+    }
+
+    template <typename T>
+    T collect(const T* from) {
+        check_global(from, sizeof(T));
+        pause();
+        return *from;
+    }
+
+    void send(Message message) {
+        message.number = sent_++;
         messages_.push_back(message);
         if (landing_ == Landing::at_once) land(messages_.size() - 1);
         pause();
@@ -235,7 +260,15 @@ class Cluster {
         return at;
     }
 
+    void check_global(const void* p, std::size_t size) {
+        const auto at = reinterpret_cast<std::uintptr_t>(p), start = reinterpret_cast<std::uintptr_t>(launch_.global);
+        if (at < start || at - start + size > launch_.global_bytes || at % size != 0) {
+            fail("words for the grid are outside of its global memory or not aligned");
+        }
+    }
+
     void check_rank(unsigned rank) {
+        if (launch_.global != nullptr) fail("a message needs a cluster, and this launch has none");
         if (launch_.cluster < 2) fail("a message needs a cluster of two blocks or more");
         if (rank >= launch_.cluster) fail("a message goes to a rank that the cluster does not have");
     }
@@ -327,6 +360,8 @@ class Cluster {
         const Message message = messages_[which];
         messages_[which] = messages_.back();
         messages_.pop_back();
+        if (message.means == Means::words) return void(std::memcpy(message.global, &message.value, sizeof(Words)));
+        if (message.means == Means::signal) return land_signal(message);
         Block& target = blocks_[message.block];
         auto* barrier = reinterpret_cast<Barrier*>(target.memory + message.counted);
         auto* now = reinterpret_cast<Phase*>(barrier);
@@ -335,6 +370,30 @@ class Cluster {
         std::memcpy(target.memory + message.to, &message.value, sizeof(Words));
         now->bytes -= static_cast<std::int32_t>(sizeof(Words));
         end_if_complete(barrier);
+    }
+
+    // After all words that its block had published before it.
+    void land_signal(const Message& signal) {
+        for (std::size_t j = 0; j < messages_.size();) {
+            const Message& other = messages_[j];
+            const bool covered = other.block == signal.block && other.number < signal.number;
+            if (covered && other.means == Means::words) {
+                land(j);  // another takes its place
+            } else {
+                ++j;
+            }
+        }
+        const auto* flag = static_cast<simt::Flag*>(signal.global);
+        const unsigned count = ++*static_cast<simt::Flag*>(signal.global);
+        wake([&](const Fibre& fibre) { return fibre.at == flag && fibre.operand <= count; });
+    }
+
+    template <typename Matches>
+    void wake(Matches matches) {
+        const auto stays = [&](unsigned number) { return !matches(fibres_[number]); };
+        const auto first = std::stable_partition(waiting_.begin(), waiting_.end(), stays);
+        std::for_each(first, waiting_.end(), [&](unsigned number) { ready(number); });
+        waiting_.erase(first, waiting_.end());
     }
 
     void lose(const Message& message, const char* why) {
@@ -347,10 +406,7 @@ class Cluster {
         if (now->arrivals != 0 || now->bytes != 0) return;
         now->arrivals = now->count;
         now->parity ^= 1;
-        const auto here = [&](unsigned number) { return fibres_[number].at == barrier; };
-        const auto first = std::stable_partition(waiting_.begin(), waiting_.end(), std::not_fn(here));
-        std::for_each(first, waiting_.end(), [&](unsigned number) { ready(number); });
-        waiting_.erase(first, waiting_.end());
+        wake([&](const Fibre& fibre) { return fibre.at == barrier; });
     }
 
     std::string place(unsigned number) const {
@@ -362,6 +418,7 @@ class Cluster {
     std::string what(const Fibre& fibre) const {
         if (fibre.waits == std::string("sync_some")) return "sync_some " + std::to_string(fibre.operand);
         if (fibre.at == nullptr) return fibre.waits;
+        if (fibre.waits == std::string("await")) return "await of signal " + std::to_string(fibre.operand);
         const auto byte = reinterpret_cast<const unsigned char*>(fibre.at) - blocks_[fibre.block].memory;
         return "wait at byte " + std::to_string(byte) + " for parity " + std::to_string(fibre.operand);
     }
@@ -403,6 +460,7 @@ class Cluster {
     std::vector<unsigned> ranks_, waiting_;
     std::deque<std::pair<unsigned, unsigned>> runnable_;  // rank and thread; a heap where ranks count
     std::vector<Message> messages_;
+    std::uint64_t sent_ = 0;
     Meeting all_;
 };
 

@@ -13,8 +13,10 @@ namespace {
 using host::Cluster;
 using host::Failure;
 using host::kLanes;
+using host::Means;
 
 constexpr std::size_t kMostShared = 227 * 1024;
+constexpr unsigned kMostOfCluster = 16, kMostTogether = 256;
 
 template <typename T>
 float element(std::uint32_t word, int j);
@@ -117,9 +119,21 @@ void wait(Barrier* barrier, unsigned parity) { Cluster::active->wait(barrier, pa
 
 void send(void* to, unsigned rank, Words value, Barrier* barrier) {
     Cluster::active->check_rank(rank);
-    Cluster::active->send({rank, Cluster::active->offset(to, sizeof(Words), "a message's target"),
-                           Cluster::active->offset(barrier, sizeof(Barrier), "a barrier"), value});
+    Cluster::active->send({Means::message, rank, Cluster::active->offset(to, sizeof(Words), "a message's target"),
+                           Cluster::active->offset(barrier, sizeof(Barrier), "a barrier"), nullptr, value});
 }
+
+void publish(void* to, Words value) {
+    Cluster::active->check_global(to, sizeof(Words));
+    Cluster::active->send({Means::words, Cluster::active->rank(), 0, 0, to, value});
+}
+void signal(Flag* flag) {
+    Cluster::active->check_global(flag, sizeof(Flag));
+    Cluster::active->send({Means::signal, Cluster::active->rank(), 0, 0, flag, {}});
+}
+void await(const Flag* flag, unsigned signals) { Cluster::active->await(flag, signals); }
+Words collect(const Words* from) { return Cluster::active->collect(from); }
+float collect(const float* from) { return Cluster::active->collect(from); }
 
 template <typename T>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
@@ -137,8 +151,9 @@ namespace host {
 std::string run(const Launch& launch, const std::function<void()>& thread) {
     const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
     const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+    const unsigned most = launch.global == nullptr ? kMostOfCluster : kMostTogether;
     if (blocks == 0 || threads == 0 || threads > 1024 || launch.shared > kMostShared || launch.cluster == 0 ||
-        launch.cluster > 16 || launch.grid.x % launch.cluster != 0) {
+        launch.cluster > most || launch.grid.x % launch.cluster != 0) {
         return "a launch has blocks of 1 to 1024 threads and up to 227 KiB, in clusters of 1 to 16 along the grid's x";
     }
     try {

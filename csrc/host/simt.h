@@ -22,9 +22,11 @@ struct Dim3 {
 
 struct Launch {
     Dim3 grid, block;
-    unsigned cluster;        // blocks of a cluster, along x
+    unsigned cluster;        // blocks of a cluster, along x; of those that wait for one another where there are none
     std::size_t shared;      // bytes of a block
     std::uint64_t schedule;  // 0: in order, messages land at once; else the seed of an adversary
+    void* global = nullptr;  // what blocks publish in; where there is any, there are no clusters
+    std::size_t global_bytes = 0;
 };
 
 // Runs `thread` once for every CUDA thread of the launch, one cluster after the other. Empty, or words on what went
@@ -63,6 +65,14 @@ inline void publish_barriers() {}
 void arrive_expecting(Barrier* barrier, unsigned bytes);
 void wait(Barrier* barrier, unsigned parity);
 void send(void* to, unsigned rank, Words value, Barrier* barrier);
+
+using Flag = std::uint32_t;
+
+void publish(void* to, Words value);
+void signal(Flag* flag);
+void await(const Flag* flag, unsigned signals);
+Words collect(const Words* from);
+float collect(const float* from);
 
 // Adds up exactly, then rounds towards zero: the products' sum is what tensor cores are at their worst.
 template <typename T>

@@ -14,7 +14,7 @@ SECONDS = 60  # for the process that measures: a kernel that never ends is stopp
 
 def measure() -> dict[str, Any]:
     """Of torch's current GPU: ``ok``, ``summary``, and where it ran ``clusters``, how many of each size run at once,
-    and ``steps``: clocks and ns of a message, of an exchange of h in a cluster, of a step of the grid."""
+    and ``steps``: clocks and ns of a message, of an exchange of h in a cluster and over a grid, of a product."""
     try:
         from lstm_fast import _C
     except ImportError as error:

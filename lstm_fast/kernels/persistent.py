@@ -1,11 +1,14 @@
-"""The whole recurrence in one launch of thread-block clusters, W_hh on chip (csrc/cuda/persistent.h is its contract).
+"""The whole recurrence in one launch, W_hh on chip: in thread-block clusters, or over the grid where none holds it.
+
+csrc/cuda/persistent.h is its contract.
 
 On CPU tensors the kernels' own source runs on the host, one fibre a CUDA thread, which tests use.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import accumulate
 from typing import Any
@@ -19,17 +22,18 @@ from lstm_fast.precision import rnn_tf32
 with suppress(ImportError):  # cuda.unavailable says so
     from lstm_fast import _C
 
-Plan = tuple[int, int, int, int, int]  # blocks of a cluster, groups, tiles, clusters, bytes: see csrc/cuda/persistent.h
+Plan = tuple[int, int, int, int, int, int, int, int]  # csrc/cuda/persistent.h: its members in their order
 _BFLOAT16, _FLOAT16, _TF32, _FLOAT32 = range(4)
-_OLDEST = (9, 0)  # compute capability
-_ON_HOST = {2: 66, 4: 32, 8: 16, 16: 7}  # clusters that an H100 runs at once, about: what host runs plan for
+_OLDEST = (8, 0)  # compute capability
+# What host runs plan for, about an H100's: clusters of each size that run at once, and blocks of a grid.
+_ON_HOST = {2: 66, 4: 32, 8: 16, 16: 7}
+_GRID_ON_HOST = 132
+_clusters = True  # whether plans may use clusters
 
 
 def unavailable() -> str | None:
     """None where this process can run the kernels, else what is missing."""
-    missing = cuda.unavailable()
-    if missing is None and not _C.build_info()["clusters"]:
-        return "lstm_fast._C was built without clusters (LSTM_FAST_CUDA_ARCHS without 90a, or nvcc before 12.8)"
+    missing: str | None = cuda.unavailable()
     return missing
 
 
@@ -37,17 +41,48 @@ def refuses(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None
     """None if the kernels serve tensors of this device and dtype with so many hidden units, else why not."""
     if device.type != "cuda":
         return f"it serves tensors on a CUDA GPU, not on {device.type}"
-    kind = _kind(dtype)
-    if kind is None:
+    if _kind(dtype) is None:
         return f"it serves float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
         major, minor = capability
-        return f"it needs thread-block clusters, compute capability 9.0, and the GPU has {major}.{minor}"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if any(_plan(kind, backward, hidden, 1, 1, index) is None for backward in (False, True)):
-        return f"no cluster of this GPU holds the {4 * hidden} x {hidden} weights of {hidden} hidden units on chip"
+        return f"it needs compute capability 8.0, and the GPU has {major}.{minor}"
+    if None in plans(device, dtype, hidden, 1, 1):
+        return f"this GPU does not hold the {4 * hidden} x {hidden} weights of {hidden} hidden units on chip"
     return None
+
+
+def plans(device: torch.device, dtype: torch.dtype, hidden: int, batch: int, directions: int) -> list[Plan | None]:
+    """How a GPU lays out the forward and the backward walk; None if it doesn't hold the weights."""
+    kind = _kind(dtype)
+    assert kind is not None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [_plan(kind, backward, hidden, batch, directions, index) for backward in (False, True)]
+
+
+def outweighed(device: torch.device, dtype: torch.dtype, hidden: int, batch: int) -> str | None:
+    """None unless torch's own LSTM is expected to be faster, else why: by estimate, for cards nobody has measured."""
+    kind = _kind(dtype)
+    assert kind is not None
+    walks = plans(device, dtype, hidden, batch, 1)[: 2 if torch.is_grad_enabled() else 1]
+    ours = sum(plan[-1] for plan in walks if plan is not None)
+    theirs = len(walks) * _C.persistent_library_clocks(kind=kind, hidden=hidden, batch=batch)
+    if ours <= theirs:
+        return None
+    return f"a step of {batch} x {hidden} units is expected to take {ours / theirs:.1f} times what torch's takes"
+
+
+@contextmanager
+def over_the_grid() -> Iterator[None]:
+    """Plans as for a GPU without thread-block clusters: for tests, and to measure what clusters are worth."""
+    global _clusters
+    before, _clusters = _clusters, False
+    _plan.cache_clear()
+    try:
+        yield
+    finally:
+        _clusters = before
+        _plan.cache_clear()
 
 
 def recurrence_forward(
@@ -69,6 +104,8 @@ def recurrence_forward(
     """
     with torch.cuda.device(gates.get_device()):  # the extension's runtime changes the thread's device
         starts = _starts(steps, gates.device)
+        launch = _launch(gates, c0, steps, False, schedule)
+        workspace = _workspace(launch, False, gates.device)
         _C.persistent_forward(
             gates=gates.data_ptr(),
             h0=h0.data_ptr(),
@@ -79,7 +116,8 @@ def recurrence_forward(
             h_n=h_n.data_ptr(),
             c_n=c_n.data_ptr(),
             cells=0 if cells is None else cells.data_ptr(),
-            **_launch(gates, c0, steps, False, schedule),
+            **launch,
+            workspace=0 if workspace is None else workspace.data_ptr(),
         )
 
 
@@ -99,6 +137,8 @@ def recurrence_backward(
     """B1-B7 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
     with torch.cuda.device(gates.get_device()):
         starts = _starts(steps, gates.device)
+        launch = _launch(gates, c0, steps, True, schedule)
+        workspace = _workspace(launch, True, gates.device)
         _C.persistent_backward(
             gates=gates.data_ptr(),
             cells=cells.data_ptr(),
@@ -109,7 +149,8 @@ def recurrence_backward(
             dh=dh.data_ptr(),
             dc=dc.data_ptr(),
             dgates=dgates.data_ptr(),
-            **_launch(gates, c0, steps, True, schedule),
+            **launch,
+            workspace=0 if workspace is None else workspace.data_ptr(),
         )
 
 
@@ -121,7 +162,7 @@ def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedul
     device = gates.device.index if gates.is_cuda else None
     plan = _plan(kind, backward, hidden, batch, directions, device)
     if plan is None:
-        raise RuntimeError(f"no cluster holds the weights of {hidden} hidden units on chip")
+        raise RuntimeError(f"this device does not hold the weights of {hidden} hidden units on chip")
     return {
         "sizes": (gates.size(1), len(steps), batch, hidden, directions),
         "plan": plan,
@@ -129,6 +170,19 @@ def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedul
         "device": device,
         "queue": torch.cuda.current_stream(gates.device).cuda_stream if gates.is_cuda else schedule,
     }
+
+
+def _workspace(launch: dict[str, Any], backward: bool, device: torch.device) -> Tensor | None:
+    """What the blocks of a grid exchange in, its flags zeroed; None for clusters."""
+    plan, directions = launch["plan"], launch["sizes"][-1]
+    if not plan[5]:
+        return None
+    flags, size = _C.persistent_workspace(kind=launch["kind"], backward=backward, plan=plan, directions=directions)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        workspace.fill_(255)  # NaN, so that what is read before it was written shows
+    workspace[:flags].zero_()
+    return workspace
 
 
 def _starts(steps: list[int], device: torch.device) -> Tensor | None:
@@ -153,19 +207,24 @@ def _kind(dtype: torch.dtype) -> int | None:
 
 @cache
 def _plan(kind: int, backward: bool, hidden: int, batch: int, directions: int, device: int | None) -> Plan | None:
-    """The layout of a launch on the device, or on the host; None if the weights fit no cluster."""
-
-    def granted(cluster: int, threads: int, shared: int) -> int:
-        if device is None:
-            return _ON_HOST[cluster]
-        return _C.persistent_granted(
-            kind=kind, backward=backward, device=device, cluster=cluster, threads=threads, shared=shared
-        )
-
+    """The layout of a launch on the device, or on the host; None if it doesn't hold the weights."""
+    granted = partial(_granted, kind, backward, device)
     with torch.cuda.device(-1 if device is None else device):
         return _C.persistent_plan(
             kind=kind, backward=backward, hidden=hidden, batch=batch, directions=directions, granted=granted
         )
+
+
+def _granted(kind: int, backward: bool, device: int | None, grid: bool, cluster: int, threads: int, shared: int) -> int:
+    """Clusters that run at once, or blocks of a grid that do."""
+    if not (grid or _clusters):
+        return 0
+    if device is None:
+        return _GRID_ON_HOST if grid else _ON_HOST[cluster]
+    count: int = _C.persistent_granted(
+        kind=kind, backward=backward, device=device, grid=grid, cluster=cluster, threads=threads, shared=shared
+    )
+    return count
 
 
 layer_forward = partial(hoisted.layer_forward, recurrence_forward)
