@@ -100,7 +100,7 @@ def test_both_directions_of_a_layer_whose_weights_fill_the_card():
     """Over the grid one direction after the other."""
     if persistent.refuses(GPU, torch.bfloat16, 1600) is not None:
         pytest.skip("the GPU holds no 1600 units")
-    assert [plan[6] for plan in persistent.plans(GPU, torch.bfloat16, 1600, 9, 2)] == [1, 1]
+    assert [plan.directions for plan in persistent.plans(GPU, torch.bfloat16, 1600, 9, 2)] == [1, 1]
     ours, theirs = pair(64, 1600, torch.bfloat16, bidirectional=True)
     check(ours, theirs, torch.randn(20, 9, 64, device="cuda", dtype=torch.bfloat16))
 

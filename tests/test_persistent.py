@@ -47,7 +47,7 @@ def test_awkward_sizes(exchange, kind, hidden, batch):
         case = Case(kind, hidden, lengths, directions)
         for backward in (False, True):
             plan = persistent._plan(NUMBERS[kind], backward, hidden, batch, directions, None)
-            assert plan[5] == (exchange == "grid")
+            assert plan.grid == (exchange == "grid")
         check(case, case.both())
 
 
@@ -60,7 +60,7 @@ def test_a_cluster_of_several_tiles(kind, clusters, grid):
             case = Case(kind, 40, lengths, directions)
             for backward in (False, True):
                 plan = persistent._plan(NUMBERS[kind], backward, 40, 41, directions, None)
-                assert plan[2] >= 2, "tiles of a cluster"
+                assert plan.tiles >= 2, "tiles of a cluster"
             check(case, case.both())
 
 
@@ -82,7 +82,7 @@ def test_every_layout_of_the_weights(kind, hidden, clusters, groups):
     with granted(clusters):
         case = Case(kind, hidden, [2] * 9)
         for backward in (False, True):
-            assert persistent._plan(NUMBERS[kind], backward, hidden, 9, 1, None)[1] == groups
+            assert persistent._plan(NUMBERS[kind], backward, hidden, 9, 1, None).groups == groups
         check(case, case.both())
 
 
@@ -101,7 +101,7 @@ def test_every_layout_of_a_grid(kind, hidden, blocks, groups, cluster):
     with granted({}, blocks):
         case = Case(kind, hidden, [2] * 3)
         plans = [persistent._plan(NUMBERS[kind], backward, hidden, 3, 1, None) for backward in (False, True)]
-        assert {(plan[1], plan[0]) for plan in plans} == {(groups, cluster)}
+        assert {(plan.groups, plan.cluster) for plan in plans} == {(groups, cluster)}
         check(case, case.both())
 
 
@@ -109,7 +109,7 @@ def test_directions_that_a_grid_holds_only_one_at_a_time():
     with granted({}, 3):
         case = Case("bf16", 40, uneven(19, 5), 2)
         plans = [persistent._plan(0, backward, 40, 19, 2, None) for backward in (False, True)]
-        assert all(plan[6] == 1 for plan in plans), plans
+        assert all(plan.directions == 1 for plan in plans), plans
         check(case, case.both())
 
 
@@ -221,8 +221,8 @@ def test_hidden_sizes_that_a_card_does_not_hold(monkeypatch, gpu):
 def test_a_card_without_clusters_serves_over_the_grid(gpu):
     with persistent.over_the_grid():
         assert persistent.refuses(gpu, torch.float32, 256) is None
-        assert persistent._plan(0, False, 256, 1, 1, 0)[5] == 1
-    assert persistent._plan(0, False, 256, 1, 1, 0)[5] == 0
+        assert persistent._plan(0, False, 256, 1, 1, 0).grid == 1
+    assert persistent._plan(0, False, 256, 1, 1, 0).grid == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

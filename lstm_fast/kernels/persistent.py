@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,25 @@ from lstm_fast.precision import rnn_tf32
 with suppress(ImportError):  # cuda.unavailable says so
     from lstm_fast import _C
 
-Plan = tuple[int, int, int, int, int, int, int, int]  # csrc/cuda/persistent.h: its members in their order
 _BFLOAT16, _FLOAT16, _TF32, _FLOAT32 = range(4)
 _OLDEST = (8, 0)  # compute capability
 # What host runs plan for, about an H100's: clusters of each size that run at once, and blocks of a grid.
 _ON_HOST = {2: 66, 4: 32, 8: 16, 16: 7}
 _GRID_ON_HOST = 132
 _clusters = True  # whether plans may use clusters
+
+
+class Plan(NamedTuple):
+    """How a launch is laid out: csrc/cuda/persistent.h, Plan."""
+
+    cluster: int
+    groups: int
+    tiles: int
+    clusters: int
+    shared: int
+    grid: int
+    directions: int
+    clocks: int
 
 
 def unavailable() -> str | None:
@@ -65,7 +77,7 @@ def outweighed(device: torch.device, dtype: torch.dtype, hidden: int, batch: int
     kind = _kind(dtype)
     assert kind is not None
     walks = plans(device, dtype, hidden, batch, 1)[: 2 if torch.is_grad_enabled() else 1]
-    ours = sum(plan[-1] for plan in walks if plan is not None)
+    ours = sum(plan.clocks for plan in walks if plan is not None)
     theirs = len(walks) * _C.persistent_library_clocks(kind=kind, hidden=hidden, batch=batch)
     if ours <= theirs:
         return None
@@ -175,7 +187,7 @@ def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedul
 def _workspace(launch: dict[str, Any], backward: bool, device: torch.device) -> Tensor | None:
     """What the blocks of a grid exchange in, its flags zeroed; None for clusters."""
     plan, directions = launch["plan"], launch["sizes"][-1]
-    if not plan[5]:
+    if not plan.grid:
         return None
     flags, size = _C.persistent_workspace(kind=launch["kind"], backward=backward, plan=plan, directions=directions)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -210,9 +222,10 @@ def _plan(kind: int, backward: bool, hidden: int, batch: int, directions: int, d
     """The layout of a launch on the device, or on the host; None if it doesn't hold the weights."""
     granted = partial(_granted, kind, backward, device)
     with torch.cuda.device(-1 if device is None else device):
-        return _C.persistent_plan(
+        found = _C.persistent_plan(
             kind=kind, backward=backward, hidden=hidden, batch=batch, directions=directions, granted=granted
         )
+    return None if found is None else Plan(*found)
 
 
 def _granted(kind: int, backward: bool, device: int | None, grid: bool, cluster: int, threads: int, shared: int) -> int:
