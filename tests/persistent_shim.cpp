@@ -1,7 +1,9 @@
 // The host runs of the persistent kernels, for ctypes: tests/test_persistent_faults.py builds it with broken kernels.
 #include <string>
 
-#include "cuda/persistent.h"
+#include "cuda/persistent_bwd.h"
+#include "cuda/persistent_fwd.h"
+#include "host/persistent_launch.h"
 
 using namespace lstm::persistent;
 
@@ -16,26 +18,30 @@ Plan plan(const std::int64_t* n) {
             static_cast<int>(n[9]), static_cast<int>(n[10]), static_cast<int>(n[11]), static_cast<int>(n[12])};
 }
 
-const char* keep(const std::string& words) {
-    static std::string kept;
-    kept = words;
-    return kept.c_str();
+// The kernels of bf16 for up to four groups alone: others take time to compile.
+template <template <typename, bool, int, bool> class Kernel, typename Walk>
+const char* run(Walk walk, std::uint64_t schedule) {
+    static std::string words;
+    lay_out(walk, Kind::bfloat16);
+    words = walk.plan.grid ? host::launch<Kernel, Instance<Bf16, false, 4, true>>(walk, schedule)
+                           : host::launch<Kernel, Instance<Bf16, false, 4, false>>(walk, schedule);
+    return words.c_str();
 }
 
 }  // namespace
 
 // p: gates, h0, c0, w_hh of both directions, starts, y, h_n, c_n, cells, workspace; n: N, T, B, H, D, then the plan.
-extern "C" const char* forward(void* const* p, const std::int64_t* n, int kind, std::uint64_t schedule) {
+extern "C" const char* forward(void* const* p, const std::int64_t* n, std::uint64_t schedule) {
     const auto* starts = static_cast<const std::int32_t*>(p[5]);
     const Forward walk{p[0], p[1],     p[2],    {p[3], p[4]}, starts, p[6], p[7], p[8],
                        p[9], sizes(n), plan(n), p[10],        {},     {},   0};
-    return keep(host::run(walk, static_cast<Kind>(kind), schedule));
+    return run<ForwardKernel>(walk, schedule);
 }
 
 // p: gates, cells, c0, w_hh of both directions, starts, dy, dh, dc, dgates, workspace.
-extern "C" const char* backward(void* const* p, const std::int64_t* n, int kind, std::uint64_t schedule) {
+extern "C" const char* backward(void* const* p, const std::int64_t* n, std::uint64_t schedule) {
     const auto* starts = static_cast<const std::int32_t*>(p[5]);
     const Backward walk{p[0], p[1],     p[2],    {p[3], p[4]}, starts, p[6], p[7], p[8],
                         p[9], sizes(n), plan(n), p[10],        {},     {},   0};
-    return keep(host::run(walk, static_cast<Kind>(kind), schedule));
+    return run<BackwardKernel>(walk, schedule);
 }
