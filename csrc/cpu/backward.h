@@ -38,7 +38,7 @@ struct Backward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations, as in the forward pass
 
     Backward(const Shape& shape, const BackwardArgs& args, Arena& arena)
-        : walk(shape, kBackwardRows),
+        : walk(shape, kBackwardRows, true),
           s(walk.s),
           projected(args.weights[0].w_hr != nullptr),
           tiles(tiles_of(s.hidden)),

@@ -27,7 +27,7 @@ struct Forward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
-        : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape))),
+        : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape)), false),
           s(walk.s),
           tiles(tiles_of(s.hidden, kUnits)),
           padded(tiles * kUnits),
@@ -365,7 +365,7 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
         for (int d = 0; !f.joined && d < s.directions; ++d)
             input_products<Isa>(f, team, d, part_of(team, thread, d, f.tiles), chunks[d]);
         for (Index i = 0; i < chunks[0].steps; ++i) {
-            const Index step = index * f.walk.steps_of_chunk + i, turn = step % 2;
+            const Index step = chunks[0].begin + i, turn = step % 2;
             for (int d = 0; d < s.directions; ++d) {
                 const Part part = part_of(team, thread, d, f.tiles);
                 const Index t = chunks[d].step(i);

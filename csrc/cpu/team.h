@@ -90,18 +90,27 @@ LSTM_HD void meet() {
 #endif
 }
 
-// Steps and rows of a call, and the chunks of steps in which it is walked.
+// Steps and rows of a call, and the chunks of steps in which it is walked: each of as many steps as have so many rows, in
+// either direction. `back`: direction 0 is walked from its end.
 struct Walk {
-    Walk(const Shape& shape, Index rows_of_chunk) : s(shape), start(shape.time + 1, 0) {
+    Walk(const Shape& shape, Index rows_of_chunk, bool back) : s(shape), start(shape.time + 1, 0) {
         for (Index t = 0; t < s.time; ++t) start[t + 1] = start[t] + s.steps[t];
-        steps_of_chunk = std::clamp<Index>(rows_of_chunk / s.batch, 1, s.time);
-        chunk_rows = std::min(steps_of_chunk * s.batch, start.back());
+        const auto rows_between = [&](Index begin, Index end) {
+            const Index ahead = start[end] - start[begin], mirrored = start[s.time - begin] - start[s.time - end];
+            return s.directions > 1 ? std::max(ahead, mirrored) : back ? mirrored : ahead;
+        };
+        for (Index begin = 0, end = 0; begin < s.time; begin = end) {
+            do ++end;
+            while (end < s.time && rows_between(begin, end + 1) <= rows_of_chunk);
+            chunk_end.push_back(end);
+            chunk_rows = std::max(chunk_rows, rows_between(begin, end));
+        }
     }
 
     const Shape s;
     std::vector<Index> start;  // [time + 1] first row of each step, and N
-    Index steps_of_chunk;
-    Index chunk_rows;                           // at most
+    std::vector<Index> chunk_end;               // [chunks] steps walked by the end of each
+    Index chunk_rows = 0;                       // at most
     mutable std::atomic<bool> infinite{false};  // whether an operand in planes was
 
     Index rows() const { return start.back(); }
@@ -111,7 +120,7 @@ struct Walk {
     // Features of a row of operands that hold so many, and elements of Acc<T> that hold so many operands.
     Index in_row(Index features) const { return planes() ? round_up(features, kDeep) : features; }
     Index room(Index operands) const { return planes() && s.dtype == Dtype::float32 ? operands * 3 / 2 : operands; }
-    Index chunks() const { return tiles_of(s.time, steps_of_chunk); }
+    Index chunks() const { return static_cast<Index>(chunk_end.size()); }
 
     // The step before t in direction d's walk, if sequence b was in it; else -1.
     Index before(int d, Index t, Index b) const {
@@ -123,8 +132,8 @@ struct Walk {
 // Chunk number `index` of a walk through t = 0 .. time-1, or back: steps first .. last, both in it.
 struct Chunk {
     Chunk(const Walk& walk, Index index, bool back) {
-        const Index begin = index * walk.steps_of_chunk;
-        steps = std::min(walk.steps_of_chunk, walk.s.time - begin);
+        begin = index == 0 ? 0 : walk.chunk_end[index - 1];
+        steps = walk.chunk_end[index] - begin;
         first = back ? walk.s.time - begin - steps : begin;
         base = walk.start[first];
         rows = walk.start[first + steps] - base;
@@ -133,6 +142,7 @@ struct Chunk {
 
     Index step(Index i) const { return backwards ? first + steps - 1 - i : first + i; }  // the i-th of the walk
 
+    Index begin;  // steps walked before it
     Index first, steps;
     Index base, rows;  // first row, and how many
     bool backwards;
