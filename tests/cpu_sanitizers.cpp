@@ -68,6 +68,14 @@ const Case kCases[] = {
     {std::vector<Index>(200, 3), 4, 20, 6, 1},
     {std::vector<Index>(14, 10), 6, 128, 0, 2},  // floats in planes
     {std::vector<Index>(70, 9), 40, 128, 32, 1},
+    {std::vector<Index>(20, 18), 20, 75, 0, 1},   // the same, padded
+    {std::vector<Index>(100, 3), 64, 100, 0, 1},  // in planes over all steps: tiles shared by threads, in chunks
+    {[] {
+         std::vector<Index> steps(20, 20);
+         steps.resize(120, 3);
+         return steps;
+     }(),
+     72, 90, 33, 2},  // the same: rows shared, projected
     {[] {
          std::vector<Index> steps(40, 13);
          steps.resize(60, 7);

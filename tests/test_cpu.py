@@ -82,12 +82,12 @@ def test_wide_batches_agree_with_torch_in_planes(dtype: torch.dtype, hidden: int
 
 
 def layer(
-    steps: list[int], directions: int, hidden: int, proj: int, dtype: torch.dtype, offset: int = 0
+    steps: list[int], directions: int, hidden: int, proj: int, dtype: torch.dtype, offset: int = 0, inputs: int = 70
 ) -> list[Tensor]:
     """Everything that both calls write, from seeded inputs, which begin ``offset`` elements into their memory."""
     torch.manual_seed(1)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    rows, batch, inputs, features = sum(steps), steps[0], 70, proj or hidden
+    rows, batch, features = sum(steps), steps[0], proj or hidden
 
     def placed(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
         memory = torch.empty(offset + tensor.numel(), dtype=dtype)
@@ -123,7 +123,7 @@ def layer(
 )
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits(
-    hidden: int, steps: list[int], directions: int, proj: int, dtype: torch.dtype
+    hidden: int, steps: list[int], directions: int, proj: int, dtype: torch.dtype, inputs: int = 70
 ) -> None:
     """Large enough for three threads, which share hidden units where there are many, and rows in the last two.
 
@@ -132,7 +132,7 @@ def test_any_number_of_threads_gives_the_same_bits(
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(layer(steps, directions, hidden, proj, dtype))
+        results.append(layer(steps, directions, hidden, proj, dtype, inputs=inputs))
     assert all(bool(t.isfinite().all()) for t in results[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -147,6 +147,21 @@ def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], d
     test_any_number_of_threads_gives_the_same_bits(160, steps, directions, proj, torch.float32)
 
 
+@pytest.mark.parametrize("proj", [0, 52])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(
+    ("hidden", "steps"),
+    [(150, [4] * 100), (384, [11] * 40), (150, [20] * 20 + [7] * 20 + [1] * 40)],
+    ids=["units shared", "rows shared", "packed"],
+)
+@pytest.mark.usefixtures("instruction_set", "restore_threads")
+def test_any_number_of_threads_gives_the_same_bits_in_planes_over_all_steps(
+    hidden: int, steps: list[int], directions: int, proj: int
+) -> None:
+    """Of too few rows a step for planes, which AMX takes in the products over all steps alone."""
+    test_any_number_of_threads_gives_the_same_bits(hidden, steps, directions, proj, torch.float32, 72)
+
+
 @pytest.mark.parametrize("steps", [[90] * 3, [1] * 20], ids=["many rows", "one sequence"])
 @pytest.mark.parametrize("proj", [0, 256])
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
@@ -157,16 +172,18 @@ def test_any_number_of_threads_gives_the_same_bits_of_large_weights(steps: list[
 
 @pytest.mark.parametrize("value", [float("inf"), 3.4e38], ids=["infinity", "what bf16 rounds to infinity"])
 @pytest.mark.parametrize("where", ["x", "h0", "weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize(("steps", "batch", "inputs"), [(9, 16, 32), (40, 4, 64)], ids=["many rows a step", "few"])
 @pytest.mark.usefixtures("instruction_set")
-def test_infinity_is_no_nan(where: str, value: float) -> None:
+def test_infinity_is_no_nan(steps: int, batch: int, inputs: int, where: str, value: float) -> None:
     """What saturates gates does so in each instruction set, and gradients are finite where those of nn.LSTM are."""
     torch.manual_seed(0)
-    ours, oracle = LSTM(32, 128, backend="cpu"), nn.LSTM(32, 128).double()
-    tensors = {"x": torch.randn(9, 16, 32), "h0": torch.randn(1, 16, 128), "c0": torch.randn(1, 16, 128)}
+    ours, oracle = LSTM(inputs, 128, backend="cpu"), nn.LSTM(inputs, 128).double()
+    states = {name: torch.randn(1, batch, 128) for name in ("h0", "c0")}
+    tensors = {"x": torch.randn(steps, batch, inputs), **states}
     with torch.no_grad():
         {**tensors, **dict(ours.named_parameters())}[where].view(-1)[5] = value
     oracle.load_state_dict(ours.state_dict())
-    weights = [torch.randn(9, 16, 128), torch.randn(1, 16, 128), torch.randn(1, 16, 128)]
+    weights = [torch.randn(steps, batch, 128), torch.randn(1, batch, 128), torch.randn(1, batch, 128)]
     got = outputs_and_gradients(ours, list(tensors.values()), weights)
     want = outputs_and_gradients(oracle, [t.double() for t in tensors.values()], [t.double() for t in weights])
     for a, exact in zip(got, want, strict=True):
@@ -229,9 +246,13 @@ def test_each_gradient_alone_is_what_it_is_with_the_others(needed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "lengths"),
-    [(130, [400] * 6), (130, [400, 330, 330, 12, 2, 1]), (128, [100] * 9), (128, [100] * 20 + [40, 3])],
-    ids=["dense", "packed", "planes", "planes, packed"],
+    ("hidden", "inputs", "lengths"),
+    [
+        *((130, 7, [400] * 6), (130, 7, [400, 330, 330, 12, 2, 1]), (128, 7, [100] * 9)),
+        *((128, 7, [100] * 20 + [40, 3]), (100, 7, [60] * 18)),
+        *((100, 72, [150] * 4), (128, 96, [300, 280, 200, 90, 20, 2])),
+    ],
+    ids=["dense", "packed", "planes", "planes, packed", "padded planes", "planes over steps", "the same, packed"],
 )
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("projected", [False, True])
@@ -241,6 +262,7 @@ def test_many_chunks_of_steps_are_one_walk(
     projected: bool,
     directions: int,
     hidden: int,
+    inputs: int,
     lengths: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -248,7 +270,7 @@ def test_many_chunks_of_steps_are_one_walk(
     torch.manual_seed(0)
     proj, steps, batch = (hidden // 2 + hidden % 32 // 2) * projected, max(lengths), len(lengths)
     sizes: dict[str, Any] = {
-        "input_size": 7,
+        "input_size": inputs,
         "hidden_size": hidden,
         "bidirectional": directions == 2,
         "proj_size": proj,
@@ -257,7 +279,7 @@ def test_many_chunks_of_steps_are_one_walk(
     ours.backend = "cpu"
     theirs.load_state_dict(ours.state_dict())
     oracle.double().load_state_dict(ours.state_dict())
-    data = torch.randn(steps, batch, 7).to(dtype)
+    data = torch.randn(steps, batch, inputs).to(dtype)
     dy = torch.randn(sum(lengths), directions * (proj or hidden)).to(dtype)
 
     def results(module: nn.Module, dtype: torch.dtype = dtype) -> list[Tensor]:

@@ -17,7 +17,8 @@ template <typename A>
 struct ChunkGradients {
     Index columns;
     Index ld;   // from one row to the next: not a power of two, whose rows would share a few sets of the cache
-    A* rows;    // [D, rows of a chunk, ld]
+    A* rows;    // [D, rows of a chunk, ld] for products of a step
+    A* split;   // the same for those over all steps: these, or where only those read planes a copy in planes
     A* packed;  // [D, columns / kRows, rows of a chunk + 1, kRows] the same for products down the columns; of pairs
                 // [D, rows of a chunk / 2, columns, 2], or AMX's blocks; null where those products read rows
 };
@@ -45,7 +46,7 @@ struct Backward {
           feature_tiles(tiles_of(s.features)),
           input_tiles(tiles_of(s.input)),
           parts(std::max<Index>(
-              4, walk.room(4 * s.hidden * walk.chunk_rows) * static_cast<Index>(sizeof(A)) / kPartBytes)),
+              4, walk.over_steps.room(4 * s.hidden * walk.chunk_rows) * static_cast<Index>(sizeof(A)) / kPartBytes)),
           factor_tiles(input_tiles + feature_tiles + (projected ? tiles : 0)),
           x(static_cast<const T*>(args.x)),
           h0(static_cast<const T*>(args.h0)),
@@ -60,16 +61,17 @@ struct Backward {
           dx(static_cast<T*>(args.dx)),
           dh0(static_cast<T*>(args.dh0)),
           dc0(static_cast<T*>(args.dc0)),
-          w_ih(arena.take<A>(dx == nullptr ? 0 : walk.room(s.directions * input_tiles * tile_size(4 * s.hidden)))),
-          w_hh(arena.take<A>(walk.room(s.directions * feature_tiles * tile_size(4 * s.hidden)))),
-          w_hr(arena.take<A>(projected ? walk.room(s.directions * tiles * tile_size(s.features)) : 0)),
+          w_ih(arena.take<A>(
+              dx == nullptr ? 0 : walk.over_steps.room(s.directions * input_tiles * tile_size(4 * s.hidden)))),
+          w_hh(arena.take<A>(walk.of_step.room(s.directions * feature_tiles * tile_size(4 * s.hidden)))),
+          w_hr(arena.take<A>(projected ? walk.of_step.room(s.directions * tiles * tile_size(s.features)) : 0)),
           dh(arena.take<A>(s.directions * s.batch * feature_tiles * kTile)),
           dc(arena.take<A>(s.directions * s.batch * s.hidden)),
           dm(arena.take<A>(projected ? s.directions * s.batch * tiles * kTile : 0)),
-          m(arena.take<A>(projected ? walk.room(s.directions * walk.chunk_rows * s.hidden) : 0)),
+          m(arena.take<A>(projected ? walk.of_step.room(s.directions * walk.chunk_rows * s.hidden) : 0)),
           da(of_chunk(4 * s.hidden, arena)),
           dr(of_chunk(projected ? s.features : 0, arena)),
-          factors(arena.take<A>(walk.room(s.directions * factor_tiles * tile_size(walk.chunk_rows)))) {
+          factors(arena.take<A>(walk.over_steps.room(s.directions * factor_tiles * tile_size(walk.chunk_rows)))) {
         for (int d = 0; d < s.directions; ++d) {
             const WeightGradients& g = args.gradients[d];
             gradients[d] = {gradient_of(g.w_ih, 4 * s.hidden * s.input, arena),
@@ -80,10 +82,13 @@ struct Backward {
     }
 
     ChunkGradients<A> of_chunk(Index columns, Arena& arena) const {
-        const Index ld = walk.in_row(columns) + (walk.planes() ? kDeep : kUnits);
-        const Index size = columns == 0 ? 0 : walk.room(s.directions * packed_rows() * ld);
-        const bool packs = std::is_same_v<T, BFloat16> || walk.planes() || s.instruction_set < InstructionSet::avx512;
-        return {columns, ld, arena.take<A>(size), packs ? arena.take<A>(size) : nullptr};
+        const bool planes = walk.over_steps.planes;
+        const Index ld = walk.over_steps.in_row(columns) + (planes ? kDeep : kUnits);
+        const Index all = columns == 0 ? 0 : s.directions * packed_rows() * ld, size = walk.over_steps.room(all);
+        const bool packs = std::is_same_v<T, BFloat16> || planes || s.instruction_set < InstructionSet::avx512;
+        A* const rows = arena.take<A>(walk.of_step.room(all));
+        A* const split = walk.alike() ? rows : arena.take<A>(size);
+        return {columns, ld, rows, split, packs ? arena.take<A>(size) : nullptr};
     }
 
     // Enough of them for a chunk's gradients in any form.
@@ -126,10 +131,14 @@ struct Backward {
     A* factors;            // [D, tiles of x, h and m, rows of a chunk, 64] packed
 };
 
-// Rows of direction d in a chunk's gradients, and the same packed.
+// Rows of direction d in a chunk's gradients, for products of a step and over all steps, and the same packed.
 template <typename O, typename T>
 LSTM_HD O* chunk_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
     return reinterpret_cast<O*>(g.rows) + d * f.walk.chunk_rows * g.ld;
+}
+template <typename O, typename T>
+LSTM_HD O* chunk_split(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
+    return reinterpret_cast<O*>(g.split) + d * f.walk.chunk_rows * g.ld;
 }
 template <typename O, typename T>
 LSTM_HD O* chunk_packed(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
@@ -296,7 +305,8 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
         });
     };
     const Index pieces = tiles_of(depth, Isa::depth), tiles = part.tile_end - part.tile;
-    const bool stays = f.walk.room(f.s.steps[step.t] * depth) * static_cast<Index>(sizeof(Acc<T>)) <= kLeftBytes;
+    const bool stays =
+        f.walk.of_step.room(f.s.steps[step.t] * depth) * static_cast<Index>(sizeof(Acc<T>)) <= kLeftBytes;
     const bool by_tiles = stays || in_passing;  // else by pieces of the left side, each of which then stays
     for (Index i = 0; i < tiles * pieces; ++i) {
         const Index tile = by_tiles ? i / pieces : i % tiles, piece = by_tiles ? i % pieces : i / tiles;

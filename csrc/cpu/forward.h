@@ -4,6 +4,8 @@
 // longer sums, and nothing to read again.
 #pragma once
 
+#include <numeric>
+
 #include "activations.h"
 #include "team.h"
 
@@ -27,7 +29,8 @@ struct Forward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
-        : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape)), false),
+        : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape)),
+               false),
           s(walk.s),
           tiles(tiles_of(s.hidden, kUnits)),
           padded(tiles * kUnits),
@@ -46,25 +49,28 @@ struct Forward {
           hh_lies(lies_hh()),
           joined(joins()),
           h_first(joined ? s.input : 0),
-          ld(h_first + walk.in_row(std::max(padded, feature_tiles * kTile))),
-          ld_x(walk.in_row(s.input)),
-          packed(arena.take<A>(unpacked ? 0 : walk.room(s.directions * tiles * packed_size()))),
+          ld(h_first + walk.of_step.in_row(std::max(padded, feature_tiles * kTile))),
+          ld_x(walk.over_steps.in_row(s.input)),
+          w_ih(arena.take<A>(unpacked ? 0 : walk.over_steps.room(s.directions * tiles * tile_size(depth_ih())))),
+          w_hh(arena.take<A>(hh_lies || joined ? 0 : walk.of_step.room(s.directions * tiles * tile_size(features)))),
           bias(arena.take<A>(s.directions * tiles * kTile)),
-          converted((std::is_same_v<T, A> && !walk.planes()) || joined
+          converted((std::is_same_v<T, A> && !walk.over_steps.planes) || joined
                         ? nullptr
-                        : arena.take<A>(walk.room(s.directions * walk.chunk_rows * ld_x))),
+                        : arena.take<A>(walk.over_steps.room(s.directions * walk.chunk_rows * ld_x))),
           a(arena.take<A>(joined ? 0 : s.directions * tiles * walk.chunk_rows * kTile)),
-          h(arena.take<A>(walk.room(s.directions * 2 * s.batch * ld))),
+          h(arena.take<A>(walk.of_step.room(s.directions * 2 * s.batch * ld))),
           c(arena.take<A>(s.directions * s.batch * padded)),
-          w_hr(arena.take<A>(unpacked ? 0 : walk.room(s.directions * feature_tiles * tile_size(s.hidden)))),
-          ld_m(walk.in_row(padded)),
-          m(arena.take<A>(feature_tiles == 0 ? 0 : walk.room(s.directions * s.batch * ld_m))) {}
+          w_hr(arena.take<A>(unpacked ? 0 : walk.of_step.room(s.directions * feature_tiles * tile_size(s.hidden)))),
+          ld_m(walk.of_step.in_row(padded)),
+          m(arena.take<A>(feature_tiles == 0 ? 0 : walk.of_step.room(s.directions * s.batch * ld_m))) {}
 
-    // Of a chunk, for which W_ih is read once.
+    // Of a chunk, for which W_ih is read once. Twice as many planes as stay, if that is all: W_ih is packed in passing.
     static Index rows_at_least(const Shape& shape) {
-        if (shape.instruction_set != InstructionSet::amx || sizeof(T) != 4)
+        if (shape.instruction_set < InstructionSet::amx || sizeof(T) != 4)
             return std::max(kForwardRows, shape.input / 4);
-        return std::clamp(kPlanesBytes / (6 * shape.input), kForwardRows, kPlanesRows);
+        const Index rows = std::accumulate(shape.steps, shape.steps + shape.time, Index{0});
+        const Index stay = kPlanesBytes / (6 * shape.input);
+        return rows <= std::min(2 * stay, kPlanesRows) ? rows : std::clamp(stay, kForwardRows, kPlanesRows);
     }
 
     // Whether x and h are multiplied together: where both weights stay in cache, or where to read W_ih at every step
@@ -72,9 +78,10 @@ struct Forward {
     bool joins() const {
         const Index depth = s.input + features, bytes = 4 * s.hidden * depth * static_cast<Index>(sizeof(T));
         const bool stay = s.batch >= kJoinedBatch && bytes <= kJoinedBytes;
-        const bool room = !walk.planes() || walk.room(depth * kTile) * static_cast<Index>(sizeof(T)) <= kJoinedTile;
+        const bool room =
+            !walk.of_step.planes || walk.of_step.room(depth * kTile) * static_cast<Index>(sizeof(T)) <= kJoinedTile;
         const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch && room;
-        return !unpacked && s.input % (walk.planes() ? kDeep : 2) == 0 && (stay || less);
+        return !unpacked && walk.alike() && s.input % (walk.of_step.planes ? kDeep : 2) == 0 && (stay || less);
     }
 
     // Whether W_hh is read as it lies: in a call of few rows, or by single rows for some steps, to whom packing gives
@@ -82,11 +89,11 @@ struct Forward {
     bool lies_hh() const {
         const bool pairs = std::is_same_v<T, BFloat16> && s.instruction_set >= InstructionSet::avx512_bf16;
         return unpacked || (s.batch == 1 && s.time <= kFewSteps && 4 * s.hidden * features >= kLargeWeight &&
-                            !walk.planes() && !pairs);
+                            !walk.of_step.planes && !pairs);
     }
 
-    // Elements of one tile of both weights.
-    Index packed_size() const { return tile_size(s.input) + tile_size(features); }
+    // Of a tile of W_ih, or of both weights joined.
+    Index depth_ih() const { return joined ? s.input + features : s.input; }
 
     // The chunk's pre-activations of one tile: [rows of the chunk, 4, 16].
     A* of_tile(int d, Index tile) const { return a + (d * tiles + tile) * walk.chunk_rows * kTile; }
@@ -107,7 +114,8 @@ struct Forward {
     const Index h_first;  // where h begins in a row of states
     const Index ld;       // from one row of states to the next
     const Index ld_x;     // from one row of x to the next, as products read it
-    A* packed;            // [D, tiles, I + R, 64]
+    A* w_ih;              // [D, tiles, I, 64] packed; joined: [D, tiles, I + R, 64]
+    A* w_hh;              // [D, tiles, R, 64] packed, unless joined
     A* bias;              // [D, tiles, 4, 16]
     A* converted;         // [D, rows of a chunk, ld_x] x, where products don't read T
     A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
@@ -118,18 +126,18 @@ struct Forward {
     A* m;                 // [D, B, ld_m] o tanh(c), where it is projected
 };
 
-// One tile of W_ih [I, 64] and of W_hh [R, 64], one behind the other, or joined in one of depth I + R.
+// One tile of W_ih [I, 64] and of W_hh [R, 64]; joined, one behind the other in one of depth I + R.
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_ih(const Forward<T>& f, int d, Index tile) {
-    O* const packed = reinterpret_cast<O*>(f.packed) + (d * f.tiles + tile) * f.packed_size();
-    const Index depth = f.joined ? f.s.input + f.features : f.s.input;
+    const Index depth = f.depth_ih();
+    O* const packed = reinterpret_cast<O*>(f.w_ih) + (d * f.tiles + tile) * tile_size(depth);
     return packed_at<Isa>(packed, depth, f.joined && is_far(4 * f.s.hidden * depth));
 }
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
-    const Right<O> first = packed_ih<Isa, O>(f, d, tile);
-    if (f.joined) return first.from(f.s.input);
-    return packed_at<Isa>(first.b + tile_size(f.s.input), f.features, is_far(4 * f.s.hidden * f.features));
+    if (f.joined) return packed_ih<Isa, O>(f, d, tile).from(f.s.input);
+    O* const packed = reinterpret_cast<O*>(f.w_hh) + (d * f.tiles + tile) * tile_size(f.features);
+    return packed_at<Isa>(packed, f.features, is_far(4 * f.s.hidden * f.features));
 }
 
 // c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or its rows as they lie.
@@ -235,6 +243,12 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
     }
 }
 
+// How threads share x W_ih^T: by tiles where only that is in planes, which want many rows at once.
+template <typename T>
+LSTM_HD Team input_team(const Forward<T>& f, const Team& team) {
+    return {team.threads, team.by_rows && f.walk.alike(), team.blocks};
+}
+
 // Whether each tile of W_ih is needed once and by one thread, which then packs it in one place after the other's use:
 // it never leaves the second cache.
 template <typename T>
@@ -253,13 +267,15 @@ template <typename Isa, typename T>
 LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
+    using In = OverSteps<Isa>;
     const Shape& s = f.s;
     for (Index i = thread; i < s.directions * f.tiles; i += team.threads) {
         const TypedWeights<T>& w = f.weights[i / f.tiles];
         const Index tile = i % f.tiles, unit = tile * kUnits, count = std::min(kUnits, s.hidden - unit);
         if (!f.unpacked) {
-            if (!packs_in_passing(f, team))
-                pack_rows<Isa>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input, packed_ih<Isa, O>(f, 0, i));
+            if (!packs_in_passing(f, input_team(f, team)))
+                pack_rows<In>(gate_rows(w.w_ih, s.hidden, s.input, tile), s.input,
+                              packed_ih<In, Operand<In, T>>(f, 0, i));
             if (!f.hh_lies && !packs_both_in_passing(f, team))
                 pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed_hh<Isa, O>(f, 0, i));
         }
@@ -348,8 +364,9 @@ LSTM_HD void join_input(const Forward<T>& f, const Team& team, const Part& part,
 template <typename Isa, typename T>
 LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     using O = Operand<Isa, T>;
+    using In = OverSteps<Isa>;
     const Shape& s = f.s;
-    const Team team = make_team<Isa>(s, f.tiles, threads);
+    const Team team = make_team<Isa>(s, f.tiles, threads), of_input = input_team(f, team);
     const auto states = [&](int d, Index turn) { return reinterpret_cast<O*>(f.h) + (2 * d + turn) * s.batch * f.ld; };
     const bool in_passing = packs_both_in_passing(f, team);
     prepare_forward<Isa>(f, team, thread);
@@ -358,12 +375,13 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     meet();
     for (Index index = 0; index < f.walk.chunks(); ++index) {
         const Chunk chunks[2] = {{f.walk, index, false}, {f.walk, index, true}};
-        if constexpr (!std::is_same_v<O, T>) {
-            for (int d = 0; !f.joined && d < s.directions; ++d) convert_input<Isa>(f, team, thread, d, chunks[d]);
+        if constexpr (!std::is_same_v<Operand<In, T>, T>) {
+            for (int d = 0; !f.joined && d < s.directions; ++d) convert_input<In>(f, team, thread, d, chunks[d]);
             meet();
         }
         for (int d = 0; !f.joined && d < s.directions; ++d)
-            input_products<Isa>(f, team, d, part_of(team, thread, d, f.tiles), chunks[d]);
+            input_products<In>(f, of_input, d, part_of(of_input, thread, d, f.tiles), chunks[d]);
+        if (of_input.by_rows != team.by_rows) meet();
         for (Index i = 0; i < chunks[0].steps; ++i) {
             const Index step = chunks[0].begin + i, turn = step % 2;
             for (int d = 0; d < s.directions; ++d) {

@@ -32,14 +32,13 @@ LSTM_HD std::array<Factor<T>, 3> factors_of(const Backward<T>& f, int d) {
             Factor<T>{Factor<T>::m, f.projected ? f.s.hidden : 0, &f.dr, of.w_hr}};
 }
 
-// One tile of a factor, packed.
-template <typename Isa, typename T>
+// One tile of a factor, packed. M: what m is stored as.
+template <typename Isa, typename M, typename T>
 LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk, Index tile,
                          Operand<Isa, T>* packed) {
-    using O = Operand<Isa, T>;
     const Shape& s = f.s;
     const Index first = tile * kTile, columns = std::min(kTile, factor.columns - first);
-    const Right<O> to = packed_at<Isa>(packed, chunk.rows);
+    const Right<Operand<Isa, T>> to = packed_at<Isa>(packed, chunk.rows);
     if (factor.of == Factor<T>::x) {
         const auto row_of_x = [&](Index row) LSTM_INLINED { return f.x + (chunk.base + row) * s.input + first; };
         pack_columns<Isa, T>(chunk.rows, columns, row_of_x, to);
@@ -54,9 +53,9 @@ LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, c
         pack_columns<Isa, T>(chunk.rows, columns, state_before, to);
     } else {
         const auto row_of_m = [&](Index row) LSTM_INLINED {
-            return reinterpret_cast<const O*>(f.m) + (d * f.walk.chunk_rows + row) * s.hidden + first;
+            return reinterpret_cast<const M*>(f.m) + (d * f.walk.chunk_rows + row) * s.hidden + first;
         };
-        pack_columns<Isa, O>(chunk.rows, columns, row_of_m, to);
+        pack_columns<Isa, M>(chunk.rows, columns, row_of_m, to);
     }
 }
 
@@ -81,7 +80,7 @@ template <typename Isa, typename T>
 LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
                             const Team& team, int thread) {
     using O = Operand<Isa, T>;
-    const O* const from = chunk_rows<const O>(f, g, d);
+    const O* const from = chunk_split<const O>(f, g, d);
     O* const to = chunk_packed<O>(f, g, d);
     if constexpr (gradients_along<Isa> == Along::blocks) {
         const Index blocks = tiles_of(g.columns, Isa::side);
@@ -107,7 +106,7 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
     using O = Operand<Isa, T>;
     const Index input = f.s.input, depth = 4 * f.s.hidden;
     const bool add = f.s.directions > 1;
-    const O* const da = chunk_rows<const O>(f, f.da, d);
+    const O* const da = chunk_split<const O>(f, f.da, d);
     constexpr Index at_once = kRowsAtOnce<Isa>;
     const bool in_passing = packs_ih_in_passing<Isa>(f, team);
     for (Index tile = in_passing ? thread : 0; tile < f.input_tiles; tile += in_passing ? team.threads : 1) {
@@ -167,7 +166,7 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
     const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : pairs ? g.columns : g.ld;
     const Index of_row = along == Along::blocks ? lda : sizeof(A) / sizeof(O);
     const bool packs = along == Along::blocks || pairs;
-    const O* const a = (packs ? chunk_packed<const O>(f, g, d) : chunk_rows<const O>(f, g, d)) + first * of_row;
+    const O* const a = (packs ? chunk_packed<const O>(f, g, d) : chunk_split<const O>(f, g, d)) + first * of_row;
     const Right<const O> right = packed_at<Isa>(packed, chunk.rows);
     const Index at = first * columns + tile * kTile;
     if (count == kTile && (!Backward<T>::rounded || index + 1 < f.walk.chunks())) {
@@ -191,7 +190,7 @@ LSTM_HD void bias_gradient(const Backward<T>& f, int d, const Chunk& chunk, Inde
     using A = Acc<T>;
     using O = Operand<Isa, T>;
     constexpr Index side = lanes<Isa, A>, vectors = Columns / side;
-    const O* const da = chunk_rows<const O>(f, f.da, d);
+    const O* const da = chunk_split<const O>(f, f.da, d);
     Vector<Isa, A> sums[vectors] = {};
     for (Index first = 0; first < chunk.rows; first += kRowsOfSum) {
         Vector<Isa, A> part[vectors] = {};
@@ -208,7 +207,7 @@ LSTM_HD void bias_gradient(const Backward<T>& f, int d, const Chunk& chunk, Inde
 }
 
 // All that the walked chunk number `index` gives beside dh. Threads share tiles, and the gates of each.
-template <typename Isa, typename T>
+template <typename Isa, typename M, typename T>
 LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], Index index, const Team& team,
                                 int thread) {
     using O = Operand<Isa, T>;
@@ -217,7 +216,7 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
     const auto mine = [&] { return job++ % team.threads == thread; };
     for (int d = 0; d < s.directions; ++d) {
         for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, O* packed) LSTM_INLINED {
-            if (mine()) pack_factor<Isa>(f, factor, d, chunks[d], tile, packed);
+            if (mine()) pack_factor<Isa, M>(f, factor, d, chunks[d], tile, packed);
         });
         pack_gradients<Isa>(f, f.da, d, chunks[d], team, thread);
         if (f.projected) pack_gradients<Isa>(f, f.dr, d, chunks[d], team, thread);
@@ -249,12 +248,23 @@ LSTM_HD void clear_behind(const Backward<T>& f, const ChunkGradients<Acc<T>>& g,
     using O = Operand<Isa, T>;
     for (Index row = thread; row < f.walk.chunk_rows; row += team.threads) {
         O* const first = chunk_rows<O>(f, g, d) + row * g.ld;
-        for (Index column = g.columns; column < f.walk.in_row(g.columns); ++column) first[column] = O{};
+        for (Index column = g.columns; column < f.walk.of_step.in_row(g.columns); ++column) first[column] = O{};
     }
+}
+
+// This thread's rows of a chunk's gradients for products over all steps, where only those read planes.
+template <typename Isa, typename T>
+LSTM_HD void split_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
+                             const Team& team, int thread) {
+    const T* const from = chunk_rows<const T>(f, g, d);
+    Operand<Isa, T>* const to = chunk_split<Operand<Isa, T>>(f, g, d);
+    for (Index row = thread; row < chunk.rows; row += team.threads)
+        copy_operands<Isa>(from + row * g.ld, g.columns, 0, f.walk.over_steps.in_row(g.columns), to + row * g.ld);
 }
 
 template <typename Isa, typename T>
 LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread) {
+    using In = OverSteps<Isa>;
     const Shape& s = f.s;
     for (int d = 0; d < s.directions; ++d) {
         const auto& w = f.weights[d];
@@ -262,8 +272,8 @@ LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread
             pack_weight<Isa>(f, w.w_hh, 4 * s.hidden, s.features, f.w_hh, d, team, thread);
             if (f.projected) pack_weight<Isa>(f, w.w_hr, s.features, s.hidden, f.w_hr, d, team, thread);
         }
-        if (f.dx != nullptr && !packs_ih_in_passing<Isa>(f, team))
-            pack_weight<Isa>(f, w.w_ih, 4 * s.hidden, s.input, f.w_ih, d, team, thread);
+        if (f.dx != nullptr && !packs_ih_in_passing<In>(f, team))
+            pack_weight<In>(f, w.w_ih, 4 * s.hidden, s.input, f.w_ih, d, team, thread);
     }
     const Index ld_h = f.feature_tiles * kTile;
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {
@@ -286,6 +296,7 @@ LSTM_HD void prepare_backward(const Backward<T>& f, const Team& team, int thread
 
 template <typename Isa, typename T>
 LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
+    using In = OverSteps<Isa>;
     const Shape& s = f.s;
     const Team team = make_team<Isa>(s, f.tiles, threads);
     prepare_backward<Isa>(f, team, thread);
@@ -294,7 +305,14 @@ LSTM_HD void run_thread(const Backward<T>& f, int thread, int threads) {
         const Chunk chunks[2] = {{f.walk, index, true}, {f.walk, index, false}};
         walk_back<Isa>(f, chunks, team, thread);
         meet();
-        gradients_of_chunk<Isa>(f, chunks, index, team, thread);
+        if constexpr (!std::is_same_v<In, Isa>) {
+            for (int d = 0; d < s.directions; ++d) {
+                split_gradients<In>(f, f.da, d, chunks[d], team, thread);
+                split_gradients<In>(f, f.dr, d, chunks[d], team, thread);
+            }
+            meet();
+        }
+        gradients_of_chunk<In, Operand<Isa, T>>(f, chunks, index, team, thread);
         meet();
     }
     for (Index i = thread; i < s.directions * s.batch; i += team.threads) {

@@ -18,6 +18,8 @@ template <typename Job>
 __attribute__((target(LSTM_PAIRS_TARGET))) void run_pairs(const Job& job, int thread, int threads);
 template <typename Job>
 __attribute__((target(LSTM_AMX_TARGET))) void run_amx(const Job& job, int thread, int threads);
+template <typename Job>
+__attribute__((target(LSTM_AMX_TARGET))) void run_amx_over_steps(const Job& job, int thread, int threads);
 #endif
 
 #define LSTM_INSTANTIATE(run, T)                                   \

@@ -31,21 +31,38 @@ auto kernel_of([[maybe_unused]] InstructionSet set) {
     if constexpr (has_planes<typename Job::Type>) {
         if (set == InstructionSet::amx) return run_amx<Job>;
     }
+    if constexpr (std::is_same_v<typename Job::Type, float>) {
+        if (set == InstructionSet::amx_over_steps) return run_amx_over_steps<Job>;
+    }
     if (set >= InstructionSet::avx512) return run_avx512<Job>;
     if (set == InstructionSet::avx2) return run_avx2<Job>;
 #endif
     return run_baseline<Job>;
 }
 
+// Whether little of so many k is padding.
+bool nearly_whole(Index size) { return 4 * size >= 3 * round_up(size, kDeep); }
+
 // Whether a float's three planes, which take half as much again to read and six products, take less time than the
-// float: for enough rows at each step, and enough of them in all to split the weights for.
+// float in products over all steps, however few rows a step has: for enough rows in all to split operands for.
 template <template <typename> class Job>
-bool planes_pay(const Shape& s, Index rows) {
+bool planes_pay_over_steps(const Shape& s, Index rows) {
+    constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
+    if (back) return s.hidden > 64 && rows >= s.directions * (80 + s.hidden / 8);
+    return nearly_whole(s.input) && s.input >= 64 && rows >= 64;
+}
+
+// Whether they do in the products of a step too: for enough rows at each. The backward pass stores gates at multiples
+// of H, which planes take whole.
+template <template <typename> class Job>
+bool planes_pay(const Shape& s, Index rows, bool over_steps) {
     constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
     const bool whole = s.hidden % kDeep == 0 && s.features % kDeep == 0;
-    const Index sequences = is_far(4 * s.hidden * s.features) ? 12 : 8,
-                all = back ? std::max<Index>(128, s.hidden / 2) : 64;
-    return whole && s.hidden >= (back ? 128 : 64) && rows >= sequences * s.time && rows >= all;
+    const bool nearly = !back && nearly_whole(s.hidden) && nearly_whole(s.features);
+    Index sequences = 8, all = back ? std::max<Index>(128, s.hidden / 2) : 64;
+    if (is_far(4 * s.hidden * s.features)) sequences = over_steps ? 14 : 12;
+    if (!whole) sequences = 16;
+    return (whole || nearly) && s.hidden >= (back ? 65 : 64) && rows >= sequences * s.time && rows >= all;
 }
 
 // The instruction set that serves a call best, of those up to the one that it names.
@@ -54,7 +71,10 @@ InstructionSet serving(const Shape& s) {
     if (s.instruction_set < InstructionSet::amx) return s.instruction_set;
     const Index rows = std::accumulate(s.steps, s.steps + s.time, Index{0});
     if (std::is_same_v<T, BFloat16>) return rows > kFewRows ? InstructionSet::amx : InstructionSet::avx512_bf16;
-    return std::is_same_v<T, float> && planes_pay<Job>(s, rows) ? InstructionSet::amx : InstructionSet::avx512;
+    if (!std::is_same_v<T, float>) return InstructionSet::avx512;
+    const bool over_steps = planes_pay_over_steps<Job>(s, rows);
+    if (planes_pay<Job>(s, rows, over_steps)) return InstructionSet::amx;
+    return over_steps ? InstructionSet::amx_over_steps : InstructionSet::avx512;
 }
 
 // Whether an operand was infinite that may not be.

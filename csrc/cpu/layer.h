@@ -19,7 +19,8 @@
 
 namespace lstm::cpu {
 
-enum class InstructionSet : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
+// The last is one that layer.cpp chooses, for floats: AMX for products over all steps, AVX-512 for those of a step.
+enum class InstructionSet : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_over_steps = 5 };
 
 // The best one that this CPU runs; it runs all those before it too.
 InstructionSet best_instruction_set();

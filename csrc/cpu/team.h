@@ -90,10 +90,23 @@ LSTM_HD void meet() {
 #endif
 }
 
-// Steps and rows of a call, and the chunks of steps in which it is walked: each of as many steps as have so many rows, in
-// either direction. `back`: direction 0 is walked from its end.
+// How operands of products lie: in planes, of floats or of bf16; else as they are.
+struct Operands {
+    bool planes, three;  // of each
+
+    // Features of a row that holds so many, and elements of Acc<T> that hold so many operands.
+    Index in_row(Index features) const { return planes ? round_up(features, kDeep) : features; }
+    Index room(Index operands) const { return three ? operands * 3 / 2 : operands; }
+};
+
+// Steps and rows of a call, and the chunks of steps in which it is walked: each of as many steps as have so many rows,
+// in either direction. `back`: direction 0 is walked from its end.
 struct Walk {
-    Walk(const Shape& shape, Index rows_of_chunk, bool back) : s(shape), start(shape.time + 1, 0) {
+    Walk(const Shape& shape, Index rows_of_chunk, bool back)
+        : s(shape),
+          of_step(operands(s.instruction_set == InstructionSet::amx)),
+          over_steps(operands(s.instruction_set >= InstructionSet::amx)),
+          start(shape.time + 1, 0) {
         for (Index t = 0; t < s.time; ++t) start[t + 1] = start[t] + s.steps[t];
         const auto rows_between = [&](Index begin, Index end) {
             const Index ahead = start[end] - start[begin], mirrored = start[s.time - begin] - start[s.time - end];
@@ -107,19 +120,18 @@ struct Walk {
         }
     }
 
+    Operands operands(bool planes) const { return {planes, planes && s.dtype == Dtype::float32}; }
+
     const Shape s;
-    std::vector<Index> start;  // [time + 1] first row of each step, and N
+    const Operands of_step, over_steps;         // of the products of a step, and of those over all steps
+    std::vector<Index> start;                   // [time + 1] first row of each step, and N
     std::vector<Index> chunk_end;               // [chunks] steps walked by the end of each
     Index chunk_rows = 0;                       // at most
     mutable std::atomic<bool> infinite{false};  // whether an operand in planes was
 
+    bool alike() const { return of_step.planes == over_steps.planes; }
     Index rows() const { return start.back(); }
     bool few() const { return rows() <= kFewRows; }
-    bool planes() const { return s.instruction_set == InstructionSet::amx; }  // whether products read them
-
-    // Features of a row of operands that hold so many, and elements of Acc<T> that hold so many operands.
-    Index in_row(Index features) const { return planes() ? round_up(features, kDeep) : features; }
-    Index room(Index operands) const { return planes() && s.dtype == Dtype::float32 ? operands * 3 / 2 : operands; }
     Index chunks() const { return static_cast<Index>(chunk_end.size()); }
 
     // The step before t in direction d's walk, if sequence b was in it; else -1.

@@ -58,6 +58,7 @@ struct Pairs : Avx512 {};  // AVX-512 whose products of bf16 read pairs of neigh
 struct Amx : Pairs {       // whose products are those of registers of 16 rows of bf16 (amx.h)
     static constexpr Index rows = 64, side = 16;
 };
+struct AmxOverSteps : Avx512 {};  // whose products over all steps are AMX's, as those of a step are of few rows
 
 // An operand of those: the sum of N bf16. They lie in planes, N * 32 elements behind each other for 32 operands.
 template <int N>
@@ -89,6 +90,15 @@ struct OperandOf<Amx, float> {
 #endif
 template <typename Isa, typename T>
 using Operand = typename OperandOf<Isa, T>::type;
+
+// The instruction set of products over all steps.
+#ifdef __x86_64__
+template <typename Isa>
+using OverSteps = std::conditional_t<std::is_same_v<Isa, AmxOverSteps>, Amx, Isa>;
+#else
+template <typename Isa>
+using OverSteps = Isa;
+#endif
 
 // Whether the processor itself rounds to bf16.
 #ifdef __x86_64__
