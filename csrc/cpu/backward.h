@@ -294,24 +294,31 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
     using O = Operand<Isa, T>;
     const Backward<T>& f = step.f;
     const bool in_passing = packs_in_passing(f, step.team);
-    const auto multiply_piece = [&](Index tile, Index k) LSTM_INLINED {  // which stays in cache for all rows
-        const Index place = in_passing ? part.tile : tile;
+    const auto piece_of = [&](Index tile, Index k, Index place) LSTM_INLINED {
+        return right_side<Isa>(f, w, depth, columns, packed, step.d, tile, place).from(k);
+    };
+    const auto multiply_piece = [&](Index tile, Index k, const O* next) LSTM_INLINED {  // which stays for all rows
+        const Index place = in_passing ? part.tile : tile, some = std::min(Isa::depth, depth - k);
         if (in_passing && k == 0) pack_tile<Isa>(f, w, depth, columns, packed, step.d, tile, place);
-        Right<const O> right = right_side<Isa>(f, w, depth, columns, packed, step.d, tile, place).from(k);
+        Right<const O> right = piece_of(tile, k, place);
         right.far = is_far(depth * columns);
         for_blocks(step.team, part, f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
-            multiply<Isa>(rows, left + b * ld + k, ld, right, std::min(Isa::depth, depth - k),
-                          to + b * ld_to + tile * kTile, ld_to, k > 0);
+            if (!in_passing) ask_for<Isa, O>(next, some, f.s.steps[step.t], b > 0, right);
+            multiply<Isa>(rows, left + b * ld + k, ld, right, some, to + b * ld_to + tile * kTile, ld_to, k > 0);
         });
     };
     const Index pieces = tiles_of(depth, Isa::depth), tiles = part.tile_end - part.tile;
     const bool stays =
         f.walk.of_step.room(f.s.steps[step.t] * depth) * static_cast<Index>(sizeof(Acc<T>)) <= kLeftBytes;
     const bool by_tiles = stays || in_passing;  // else by pieces of the left side, each of which then stays
+    const auto tile_of = [&](Index i) {         // there and back: the tiles of the last step's end are still in cache
+        const Index tile = by_tiles ? i / pieces : i % tiles;
+        return step.t % 2 == 0 ? part.tile + tile : part.tile_end - 1 - tile;
+    };
+    const auto first_of = [&](Index i) { return (by_tiles ? i % pieces : i / tiles) * Isa::depth; };
     for (Index i = 0; i < tiles * pieces; ++i) {
-        const Index tile = by_tiles ? i / pieces : i % tiles, piece = by_tiles ? i % pieces : i / tiles;
-        // there and back: the tiles of the last step's end are still in cache
-        multiply_piece(step.t % 2 == 0 ? part.tile + tile : part.tile_end - 1 - tile, piece * Isa::depth);
+        const Index next = std::min(i + 1, tiles * pieces - 1);
+        multiply_piece(tile_of(i), first_of(i), piece_of(tile_of(next), first_of(next), tile_of(next)).b);
     }
 }
 

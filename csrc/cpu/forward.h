@@ -184,10 +184,10 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
 }
 
 // Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot. `place`: where the
-// tile of W_hh is.
+// tile of W_hh is, and `next` the one after it.
 template <typename Isa, typename T>
 LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index t, Index b, Index rows, Index tile,
-                          Index place, const Operand<Isa, T>* before, Operand<Isa, T>* after) {
+                          Index place, Index next, const Operand<Isa, T>* before, Operand<Isa, T>* after) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
     const Index hidden = f.s.hidden, input = f.s.input, features = f.features;
@@ -201,8 +201,10 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
                       false);
     } else {
         products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
-        multiply_weight<Isa, T>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile),
-                                packed_hh<Isa, const O>(f, d, place), features, products, true, f.hh_lies);
+        Right<const O> hh = packed_hh<Isa, const O>(f, d, place);
+        ask_for<Isa, O>(packed_hh<Isa, const O>(f, d, next).b, features, f.s.steps[t], b > 0, hh);
+        multiply_weight<Isa, T>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile), hh, features,
+                                products, true, f.hh_lies);
     }
     alignas(64) A gates[kSideBySide][4][kUnits], tanh_c[kSideBySide][kUnits], h[kUnits];
     for (Index r = 0; r < rows; r += kSideBySide) {
@@ -246,7 +248,7 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
 // How threads share x W_ih^T: by tiles where only that is in planes, which want many rows at once.
 template <typename T>
 LSTM_HD Team input_team(const Forward<T>& f, const Team& team) {
-    return {team.threads, team.by_rows && f.walk.alike(), team.blocks};
+    return {team.threads, team.by_rows && f.walk.alike(), team.blocks, team.rows};
 }
 
 // Whether each tile of W_ih is needed once and by one thread, which then packs it in one place after the other's use:
@@ -390,12 +392,13 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
                 for (Index n = part.tile; n < part.tile_end; ++n) {
                     // there and back: the tiles of the last step's end are still in cache
                     const Index tile = turn == 0 ? n : part.tile + part.tile_end - 1 - n;
-                    const Index place = in_passing ? part.tile : tile;
+                    const Index after = std::clamp(turn == 0 ? tile + 1 : tile - 1, part.tile, part.tile_end - 1);
+                    const Index place = in_passing ? part.tile : tile, next = in_passing ? place : after;
                     if (in_passing)
                         pack_rows<Isa>(gate_rows(f.weights[d].w_hh, s.hidden, f.features, tile), f.features,
                                        packed_hh<Isa, O>(f, d, place));
                     for_blocks(team, part, s, t, [&](Index b, Index rows) LSTM_INLINED {
-                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, place, states(d, turn),
+                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, place, next, states(d, turn),
                                           states(d, 1 - turn));
                     });
                 }

@@ -25,18 +25,28 @@ template <typename Isa, int N>
 constexpr Index panel_width<Isa, Planes<N>> = 32;
 #endif
 
+// Whether a product can ask, while it reads a tile, for the one that comes next, and for how many of its elements at
+// each k.
+template <typename Isa, typename O>
+constexpr bool can_ask = std::is_same_v<O, float> && panel_width<Isa, O> == kTile;
+constexpr Index kAsked = 32;
+
 // Elements of a packed tile of depth k.
 LSTM_HD Index tile_size(Index k) { return round_up(k, kDeep) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
-// a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other.
+// a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other. `next`: what
+// to ask for meanwhile, or null.
 template <typename O>
 struct Right {
     O* b;
     Index ld, panel;
     bool far = false;
+    const O* next = nullptr;
 
-    LSTM_HD Right from(Index p) const { return {b + p * ld, ld, panel, far}; }
+    LSTM_HD Right from(Index p) const {
+        return {b + p * ld, ld, panel, far, next == nullptr ? nullptr : next + p * kAsked};
+    }
 };
 
 // The packed tile of depth k at b.
@@ -48,6 +58,14 @@ LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
 
 // Whether a weight of so many elements is too large for the second cache beside what else is there.
 LSTM_HD bool is_far(Index elements) { return elements > 1 << 19; }
+
+// Where a step's rows make two blocks, the second of which finds a tile in cache while memory rests: each asks for a
+// half of the next one, of depth k. A single block would wait for memory in any case.
+template <typename Isa, typename O>
+LSTM_HD void ask_for(const O* next, Index k, Index rows_of_step, bool second, Right<const O>& right) {
+    if (can_ask<Isa, O> && right.far && rows_of_step > kRows && rows_of_step <= 2 * kRows)
+        right.next = next + (second ? k * kAsked : 0);
+}
 
 // How a product finds element (row, p) of its left side: a[row * lda + p]; down the columns, a[p * lda + row]; or in
 // packed blocks of Isa::side rows, [rows / side, lda, side], so that a block is read front to back.
@@ -64,12 +82,16 @@ constexpr int vectors_for(int rows) {
 // One pass over k: c[rows, n] = a[rows, k] b[k, n], or += if accumulate, of n columns in `Vectors` vectors. ldc:
 // elements from one row to the next. Each element is one sum in the order of k from 0, so that it does not depend on
 // how rows and columns are put together.
-template <typename Isa, int Rows, int Vectors, Along along, typename A>
+template <typename Isa, int Rows, int Vectors, Along along, bool asks, typename A>
 LSTM_HD void multiply_pass(const A* a, Index lda, const Right<const A>& b, Index k, A* c, Index ldc, bool accumulate) {
     constexpr Index side = lanes<Isa, A>;
     Vector<Isa, A> sum[Rows][Vectors] = {};
 #pragma GCC unroll 4
     for (Index p = 0; p < k; ++p) {
+        if constexpr (asks) {
+#pragma GCC unroll 2
+            for (Index i = 0; i < kAsked; i += side) __builtin_prefetch(b.next + p * kAsked + i, 0, 2);
+        }
         Vector<Isa, A> row[Vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) {
@@ -103,7 +125,7 @@ LSTM_HD void multiply_pass(const A* a, Index lda, const Right<const A>& b, Index
 
 #ifdef __x86_64__
 // The same with pairs. Down the columns, a[p * lda + 2 * row] is the pair of p and p + 1, p even.
-template <typename Isa, int Rows, int Vectors, Along along>
+template <typename Isa, int Rows, int Vectors, Along along, bool asks>
 __attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_pass(const BFloat16* a, Index lda,
                                                                      const Right<const BFloat16>& b, Index k, float* c,
                                                                      Index ldc, bool accumulate) {
@@ -154,9 +176,13 @@ LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const
     const auto pass = [&](auto n) LSTM_INLINED {
         constexpr int Rows = decltype(n)::value, wide = vectors_for<Isa, A>(Rows);
         if constexpr (wide > Isa::vectors) {
-            if (alone) return multiply_pass<Isa, Rows, wide, along>(a, lda, b, k, c, ldc, accumulate);
+            if (alone) return multiply_pass<Isa, Rows, wide, along, false>(a, lda, b, k, c, ldc, accumulate);
         }
-        multiply_pass<Isa, Rows, Isa::vectors, along>(a, lda, b, k, c, ldc, accumulate);
+        if constexpr (can_ask<Isa, O> && along == Along::rows) {
+            if (b.next != nullptr)
+                return multiply_pass<Isa, Rows, Isa::vectors, along, true>(a, lda, b, k, c, ldc, accumulate);
+        }
+        multiply_pass<Isa, Rows, Isa::vectors, along, false>(a, lda, b, k, c, ldc, accumulate);
     };
 #define LSTM_CASE(n) \
     case n:          \
@@ -189,7 +215,8 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
         for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
             for (Index column = 0; column < kTile; column += width) {
                 const Index end = std::min(turn + Isa::blocks, blocks);
-                const Right<const O> panels = {b.b + p * b.ld + column / panel_width<Isa, A> * b.panel, b.ld, b.panel};
+                Right<const O> panels = b.from(p);
+                panels.b += column / panel_width<Isa, A> * b.panel;
                 for (Index block = turn; block < end; ++block) {
                     if (b.far && end - turn >= kBlocksToFetch)
                         fetch(panels.b + b.panel, b.ld, depth * (block - turn) / (end - turn),

@@ -23,6 +23,7 @@ struct Team {
     int threads;
     bool by_rows;
     Index blocks;  // of rows of one direction, each multiplied in one go
+    Index rows;    // of a block at most
 };
 
 LSTM_HD Index row_blocks(const Shape& s) { return tiles_of(s.batch, kRows); }
@@ -64,7 +65,7 @@ LSTM_HD Team make_team(const Shape& s, Index tiles, int threads) {
         while (s.directions * blocks % threads != 0) ++blocks;
         blocks = std::min(blocks, s.batch);
     }
-    return {threads, by_rows, blocks};
+    return {threads, by_rows, blocks, Isa::rows};
 }
 
 // One thread's part of a direction, of `tiles` tiles.
@@ -160,12 +161,15 @@ struct Chunk {
     bool backwards;
 };
 
-// Row blocks of one step that a part holds: calls take(first sequence, how many).
+// Row blocks of one step that a part holds: calls take(first sequence, how many). Who holds all rows divides those that
+// the step has, evenly.
 template <typename Take>
 LSTM_HD void for_blocks(const Team& team, const Part& part, const Shape& s, Index t, const Take& take) {
-    for (Index block = part.block; block < team.blocks; block += part.block_stride) {
-        const Index first = s.batch * block / team.blocks;
-        const Index end = std::min(s.batch * (block + 1) / team.blocks, s.steps[t]);
+    const bool all = part.block == 0 && part.block_stride == 1;
+    const Index rows = all ? s.steps[t] : s.batch, blocks = all ? tiles_of(rows, team.rows) : team.blocks;
+    for (Index block = part.block; block < blocks; block += part.block_stride) {
+        const Index first = rows * block / blocks;
+        const Index end = std::min(rows * (block + 1) / blocks, s.steps[t]);
         if (first >= end) break;
         take(first, end - first);
     }
