@@ -44,11 +44,13 @@ auto kernel_of([[maybe_unused]] InstructionSet set) {
 bool nearly_whole(Index size) { return 4 * size >= 3 * round_up(size, kDeep); }
 
 // Whether a float's three planes, which take half as much again to read and six products, take less time than the
-// float in products over all steps, however few rows a step has: for enough rows in all to split operands for.
+// float in products over all steps, however few rows a step has: for enough rows in all to split operands for. The
+// gradients of large projected layers would take more memory so than nn.LSTM's.
 template <template <typename> class Job>
 bool planes_pay_over_steps(const Shape& s, Index rows) {
     constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
-    if (back) return s.hidden > 64 && rows >= s.directions * (80 + s.hidden / 8);
+    const bool large = s.features < s.hidden && is_far(4 * s.hidden * s.features);
+    if (back) return !large && s.hidden > 64 && rows >= s.directions * (80 + s.hidden / 8);
     return nearly_whole(s.input) && s.input >= 64 && rows >= 64;
 }
 
