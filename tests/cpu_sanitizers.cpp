@@ -75,7 +75,7 @@ const Case kCases[] = {
          steps.resize(120, 3);
          return steps;
      }(),
-     72, 90, 33, 2},  // the same: rows shared, projected
+     72, 90, 33, 1},  // the same: rows shared, projected
     {[] {
          std::vector<Index> steps(40, 13);
          steps.resize(60, 7);

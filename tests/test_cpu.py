@@ -151,7 +151,7 @@ def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], d
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(
     ("hidden", "steps"),
-    [(150, [4] * 100), (384, [11] * 40), (150, [20] * 20 + [7] * 20 + [1] * 40)],
+    [(150, [4] * 100), (176, [11] * 40), (176, [20] * 20 + [7] * 20 + [1] * 40)],
     ids=["units shared", "rows shared", "packed"],
 )
 @pytest.mark.usefixtures("instruction_set", "restore_threads")

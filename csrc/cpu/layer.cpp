@@ -51,7 +51,10 @@ bool planes_pay_over_steps(const Shape& s, Index rows) {
     constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
     const bool large = s.features < s.hidden && is_far(4 * s.hidden * s.features);
     if (back) return !large && s.hidden > 64 && rows >= s.directions * (80 + s.hidden / 8);
-    return nearly_whole(s.input) && s.input >= 64 && rows >= 64;
+    // of small weights, as joins() sees them, one product a step is better for two threads, each of which has its rows
+    const bool small = 4 * s.hidden * (s.input + s.features) * static_cast<Index>(sizeof(float)) <= kJoinedBytes;
+    const bool joined = small && s.directions * rows > kRows * s.time;
+    return !joined && nearly_whole(s.input) && s.input >= 64 && rows >= 64;
 }
 
 // Whether they do in the products of a step too: for enough rows at each. The backward pass stores gates at multiples
