@@ -7,8 +7,9 @@
 
 namespace lstm::cpu {
 
-// Rows of a chunk: the sums that make the weights' gradients are as long as they can be.
-constexpr Index kBackwardRows = 512;
+// Rows of a chunk: the sums that make the weights' gradients are as long as they can be. Fewer of large weights where
+// gates' gradients lie in planes as well, which would take more memory than nn.LSTM.
+constexpr Index kBackwardRows = 512, kSplitRows = 256;
 constexpr Index kPartBytes = 3 << 18;  // of their gradients, multiplied in one go
 constexpr Index kLeftBytes = 1 << 19;  // of a left side that stays in the second cache while weights go by
 
@@ -39,7 +40,7 @@ struct Backward {
     static constexpr bool coarse = sizeof(T) == 2;  // activations, as in the forward pass
 
     Backward(const Shape& shape, const BackwardArgs& args, Arena& arena)
-        : walk(shape, kBackwardRows, true),
+        : walk(shape, splits_large(shape) ? kSplitRows : kBackwardRows, true),
           s(walk.s),
           projected(args.weights[0].w_hr != nullptr),
           tiles(tiles_of(s.hidden)),
@@ -79,6 +80,10 @@ struct Backward {
                             gradient_of(g.w_hr, s.features * s.hidden, arena),
                             gradient_of(g.bias, 4 * s.hidden, arena)};
         }
+    }
+
+    static bool splits_large(const Shape& shape) {
+        return shape.instruction_set == InstructionSet::amx_over_steps && is_far(4 * shape.hidden * shape.features);
     }
 
     ChunkGradients<A> of_chunk(Index columns, Arena& arena) const {
