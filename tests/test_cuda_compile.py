@@ -1,4 +1,4 @@
-"""What the GPU compilers make of the kernels; needs no GPU and no driver. No spills, no stack, 16-byte accesses."""
+"""What the GPU compilers made of the kernels; needs no GPU and no driver. No spills, no stack, 16-byte accesses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ import pytest
 from lstm_fast import _C
 
 ROOT = Path(__file__).parents[1]
-CUDA = ROOT / "csrc" / "cuda"
 ARCHS = ["80", "90a", "100"]
 CLUSTER_ARCHS = ["90a", "100"]
 SHARED_LIMIT = 227 * 1024  # bytes of a block, compute capability 9.0 and 10.0
@@ -34,24 +34,25 @@ def tool(name: str) -> str:
     return found
 
 
-def resources(cubin: Path) -> dict[str, dict[str, int]]:
-    """Of each kernel of a cubin: REG, STACK (local memory's frame, spills included), SHARED, LOCAL."""
-    command = [tool("cuobjdump"), "-res-usage", str(cubin)]
+def resources(binary: Path, *options: str) -> dict[str, dict[str, int]]:
+    """Of each kernel of a cubin or library: REG, STACK (local memory's frame, spills included), SHARED, LOCAL."""
+    command = [tool("cuobjdump"), "-res-usage", *options, str(binary)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\S+):\s*(.*)", text)
     return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)} for name, usage in found}
 
 
-def sass(cubin: Path) -> dict[str, str]:
-    """The machine code of each kernel of a cubin."""
-    text = subprocess.run([tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+def sass(binary: Path, *options: str) -> dict[str, str]:
+    """The machine code of each kernel of a cubin or library."""
+    command = [tool("cuobjdump"), "-sass", *options, str(binary)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {part.split()[0]: part for part in text.split("Function : ")[1:]}
 
 
-def accesses(cubin: Path) -> dict[str, dict[str, list[int]]]:
-    """Of each kernel of a cubin: the bits of its global loads, stores, and of its accesses to local memory."""
+def accesses(code: dict[str, str]) -> dict[str, dict[str, list[int]]]:
+    """Of each kernel: the bits of its global loads, stores, and of its accesses to local memory."""
     kernels = {}
-    for name, part in sass(cubin).items():
+    for name, part in code.items():
         kinds = {}
         for kind in ("LDG", "STG", "LDL", "STL"):
             found = re.findall(rf"\b{kind}((?:\.\w+)*)", part)
@@ -61,69 +62,70 @@ def accesses(cubin: Path) -> dict[str, dict[str, list[int]]]:
     return kernels
 
 
-def compile_cuda(source: Path, arch: str, cubin: Path) -> str:
-    """What ptxas says of each kernel; none of them may keep anything in local memory."""
-    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not on PATH")
-    command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", "-o", str(cubin), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert set(spills) == {("0", "0", "0")}, done.stderr
-    return done.stderr
+@cache
+def built(arch: str) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Resources and machine code of each kernel as lstm_fast._C holds it."""
+    if arch not in _C.build_info()["cuda_archs"]:
+        pytest.skip(f"lstm_fast._C was built without sm_{arch}")
+    library, options = Path(_C.__file__), ("-arch", f"sm_{arch}")
+    return resources(library, *options), sass(library, *options)
+
+
+def kernels_of(arch: str, pattern: str) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Of those whose mangled name has the pattern; none of them may keep anything in local memory."""
+    usage, code = ({k: v for k, v in found.items() if re.search(pattern, k)} for found in built(arch))
+    assert usage.keys() == code.keys()
+    for kernel, use in usage.items():
+        assert use["STACK"] == use["LOCAL"] == 0, kernel
+        assert not re.search(r"\b(LDL|STL)\b", code[kernel]), kernel
+    return usage, code
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["gates_fwd", "gates_bwd"])
-def test_gate_kernels(tmp_path, name, arch):
-    cubin = tmp_path / "kernel.cubin"
-    compile_cuda(CUDA / f"{name}.cu", arch, cubin)
-    kernels = accesses(cubin)
+@pytest.mark.parametrize("step", ["ForwardStep", "BackwardStep"])
+def test_gate_kernels(step, arch):
+    _, code = kernels_of(arch, f"gate_kernel.*{step}")
+    kernels = accesses(code)
     vectorised = [kinds for name, kinds in kernels.items() if "Li1E" not in name]
     assert len(kernels) == 8 and len(vectorised) == 4, "4 dtypes, vectorised and not"
-    for kinds in kernels.values():
-        assert kinds["LDL"] == kinds["STL"] == []
     for kinds in vectorised:
         assert len(kinds["LDG"]) >= 9 and set(kinds["LDG"]) == {128}
         assert len(kinds["STG"]) >= 5 and set(kinds["STG"]) == {128}
 
 
+def multiplies(kernel: str) -> str:
+    """The instruction of its products."""
+    return "HMMA.16816.F32" if "__half" in kernel or "bfloat" in kernel else "HMMA.1688.F32.TF32"
+
+
 @pytest.mark.parametrize("arch", CLUSTER_ARCHS)
-@pytest.mark.parametrize("name", ["persistent_fwd", "persistent_bwd"])
-def test_persistent_kernels(tmp_path, name, arch):
-    """Weights in registers: no spills, and a block's threads fit; products, loads and messages of the widest kind."""
-    cubin = tmp_path / "kernel.cubin"
-    compile_cuda(CUDA / f"{name}.cu", arch, cubin)
-    usage = {kernel: use for kernel, use in resources(cubin).items() if "persistent_kernel" in kernel}
+@pytest.mark.parametrize("walk", ["Forward", "Backward"])
+def test_persistent_kernels(walk, arch):
+    """Weights in registers: a block's threads fit; products, loads and messages of the widest kind."""
+    usage, code = kernels_of(arch, rf"persistent_kernel.*{walk}Kernel.*Lb[01]ELi\dELb0E")
     assert len(usage) == 9, "bf16 and fp16 for 4, 6, 8 groups of two warps; TF32 for 4 and 6, fp32 for 4"
-    code = sass(cubin)
     for kernel, use in usage.items():
         groups = int(re.search(r"Lb[01]ELi(\d)E", kernel)[1])
         assert use["REG"] * 64 * groups <= 65536, kernel
-        assert use["STACK"] == use["LOCAL"] == 0
         assert use["SHARED"] == 1024, "the system's own: the rest is dynamic, and the plan counts it"
-        product = "HMMA.16816.F32" if "__half" in kernel or "bfloat" in kernel else "HMMA.1688.F32.TF32"
-        for instruction in (product, "LDS.128", "STAS.128", "SYNCS.PHASECHK"):
+        for instruction in (multiplies(kernel), "LDS.128", "STAS.128", "SYNCS.PHASECHK"):
             assert instruction in code[kernel], f"{kernel} has no {instruction}"
-        assert "LDL" not in code[kernel] and "STL" not in code[kernel]
         loop = code[kernel][code[kernel].index("SYNCS.PHASECHK") :]
         assert loop.count("CCTL.IVALL") <= 1, "the L1 cache is emptied within the loop, not only by the last barrier"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["grid_fwd", "grid_bwd"])
-def test_persistent_kernels_over_the_grid(tmp_path, name, arch):
+@pytest.mark.parametrize("walk", ["Forward", "Backward"])
+def test_persistent_kernels_over_the_grid(walk, arch):
     """On every architecture, weights in registers; words travel 16 bytes at a time, past the L1 cache."""
-    cubin = tmp_path / "kernel.cubin"
-    compile_cuda(CUDA / f"{name}.cu", arch, cubin)
-    usage, code = resources(cubin), sass(cubin)
+    usage, code = kernels_of(arch, rf"persistent_kernel.*{walk}Kernel.*Lb[01]ELi\dELb1E")
     assert len(usage) == 4, "bf16, fp16, TF32, fp32, each for up to 4 groups of two warps"
+    collected = "LDG.E.128.STRONG.GPU" if walk == "Forward" else "LDG.E.STRONG.GPU"
     for kernel, use in usage.items():
-        assert use["REG"] * 256 <= 65536 and use["STACK"] == use["LOCAL"] == 0, kernel
-        product = "HMMA.16816.F32" if "__half" in kernel or "bfloat" in kernel else "HMMA.1688.F32.TF32"
-        collected = r"LDG\.E\.128\.STRONG\.GPU" if name == "grid_fwd" else r"LDG\.E\.STRONG\.GPU"
-        for instruction in (product, r"LDS\.128", r"STG\.E\.128", r"RED(G)?\.E\.ADD\.STRONG\.GPU", collected):
-            assert re.search(instruction, code[kernel]), f"{kernel} has no {instruction}"
-        assert not re.search(r"\b(STAS|SYNCS|UCGABAR|LDL|STL)", code[kernel])
+        assert use["REG"] * 256 <= 65536, kernel
+        for instruction in (multiplies(kernel), "LDS.128", "STG.E.128", ".E.ADD.STRONG.GPU", collected):
+            assert instruction in code[kernel], f"{kernel} has no {instruction}"
+        assert not re.search(r"\b(STAS|SYNCS|UCGABAR)", code[kernel])
 
 
 @pytest.mark.parametrize("kind", range(4), ids=["bf16", "fp16", "tf32", "fp32"])
@@ -227,7 +229,7 @@ def test_triton_kernels(tmp_path):
     for cubin in cubins:
         for usage in resources(cubin).values():
             assert usage["STACK"] == usage["LOCAL"] == 0, f"{cubin.name}: {usage}"
-        for kinds in accesses(cubin).values():
+        for kinds in accesses(sass(cubin)).values():
             assert kinds["LDL"] == kinds["STL"] == []
             assert len(kinds["LDG"]) >= 9 and set(kinds["LDG"]) == {128}, cubin.name
             assert len(kinds["STG"]) >= 5 and set(kinds["STG"]) == {128}, cubin.name

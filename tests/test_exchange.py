@@ -11,7 +11,9 @@ import torch
 
 from lstm_fast import _C
 from lstm_fast.bench import exchange, limits
-from tests.test_cuda_compile import CUDA, sass
+from tests.test_cuda_compile import ROOT, sass
+
+CUDA = ROOT / "csrc" / "cuda"
 
 STEP = {"what": "message", "size": 16, "blocks": 2, "clocks": 210.5, "ns": 120.0}
 EXCHANGES = [
