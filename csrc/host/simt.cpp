@@ -154,7 +154,9 @@ std::string run(const Launch& launch, const std::function<void()>& thread) {
     const unsigned most = launch.global == nullptr ? kMostOfCluster : kMostTogether;
     if (blocks == 0 || threads == 0 || threads > 1024 || launch.shared > kMostShared || launch.cluster == 0 ||
         launch.cluster > most || launch.grid.x % launch.cluster != 0) {
-        return "a launch has blocks of 1 to 1024 threads and up to 227 KiB, in clusters of 1 to 16 along the grid's x";
+        return "a launch has blocks of 1 to 1024 threads and up to 227 KiB, along the grid's x in clusters of 1 to 16, "
+               "or "
+               "without clusters up to 256 that wait for one another";
     }
     try {
         const Pages stacks(launch.cluster * threads * host::kStack);
