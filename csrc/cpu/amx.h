@@ -13,8 +13,10 @@
 #include "product.h"
 
 #ifdef __x86_64__
-// A function with a target can be forced into one that names it too, and is merely offered to others.
+// A function with a target can be forced into one that names it too, and is merely offered to others. APART is for long
+// ones with many callers.
 #define LSTM_AMX __attribute__((target(LSTM_AMX_TARGET))) inline
+#define LSTM_AMX_APART __attribute__((target(LSTM_AMX_TARGET), noinline)) inline
 #define LSTM_AMX_INLINED __attribute__((target(LSTM_AMX_TARGET), always_inline)) inline
 
 namespace lstm::cpu {

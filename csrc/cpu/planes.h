@@ -43,7 +43,7 @@ LSTM_HD std::uint32_t first_bits(Index count, Index most) {
 }
 
 // Notes what is infinite in a row that store_operands takes.
-LSTM_AMX void look_at(const float* row, Index count, const Planes<3>*) {
+LSTM_AMX_APART void look_at(const float* row, Index count, const Planes<3>*) {
     Floats largest = {};
     for (Index j = 0; j < count; j += 16)
         largest = larger(largest, _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(count - j, 16)), row + j));
@@ -99,7 +99,7 @@ LSTM_AMX_INLINED void put_pairs(Floats even, Floats odd, const Right<Planes<3>>&
 }
 
 // pack_rows: zeros where a group has no row, and behind depth.
-LSTM_AMX void pack_rows_in(Amx, const Groups<float>& groups, Index depth, const Right<Planes<3>>& tile) {
+LSTM_AMX_APART void pack_rows_in(Amx, const Groups<float>& groups, Index depth, const Right<Planes<3>>& tile) {
     Floats largest = {};
     for (Index group = 0; group < 4; ++group) {
         for (Index k = 0; k < round_up(depth, kDeep); k += 16) {
@@ -117,7 +117,7 @@ LSTM_AMX void pack_rows_in(Amx, const Groups<float>& groups, Index depth, const 
     note(largest);
 }
 
-LSTM_AMX void pack_rows_in(Amx, const Groups<BFloat16>& groups, Index depth, const Right<Planes<1>>& tile) {
+LSTM_AMX_APART void pack_rows_in(Amx, const Groups<BFloat16>& groups, Index depth, const Right<Planes<1>>& tile) {
     for (Index group = 0; group < 4; ++group) {
         for (Index k = 0; k < depth; k += kDeep) {
             const __mmask32 there = first_bits(depth - k, kDeep);
@@ -165,7 +165,7 @@ LSTM_AMX_INLINED void pack_pairs(const float* even, const float* odd, __mmask16 
 
 // pack_columns: zeros behind the columns and behind k.
 template <typename T, int N, typename Row>
-LSTM_AMX void pack_columns_in(Amx, Index k, Index columns, const Row& row, const Right<Planes<N>>& tile) {
+LSTM_AMX_APART void pack_columns_in(Amx, Index k, Index columns, const Row& row, const Right<Planes<N>>& tile) {
     Floats largest = {};
     for (Index p = 0; p < round_up(k, kDeep); p += 2) {
         const T *const even = p < k ? row(p) : nullptr, *const odd = p + 1 < k ? row(p + 1) : nullptr;
@@ -190,7 +190,7 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Pl
 // Columns of a[k, columns] to blocks of 16 of them, from the first-th block up to the last-th. Rows of a end in columns
 // that nobody needs, up to a multiple of 16.
 template <typename Isa, int N>
-LSTM_AMX void pack_blocks(const Planes<N>* a, Index lda, Index k, Index first, Index last, Planes<N>* to) {
+LSTM_AMX_APART void pack_blocks(const Planes<N>* a, Index lda, Index k, Index first, Index last, Planes<N>* to) {
     for (Index block = first; block < last; ++block) {
         for (Index p = 0; p < k; p += kDeep) {
             for (int plane = 0; plane < N; ++plane) {

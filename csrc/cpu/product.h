@@ -236,7 +236,8 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
     } while (p < k);
 }
 
-// multiply_blocks as a function of its own, one for all its callers.
+// multiply_blocks as a function of its own, one for all its callers. Not out_of_line, whose operands would lie in
+// memory.
 #define LSTM_MULTIPLY(Isa, ...)                                                                                       \
     template <Along along, typename O, typename A>                                                                    \
     __attribute__((noinline __VA_ARGS__)) void multiply_in(                                                           \
@@ -270,53 +271,57 @@ struct Groups {
 // lanes a side, from memory to memory by way of registers alone wherever a block is whole.
 template <typename Isa, typename T>
 LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, const Right<Acc<T>>& to) {
-    using A = Acc<T>;
-    constexpr int side = lanes<Isa, A>;
-    for (Index group = 0; group < 4; ++group) {
-        for (Index k = 0; k < depth; k += side) {
-            for (Index j = 0; j < kUnits; j += side) {
-                const T* const from = groups.first[group] + j * depth + k;
-                const Index column = group * kUnits + j, width = panel_width<Isa, A>;
-                A* const tile = to.b + column / width * to.panel + k * to.ld + column % width;
-                const Index columns = std::min<Index>(side, depth - k);
-                Vector<Isa, A> rows[side];
-                if (columns == side && groups.count[group] >= j + side) {
+    out_of_line(Isa(), [&]() LSTM_INLINED {
+        using A = Acc<T>;
+        constexpr int side = lanes<Isa, A>;
+        for (Index group = 0; group < 4; ++group) {
+            for (Index k = 0; k < depth; k += side) {
+                for (Index j = 0; j < kUnits; j += side) {
+                    const T* const from = groups.first[group] + j * depth + k;
+                    const Index column = group * kUnits + j, width = panel_width<Isa, A>;
+                    A* const tile = to.b + column / width * to.panel + k * to.ld + column % width;
+                    const Index columns = std::min<Index>(side, depth - k);
+                    Vector<Isa, A> rows[side];
+                    if (columns == side && groups.count[group] >= j + side) {
 #pragma GCC unroll 16
-                    for (int r = 0; r < side; ++r) rows[r] = load_vector<Isa>(from + r * depth);
-                } else {
-                    for (int r = 0; r < side; ++r) {
-                        alignas(64) A units[kUnits];
-                        load_units<Isa>(from + r * depth, j + r < groups.count[group] ? columns : 0, units);
-                        std::memcpy(&rows[r], units, sizeof(rows[r]));
+                        for (int r = 0; r < side; ++r) rows[r] = load_vector<Isa>(from + r * depth);
+                    } else {
+                        for (int r = 0; r < side; ++r) {
+                            alignas(64) A units[kUnits];
+                            load_units<Isa>(from + r * depth, j + r < groups.count[group] ? columns : 0, units);
+                            std::memcpy(&rows[r], units, sizeof(rows[r]));
+                        }
                     }
-                }
-                transpose(rows);
+                    transpose(rows);
 #pragma GCC unroll 16
-                for (int r = 0; r < side; ++r) {
-                    if (r < columns) std::memcpy(tile + r * to.ld, &rows[r], sizeof(rows[r]));
+                    for (int r = 0; r < side; ++r) {
+                        if (r < columns) std::memcpy(tile + r * to.ld, &rows[r], sizeof(rows[r]));
+                    }
                 }
             }
         }
-    }
+    });
 }
 
 // `columns` <= 64 columns of k rows, the p-th at row(p), to [k, 64] with 0 behind.
 template <typename Isa, typename T, typename Row>
 LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Acc<T>>& to) {
-    using A = Acc<T>;
-    constexpr Index side = lanes<Isa, A>, width = panel_width<Isa, A>;
-    for (Index p = 0; p < k; ++p) {
-        const T* const from = row(p);
-        for (Index j = 0; j < kTile; j += kUnits) {
-            alignas(64) A units[kUnits];
-            const Index count = std::clamp<Index>(columns - j, 0, kUnits);
-            if (count < kUnits) load_units<Isa>(from + j, count, units);
-            for (Index i = 0; i < kUnits; i += side) {
-                const auto x = count < kUnits ? load_vector<Isa>(units + i) : load_vector<Isa>(from + j + i);
-                store_vector<Isa, A>(x, to.b + (j + i) / width * to.panel + p * to.ld + (j + i) % width);
+    out_of_line(Isa(), [&]() LSTM_INLINED {
+        using A = Acc<T>;
+        constexpr Index side = lanes<Isa, A>, width = panel_width<Isa, A>;
+        for (Index p = 0; p < k; ++p) {
+            const T* const from = row(p);
+            for (Index j = 0; j < kTile; j += kUnits) {
+                alignas(64) A units[kUnits];
+                const Index count = std::clamp<Index>(columns - j, 0, kUnits);
+                if (count < kUnits) load_units<Isa>(from + j, count, units);
+                for (Index i = 0; i < kUnits; i += side) {
+                    const auto x = count < kUnits ? load_vector<Isa>(units + i) : load_vector<Isa>(from + j + i);
+                    store_vector<Isa, A>(x, to.b + (j + i) / width * to.panel + p * to.ld + (j + i) % width);
+                }
             }
         }
-    }
+    });
 }
 
 // k of a packed block of the columns of a[k, columns]: a row more than there is, or in AMX whole steps.
@@ -386,11 +391,13 @@ LSTM_HD void interleave(const BFloat16* even, const BFloat16* odd, Index count, 
 
 template <typename Isa, typename T, typename Row>
 LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<BFloat16>& to) {
-    for (Index p = 0; p < k; p += 2) {
-        const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : nullptr;
-        if (columns < kTile) std::fill_n(to.b + p * kTile, 2 * kTile, BFloat16{0});
-        interleave<Isa>(even, odd, columns, to.b + p * kTile);
-    }
+    out_of_line(Isa(), [&]() LSTM_INLINED {
+        for (Index p = 0; p < k; p += 2) {
+            const BFloat16 *const even = row(p), *const odd = p + 1 < k ? row(p + 1) : nullptr;
+            if (columns < kTile) std::fill_n(to.b + p * kTile, 2 * kTile, BFloat16{0});
+            interleave<Isa>(even, odd, columns, to.b + p * kTile);
+        }
+    });
 }
 #endif
 
@@ -464,23 +471,25 @@ LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k,
 template <typename Isa, typename O, typename T>
 LSTM_HD void multiply_unpacked(Index rows, const O* a, Index lda, const Groups<T>& groups, Index k, Acc<T>* c,
                                bool accumulate) {
-    constexpr int side = lanes<Isa, Acc<T>>, most = side < 4 ? side : 4;
-    const auto block = [&](auto x, Index r) LSTM_INLINED {  // x rows from the r-th on
-        constexpr int X = decltype(x)::value, W = side / X;
-        for (Index group = 0; group < 4; ++group) {
-            const Index count = groups.count[group];
-            Acc<T>* const to = c + r * kTile + group * kUnits;
-            for (Index j = 0; j < count; j += W) {
-                dot_rows<Isa, X>(a + r * lda, lda, groups.first[group] + j * k, std::min<Index>(W, count - j), k,
-                                 to + j, accumulate);
+    out_of_line(Isa(), [&]() LSTM_INLINED {
+        constexpr int side = lanes<Isa, Acc<T>>, most = side < 4 ? side : 4;
+        const auto block = [&](auto x, Index r) LSTM_INLINED {  // x rows from the r-th on
+            constexpr int X = decltype(x)::value, W = side / X;
+            for (Index group = 0; group < 4; ++group) {
+                const Index count = groups.count[group];
+                Acc<T>* const to = c + r * kTile + group * kUnits;
+                for (Index j = 0; j < count; j += W) {
+                    dot_rows<Isa, X>(a + r * lda, lda, groups.first[group] + j * k, std::min<Index>(W, count - j), k,
+                                     to + j, accumulate);
+                }
+                for (int n = 0; n < X; ++n) std::fill(to + n * kTile + count, to + n * kTile + kUnits, Acc<T>(0));
             }
-            for (int n = 0; n < X; ++n) std::fill(to + n * kTile + count, to + n * kTile + kUnits, Acc<T>(0));
-        }
-    };
-    Index r = 0;
-    for (; r + most <= rows; r += most) block(std::integral_constant<int, most>(), r);
-    for (; most > 2 && r + 2 <= rows; r += 2) block(std::integral_constant<int, most / 2>(), r);
-    for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
+        };
+        Index r = 0;
+        for (; r + most <= rows; r += most) block(std::integral_constant<int, most>(), r);
+        for (; most > 2 && r + 2 <= rows; r += 2) block(std::integral_constant<int, most / 2>(), r);
+        for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
+    });
 }
 
 }  // namespace lstm::cpu
