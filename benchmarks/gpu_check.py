@@ -1,21 +1,18 @@
 """``python -m benchmarks.gpu_check``: latencies, the GPU tests, a memory check and a benchmark on the GPU at hand.
 
 Builds nothing. Each part runs in a process of its own and within its own time, so that a kernel that hangs costs one
-part. Prints a table and writes one JSON, results/gpu-<name>.json, anew after each part. Exit code 0 if all is well, 1
-if a part fails or a GPU backend is missing, 2 without a GPU.
+part. Prints a table and writes one JSON, results/gpu-<name>.json, anew after each part; what a part finds lies beside
+it until then, for the case that this process is stopped too. Exit code 0 if all is well, 1 if a part fails or a GPU
+backend is missing, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +24,18 @@ import torch
 import lstm_fast
 from benchmarks import gpu_bench
 from lstm_fast.bench import exchange
+from lstm_fast.bench.process import run
 from lstm_fast.bench.runner import describe, write
+from lstm_fast.kernels import persistent
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("persistent", "cuda", "triton")
 OVER_THE_GRID = "persistent over-the-grid"  # without clusters
 SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120}  # nine minutes in all, with the build
 LAST_ROW = 40  # seconds that the bench has for the row that it is in when its time ends
+ONE_TEST = 40  # seconds
+MOST_FAILED = 40  # tests: if each hangs until its kernel gives up, there is no time for more
+USUAL = 512  # hidden units that every card holds which the persistent kernels are for
 
 # Odd and vectorised sizes, both directions, two layers, several tiles.
 SMALL_CASE = """
@@ -49,37 +51,20 @@ with persistent.over_the_grid() if over_the_grid else contextlib.nullcontext():
 """
 
 
-def run(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
-    """Exit code and output; None for a process that was stopped at its limit, with those that it started."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **environment},
-        start_new_session=True,  # its children, which hold its output open, can be stopped as one group
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except BaseException as error:  # Ctrl-C doesn't reach that group by itself
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-        return None, output
-    return process.returncode, output
-
-
-def run_tests() -> dict[str, Any]:
+def run_tests(result: Path) -> dict[str, Any]:
     """The tests marked gpu, test_gpu*.py first; each that was skipped is told with its reason."""
+    failures = result.with_suffix(".failures.txt")
+    failures.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-o", "faulthandler_timeout=60"]  # shows where a test hangs
+    command += [f"--maxfail={MOST_FAILED}", f"--failures-to={failures}"]
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (not path.name.startswith("test_gpu"), path))
     command += [str(path) for path in files]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
-    code, output = run(command, SECONDS["tests"], OMP_NUM_THREADS="1")
+        if importlib.util.find_spec("pytest_timeout"):  # a thread ends the worker, even inside a call of the driver
+            command += [f"--timeout={ONE_TEST}", "--timeout-method=thread"]
+    code, output = run(command, SECONDS["tests"], ROOT, OMP_NUM_THREADS="1")
     lines = output.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
@@ -87,11 +72,17 @@ def run_tests() -> dict[str, Any]:
     ended = lines[-1] if lines else ""
     summary = ended if code is not None else stopped("tests", ended)
     found = {"ok": code == 0, "summary": summary, "failed": failed, "skipped": skipped}
+    if failures.exists():  # a run that was stopped has printed none of them
+        found["failures"] = failures.read_text()[:200000]
+        failures.unlink()
     return found if code == 0 else {**found, "output": output[-20000:]}
 
 
-def run_sanitizer() -> dict[str, Any]:
-    """compute-sanitizer over a small case of each backend, all at once, where it is installed."""
+def run_sanitizer(_: Path) -> dict[str, Any]:
+    """compute-sanitizer over a small case of each backend, all at once, where it is installed.
+
+    What racecheck says of clusters is told and not judged: nothing says that it knows of messages between blocks.
+    """
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return {"ok": True, "summary": "skipped: compute-sanitizer is not installed"}
@@ -106,29 +97,31 @@ def run_sanitizer() -> dict[str, Any]:
             command.append("--report-api-errors=no")
         command += [sys.executable, "-c", SMALL_CASE, backend]
         # each tensor in an allocation of its own, so that memcheck sees its ends
-        code, output = run(command, SECONDS["sanitizer"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        code, output = run(command, SECONDS["sanitizer"], ROOT, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if "Device not supported" in output:
             return True, f"{check} of {backend}: skipped, the tool doesn't support this device"
         ended = {0: "no errors", None: f"unfinished after {SECONDS['sanitizer']} s"}.get(code, output[-2000:])
-        return code in (0, None), f"{check} of {backend}: {ended}"
+        judged = (check, backend) != ("racecheck", "persistent")
+        return code in (0, None) or not judged, f"{check} of {backend}: {ended}"
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda each: sanitize(*each), checks))
     return {"ok": all(well for well, _ in found), "summary": "; ".join(said for _, said in found)}
 
 
-def run_bench() -> dict[str, Any]:
+def run_bench(result: Path) -> dict[str, Any]:
     """What benchmarks.gpu_bench measured within its time, by further processes after one that lost the card."""
     end = time.monotonic() + SECONDS["bench"]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "rows.jsonl"
-        code: int | None = gpu_bench.LOST
-        while code == gpu_bench.LOST and time.monotonic() < end:
-            seconds = end - time.monotonic()
-            command = [sys.executable, "-m", "benchmarks.gpu_bench", "--output", str(output), "--seconds", str(seconds)]
-            code, said = run(command, seconds + LAST_ROW)
-        records = gpu_bench.read(output)
-    rows = [record["row"] for record in records if "row" in record]
+    output = result.with_suffix(".rows.jsonl")
+    output.unlink(missing_ok=True)
+    code: int | None = gpu_bench.LOST
+    while code == gpu_bench.LOST and time.monotonic() < end:
+        seconds = end - time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.gpu_bench", "--output", str(output), "--seconds", str(seconds)]
+        code, said = run(command, seconds + LAST_ROW, ROOT)
+    records = gpu_bench.read(output)
+    output.unlink(missing_ok=True)
+    rows = gpu_bench.rows_of(records)
     found: dict[str, Any] = {"ok": code == 0, "rows": rows}
     found["left_out"] = [shape._asdict() for shape in gpu_bench.left_out(rows)]
     for record in records:
@@ -147,8 +140,9 @@ def stopped(part: str, ended: str) -> str:
     return f"stopped at its limit of {SECONDS[part]} s; the last it said: {ended}"
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "exchange": exchange.measure,
+# Each is told where the result goes, beside which it may keep what it has so far.
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "exchange": lambda _: exchange.measure(),
     "tests": run_tests,
     "sanitizer": run_sanitizer,
     "bench": run_bench,
@@ -175,14 +169,18 @@ def main(arguments: list[str] | None = None) -> int:
     status = lstm_fast.backends()
     record: dict[str, Any] = {**describe(), "backends": {name: status[name].detail for name in BACKENDS}}
     missing = {name: status[name].detail for name in BACKENDS if not status[name].available}
+    if "persistent" not in missing:
+        refused = persistent.refuses(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, USUAL)
+        missing.update({} if refused is None else {"persistent": refused})
     for name, detail in missing.items():
         print(f"{name} is missing: {detail}")
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = args.output or ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     ok = not missing
     for part in args.parts:
         try:
-            record[part] = PARTS[part]()
+            record[part] = PARTS[part](path)
         except Exception as error:  # one part's fault must not take the others' results
             record[part] = {"ok": False, "summary": f"{type(error).__name__}: {error}"}
         ok = ok and record[part]["ok"]

@@ -292,13 +292,20 @@ void upload([[maybe_unused]] const std::vector<std::int32_t>& values, [[maybe_un
 }
 
 // How many clusters of each size run at once, and for each step what it is, its size, blocks, clocks and nanoseconds.
-using Steps = std::vector<std::tuple<std::string, int, int, double, double>>;
-std::pair<std::vector<std::pair<int, int>>, Steps> measure_exchange([[maybe_unused]] int device) {
+std::vector<std::pair<int, int>> clusters_at_once([[maybe_unused]] int device) {
 #ifdef LSTM_FAST_WITH_CLUSTERS
-    const lstm::persistent::cuda::Exchange found = lstm::persistent::cuda::measure_exchange(device);
-    Steps steps;
-    for (const auto& step : found.steps) steps.emplace_back(step.what, step.size, step.blocks, step.clocks, step.ns);
-    return {found.clusters, steps};
+    return lstm::persistent::cuda::clusters_at_once(device);
+#else
+    throw std::runtime_error("lstm_fast._C was built without clusters");
+#endif
+}
+
+// report(what, size, blocks, clocks, ns) for each step.
+void measure_exchange([[maybe_unused]] int device, [[maybe_unused]] const py::function& report) {
+#ifdef LSTM_FAST_WITH_CLUSTERS
+    lstm::persistent::cuda::measure_exchange(device, [&](const lstm::persistent::cuda::Latency& step) {
+        report(step.what, step.size, step.blocks, step.clocks, step.ns);
+    });
 #else
     throw std::runtime_error("lstm_fast._C was built without clusters");
 #endif
@@ -318,7 +325,8 @@ void bind_persistent(py::module_& m) {
     m.def("persistent_backward", persistent_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a, "w_hh"_a,
           "starts"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a,
           "queue"_a);
-    m.def("measure_exchange", measure_exchange, Released(), "device"_a);
+    m.def("clusters_at_once", clusters_at_once, "device"_a);
+    m.def("measure_exchange", measure_exchange, "device"_a, "report"_a);
     m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
 }
 

@@ -24,8 +24,11 @@ def rnn_precision(x: Tensor) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     newer = hasattr(matmul, "fp32_precision")
     name = "fp32_precision" if newer else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, ("ieee", "tf32")[rnn_tf32()] if newer else rnn_tf32())
+    before, wanted = getattr(matmul, name), ("ieee", "tf32")[rnn_tf32()] if newer else rnn_tf32()
+    if before == wanted:  # may be inherited from a setting for all of torch, which must go on to reach it
+        yield
+        return
+    setattr(matmul, name, wanted)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if not GPU and item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="torch finds no NVIDIA GPU"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--failures-to", type=Path, help="a file for each failure as soon as it is known")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    to = config.getoption("--failures-to")
+    if to is not None and not hasattr(config, "workerinput"):  # xdist's workers report to this process
+        config.pluginmanager.register(_Failures(to))
+
+
+class _Failures:
+    """pytest itself prints them at its end, which a run that is stopped never reaches."""
+
+    def __init__(self, to: Path) -> None:
+        self.to = to
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            with self.to.open("a") as file:
+                file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A fault on the card ends a process's use of it: xdist goes on with a new one, when the test's report is sent."""
+    result = yield
+    if GPU and item.get_closest_marker("gpu") and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result

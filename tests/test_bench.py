@@ -180,6 +180,13 @@ def test_a_run_is_written_whole(tmp_path: Path) -> None:
     assert packed["gflops"] == pytest.approx(KINDS[1].flops(lengths, "inference") / packed["ours"]["ms"] / 1e6)
 
 
+def test_what_torch_launches_is_noted_in_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "launches", lambda module, x: {"count": module.hidden_size * x.size(1)})
+    rows = [{**SMALL._asdict(), "rivals": names} for names in ({"torch": {}}, {"haste": {}})]
+    runner.count_launches(rows, "cpu")
+    assert rows[0]["launches"] == {"count": SMALL.H * SMALL.B} and "launches" not in rows[1]
+
+
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     output = tmp_path / "run.json"

@@ -122,7 +122,8 @@ def gpu_kernels(monkeypatch):
         "refuses",
         lambda device, dtype, hidden: f"{hidden} hidden units don't fit" if hidden > 768 else None,
     )
-    monkeypatch.setattr(dispatch.persistent, "outweighed", lambda device, dtype, hidden, batch: None)
+    for name in ("crowded", "outweighed"):
+        monkeypatch.setattr(dispatch.persistent, name, lambda device, dtype, hidden, batch: None)
 
 
 def choose_on_gpu(hidden, backend="auto", batch=4, **call):
@@ -147,6 +148,14 @@ def test_on_a_gpu_nobody_measured_large_batches_go_to_torch_by_estimate(gpu_kern
     assert choose_on_gpu(64, "persistent", batch=10).backend == "persistent"
     monkeypatch.setattr(dispatch.measured, "knows", lambda place: place == "cuda")
     assert choose_on_gpu(64, batch=10).backend == "persistent"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_on_a_gpu_batches_that_it_does_not_hold_go_to_torch(gpu_kernels, monkeypatch, known):
+    monkeypatch.setattr(dispatch.measured, "knows", lambda place: known)
+    monkeypatch.setattr(dispatch.persistent, "crowded", lambda *asked: "too many" if asked[3] > 9 else None)
+    assert choose_on_gpu(64, batch=9).backend == "persistent"
+    assert choose_on_gpu(64, batch=10) == ("torch", "persistent: too many")
 
 
 def test_a_compiled_graph_on_a_gpu_takes_gate_kernels_before_the_reference(gpu_kernels, monkeypatch):

@@ -64,36 +64,44 @@ def test_without_its_needs_it_is_skipped(card, monkeypatch):
 
 
 def test_it_gives_what_its_process_prints(card):
-    printed = json.dumps({"clusters": {"2": 66}, "steps": [STEP, *EXCHANGES]})
+    printed = "\n".join(
+        json.dumps(line) for line in ({"clusters": {"2": 66}}, *({"step": s} for s in (STEP, *EXCHANGES)))
+    )
     card(f"test \"$*\" = '-m lstm_fast.bench.exchange 3' && echo '{printed}'")
     found = exchange.measure()
-    assert found["ok"] and found["steps"][0] == STEP
+    assert found["ok"] and found["steps"] == [STEP, *EXCHANGES] and found["clusters"] == {"2": 66}
     assert "66 of 2" in found["summary"] and "210.5 clocks" in found["summary"]
     assert exchange.shortest_us() == 0.75
 
 
 def test_it_tells_what_failed(card, monkeypatch):
-    card("echo no such card >&2; exit 3")
-    assert exchange.measure() == {"ok": False, "summary": "the measurement failed: no such card"}
-    monkeypatch.setattr(exchange, "SECONDS", 0.2)
-    card("sleep 5")
-    assert exchange.measure() == {"ok": False, "summary": "the measurement did not end within 0.2 s"}
+    """And keeps what was measured before."""
+    step = f"echo '{json.dumps({'step': STEP})}'"
+    card(f"{step}; echo no such card >&2; exit 3")
+    found = exchange.measure()
+    assert not found["ok"] and found["steps"] == [STEP]
+    assert found["summary"].endswith("ns\nthe measurement failed: no such card")
+    monkeypatch.setattr(exchange, "SECONDS", 1)
+    card(f"{step}; sleep 60")
+    found = exchange.measure()
+    assert not found["ok"] and found["steps"] == [STEP]
+    assert found["summary"].endswith("the measurement did not end within 1 s")
 
 
 def test_the_process_prints_what_the_extension_measures(monkeypatch, capsys):
-    steps = [("message", 16, 2, 210.5, 120.0), ("exchange", 512, 8, 1600.0, 900.0)]
-    monkeypatch.setattr(_C, "measure_exchange", lambda device: ([(2, 66), (16, device)], steps), raising=False)
+    monkeypatch.setattr(_C, "clusters_at_once", lambda device: [(2, 66), (16, device)], raising=False)
+    monkeypatch.setattr(_C, "measure_exchange", lambda _, report: report(*STEP.values()), raising=False)
     exchange.main(7)
-    assert json.loads(capsys.readouterr().out) == {
-        "clusters": {"2": 66, "16": 7},
-        "steps": [STEP, {"what": "exchange", "size": 512, "blocks": 8, "clocks": 1600.0, "ns": 900.0}],
-    }
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"clusters": {"2": 66, "16": 7}}, {"step": STEP}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu_the_extension_says_why():
     with pytest.raises(RuntimeError, match=r"cudaSetDevice: |built without clusters"):
-        _C.measure_exchange(0)
+        _C.clusters_at_once(0)
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice: |built without clusters"):
+        _C.measure_exchange(0, print)
 
 
 def test_a_gpus_limit_counts_the_shortest_exchange(monkeypatch):

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_bench, gpu_check
+from lstm_fast.bench import process
 
 ROW = {"group": "bf16", "backend": "persistent", "T": 64, "B": 16, "H": 512, "mode": "inference", "us_per_step": 23.4}
 TIMES = {"ours_ms": 1.5, "theirs_ms": 3.0, "ratio": 2.0, "ratio_p20": 1.9, "ratio_p80": 2.1, "pairs": 20}
@@ -45,6 +47,7 @@ def test_unknown_parts_are_refused(capsys):
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """A GPU that isn't there, and parts that do as they are told: called with them, returns exit code and record."""
+    monkeypatch.setattr(gpu_check.persistent, "refuses", lambda *_: None)
     output = tmp_path / "new" / "result.json"
 
     def check(backends_ok: bool = True, **parts):
@@ -52,6 +55,7 @@ def pretended(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
         monkeypatch.setattr(gpu_check, "describe", lambda: {"gpu": "NVIDIA Test 1", "driver": "1.2"})
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(gpu_check.lstm_fast, "backends", lambda: dict.fromkeys(gpu_check.BACKENDS, status))
         for name, part in parts.items():
             monkeypatch.setitem(gpu_check.PARTS, name, part)
@@ -62,7 +66,7 @@ def pretended(monkeypatch, tmp_path):
 
 
 def well(summary: str = "3 tests"):
-    return lambda: {"ok": True, "summary": summary}
+    return lambda _: {"ok": True, "summary": summary}
 
 
 def test_the_record_holds_every_part_that_ran(pretended):
@@ -72,12 +76,19 @@ def test_the_record_holds_every_part_that_ran(pretended):
 
 
 def test_failures_and_missing_backends_show_in_the_exit_code(pretended):
-    assert pretended(tests=lambda: {"ok": False, "summary": "1 failed"})[0] == 1
+    assert pretended(tests=lambda _: {"ok": False, "summary": "1 failed"})[0] == 1
     assert pretended(tests=well(), backends_ok=False)[0] == 1
 
 
+def test_a_card_that_holds_nothing_is_no_success(pretended, monkeypatch, capsys):
+    """Its tests would all be skipped, and its rows refused."""
+    monkeypatch.setattr(gpu_check.persistent, "refuses", lambda device, dtype, hidden: f"no room for {hidden}")
+    assert pretended(tests=well())[0] == 1
+    assert "persistent is missing: no room for 512" in capsys.readouterr().out
+
+
 def test_a_part_that_breaks_leaves_the_others(pretended):
-    def broken():
+    def broken(_):
         raise RuntimeError("the card fell off the bus")
 
     code, record = pretended(exchange=well(), tests=broken, sanitizer=well())
@@ -88,7 +99,7 @@ def test_a_part_that_breaks_leaves_the_others(pretended):
 def test_a_process_that_hangs_is_stopped():
     """With its children, which would hold its output open."""
     begun = time.monotonic()
-    code, output = gpu_check.run(["sh", "-c", "sleep 60 & echo begun; wait"], 1)
+    code, output = process.run(["sh", "-c", "sleep 60 & echo begun; wait"], 1)
     assert code is None and output == "begun\n" and time.monotonic() - begun < 30
 
 
@@ -102,49 +113,61 @@ def test_ctrl_c_stops_the_part_too(monkeypatch):
                 raise KeyboardInterrupt
             return super().communicate(*arguments, **options)
 
-    monkeypatch.setattr(gpu_check.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(process.subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        gpu_check.run(["sleep", "60"], 60)
+        process.run(["sleep", "60"], 60)
     assert started[0].returncode == -signal.SIGKILL
 
 
-def fake_bench(monkeypatch, *ends: tuple[int | None, list[dict]]):
+def test_a_process_that_a_kill_does_not_end_is_left_behind(monkeypatch):
+    """As one that waits inside the driver: here nothing is killed at all."""
+    monkeypatch.setattr(process.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(process, "STUCK", 0.5)
+    assert process.run(["sh", "-c", "echo begun; sleep 3"], 0.5) == (None, "begun\n")
+
+
+def fake_bench(monkeypatch, result: Path, *ends: tuple[int | None, list[dict]]):
     """What gpu-check makes of bench processes, each of which ends with a code after it wrote some records."""
     waiting = list(ends)
 
-    def run(command, seconds, **_):
+    def run(command, *_, **__):
         code, records = waiting.pop(0)
         with Path(command[command.index("--output") + 1]).open("a") as file:
             file.write("".join(json.dumps(r) + "\n" for r in records))
         return code, "what it said"
 
     monkeypatch.setattr(gpu_check, "run", run)
-    found = gpu_check.run_bench()
-    assert not waiting
+    found = gpu_check.run_bench(result)
+    assert not waiting and not list(result.parent.iterdir())
     return found
 
 
-def test_the_bench_keeps_what_a_stopped_run_had_measured(monkeypatch):
+def test_the_bench_keeps_what_a_stopped_run_had_measured(monkeypatch, tmp_path):
     rows = [{**FULL_ROW, **shape._asdict()} for shape in gpu_bench.shapes()]
     records = [{"kernels": KERNELS}, {"modules": MODULES}, {"row": rows[0]}]
-    found = fake_bench(monkeypatch, (0, records))
+    found = fake_bench(monkeypatch, tmp_path / "result.json", (0, records))
     left_out = [shape._asdict() for shape in gpu_bench.shapes()][1:]
     assert found["ok"] and found["rows"] == rows[:1] and found["left_out"] == left_out
     summary = found["summary"]
     assert "0.91 us/step" in summary and "2.00x over 1 rows (floor 2.0, aim 5.0)" in summary
     assert "1.50 us/step, nn.LSTM 3.00, 2.00x (floor 3.0, aim 1.2)" in summary and "tf32 256 16 512 persist" in summary
-    assert "left out" not in fake_bench(monkeypatch, (0, [{"row": row} for row in rows]))["summary"]
-    stopped = fake_bench(monkeypatch, (None, records))
+    assert (
+        "left out"
+        not in fake_bench(monkeypatch, tmp_path / "result.json", (0, [{"row": row} for row in rows]))["summary"]
+    )
+    stopped = fake_bench(monkeypatch, tmp_path / "result.json", (None, records))
     assert not stopped["ok"] and stopped["rows"] == rows[:1]
     assert "stopped at its limit of 120 s; the last it said: what it said" in stopped["summary"]
 
 
-def test_a_bench_that_lost_the_card_is_taken_up_again(monkeypatch):
-    found = fake_bench(monkeypatch, (gpu_bench.LOST, [{"row": FULL_ROW}]), (1, [{"kernels": KERNELS}]))
+def test_a_bench_that_lost_the_card_is_taken_up_again(monkeypatch, tmp_path):
+    found = fake_bench(
+        monkeypatch, tmp_path / "result.json", (gpu_bench.LOST, [{"row": FULL_ROW}]), (1, [{"kernels": KERNELS}])
+    )
     assert not found["ok"] and found["rows"] == [FULL_ROW] and found["kernels"] == KERNELS
     monkeypatch.setitem(gpu_check.SECONDS, "bench", 0.01)
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (time.sleep(0.02), (gpu_bench.LOST, "lost"))[1])
-    assert "lost" in gpu_check.run_bench()["summary"]
+    assert "lost" in gpu_check.run_bench(tmp_path / "result.json")["summary"]
 
 
 def test_a_table_row_names_case_and_figures():
@@ -164,6 +187,8 @@ def test_a_table_row_names_case_and_figures():
     )
     assert all(part in line for part in parts)
     assert "? launches" in gpu_bench.table([{**FULL_ROW, "nn_lstm": {"failed": "no profiler"}}])
+    without = {name: value for name, value in FULL_ROW.items() if name != "nn_lstm"}
+    assert "? launches" in gpu_bench.table([without])
     lines = gpu_bench.table([FULL_ROW, {**ROW, "refused": "no cluster holds it"}]).splitlines()
     assert "refused: no cluster holds it" in lines[1] and "over 1 rows, 1 without a ratio" in lines[2]
 
@@ -238,6 +263,26 @@ def test_a_lost_card_ends_the_process_and_the_next_goes_on(bench):
     assert [tuple(r["row"][name] for name in gpu_bench.Shape._fields) for r in records[2:]] == list(gpu_bench.shapes())
 
 
+def test_launches_are_counted_when_all_rows_are_timed(bench, monkeypatch):
+    """A profiler that is barred costs no timings."""
+
+    def timed(shape):
+        return {name: value for name, value in well_measured(shape).items() if name != "nn_lstm"}
+
+    def count(shape):
+        if shape.group == "fp16":
+            raise RuntimeError("no permission")
+        return {"launches": shape.B}
+
+    monkeypatch.setattr(gpu_bench, "launches", count)
+    code, records = bench(timed)
+    shapes = list(gpu_bench.shapes())
+    assert code == 0 and all("row" in record for record in records[2 : 2 + len(shapes)])
+    rows = gpu_bench.rows_of(records)
+    assert [row["group"] for row in rows] == [shape.group for shape in shapes]
+    assert rows[0]["nn_lstm"] == {"launches": 16} and rows[1]["nn_lstm"] == {"failed": "RuntimeError: no permission"}
+
+
 def test_lost_is_what_the_card_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert not gpu_bench.lost()
@@ -298,14 +343,13 @@ def test_a_row_is_measured(monkeypatch, clock, group):
     monkeypatch.setattr(gpu_bench.persistent, "unavailable", lambda: None)
     monkeypatch.setattr(gpu_bench.persistent, "refuses", lambda *_: None)
     monkeypatch.setattr(gpu_bench.persistent, "plans", lambda *asked: [asked[2:], gpu_bench.persistent._clusters])
-    monkeypatch.setattr(gpu_bench, "launches", lambda *_: {"launches": 7})
     row = gpu_bench.run_row(gpu_bench.Shape(group, 6, 4, 8))
     assert row["plans"] == [(8, 4, 2 if group == "bidirectional" else 1), group != "grid"]
     assert len(clock) == 2 * gpu_bench.PAIRS == 2 * row["pairs"]
     assert (row["ours_ms"], row["theirs_ms"], row["ratio_low"], row["ratio"], row["ratio_p80"]) == (2, 4, 2, 2, 2)
     assert row["us_per_step"] == 1e3 * row["ours_ms"] / 6
     assert row["mode"] == ("inference" if group == "inference" else "forward+backward")
-    assert row["peak_mib"] == row["nn_lstm_peak_mib"] == 2.0 and row["nn_lstm"] == {"launches": 7}
+    assert row["peak_mib"] == row["nn_lstm_peak_mib"] == 2.0
     assert group in gpu_bench.table([row])
     json.dumps(row)
 
@@ -340,7 +384,7 @@ def test_what_nn_lstm_launches_is_counted(monkeypatch):
     profile.__enter__.return_value.key_averages.return_value = averages
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = gpu_bench.launches(torch.nn.LSTM(3, 5), torch.randn(100, 2, 3))
+    found = gpu_bench.launches(gpu_bench.Shape("bf16", 100, 2, 5), device="cpu")
     assert found == {"launches": 68, "commonest": ["rnn", "gemm" * 20], "weights_compact": False}
 
 
@@ -367,7 +411,7 @@ def test_phases_are_those_of_a_training_step():
 def test_the_sanitizer_runs_each_check(monkeypatch, code, said, ok, told):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "compute-sanitizer")
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (code, said))
-    found = gpu_check.run_sanitizer()
+    found = gpu_check.run_sanitizer(Path("result.json"))
     assert found["ok"] == ok and found["summary"].count(told) == 8
     assert all(f"memcheck of {backend}" in found["summary"] for backend in gpu_check.BACKENDS)
     for check in ("memcheck", "synccheck", "racecheck"):
@@ -375,24 +419,91 @@ def test_the_sanitizer_runs_each_check(monkeypatch, code, said, ok, told):
         assert f"{check} of {gpu_check.OVER_THE_GRID}:" in found["summary"]
 
 
+def test_hazards_that_messages_may_only_seem_to_have_are_told_and_not_judged(monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "compute-sanitizer")
+    for where, ok in (("persistent", True), (gpu_check.OVER_THE_GRID, False)):
+        monkeypatch.setattr(
+            gpu_check,
+            "run",
+            lambda command, *_, where=where, **__: (
+                (9, "a hazard") if "--tool=racecheck" in command and command[-1] == where else (0, "")
+            ),
+        )
+        found = gpu_check.run_sanitizer(Path("result.json"))
+        assert found["ok"] is ok and f"racecheck of {where}: a hazard" in found["summary"]
+
+
 def test_without_a_sanitizer_it_says_so(monkeypatch):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: None)
-    assert gpu_check.run_sanitizer() == {"ok": True, "summary": "skipped: compute-sanitizer is not installed"}
+    assert gpu_check.run_sanitizer(Path("result.json")) == {
+        "ok": True,
+        "summary": "skipped: compute-sanitizer is not installed",
+    }
 
 
-def test_failed_and_skipped_tests_are_named(monkeypatch):
+def test_failed_and_skipped_tests_are_named(monkeypatch, tmp_path):
     lines = ["SKIPPED [1] tests/test_gpu.py:99: there is one GPU", "FAILED tests/test_x.py::test_y", "1 failed"]
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (1, "\n".join(lines)))
-    found = gpu_check.run_tests()
+    found = gpu_check.run_tests(tmp_path / "result.json")
     assert not found["ok"] and found["skipped"] == lines[:1] and found["failed"] == lines[1:2]
     assert found["summary"] == "1 failed" and found["output"].endswith("1 failed")
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (None, "..."))
-    assert "stopped at its limit of 200 s" in gpu_check.run_tests()["summary"]
+    assert "stopped at its limit of 200 s" in gpu_check.run_tests(tmp_path / "result.json")["summary"]
+
+    def stopped(command, *_, **__):
+        (to,) = (Path(part.partition("=")[2]) for part in command if part.startswith("--failures-to="))
+        to.write_text("test_y: what was wrong")
+        return None, "..F"
+
+    monkeypatch.setattr(gpu_check, "run", stopped)
+    assert gpu_check.run_tests(tmp_path / "result.json")["failures"] == "test_y: what was wrong"
+    assert not list(tmp_path.iterdir())
     commands = []
     monkeypatch.setattr(gpu_check, "run", lambda command, *_, **__: (commands.append(command), (0, "3 passed"))[1])
-    assert gpu_check.run_tests() == {"ok": True, "summary": "3 passed", "failed": [], "skipped": []}
+    assert gpu_check.run_tests(tmp_path / "result.json") == {
+        "ok": True,
+        "summary": "3 passed",
+        "failed": [],
+        "skipped": [],
+    }
     names = [Path(part).name for part in commands[0] if part.endswith(".py")]
     assert set(names[:3]) == {"test_gpu.py", "test_gpu_check.py", "test_gpu_persistent.py"} and len(set(names)) > 20
+
+
+FAULTY = """
+import pytest, torch
+
+lost = []
+
+def synchronize():
+    if lost:
+        raise RuntimeError("unspecified launch failure")
+
+torch.cuda.is_available, torch.cuda.synchronize = lambda: True, synchronize
+
+@pytest.mark.gpu
+def test_loses_the_card():
+    lost.append(True)
+    assert not "what was wrong"
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", range(20))
+def test_after_it(n):
+    assert not lost
+"""
+
+
+def test_a_fault_on_the_card_costs_one_test_and_is_told_at_once(tmp_path):
+    """With the workers of gpu-check's tests, each of which pretends to have a GPU."""
+    test, failures = tmp_path / "test_faulty.py", tmp_path / "failures.txt"
+    test.write_text(FAULTY)
+    pretends = tmp_path / "pretends.py"
+    pretends.write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
+    command = [sys.executable, "-m", "pytest", "-p", "pretends", "-p", "tests.conftest", "-n", "1", "-m", "gpu"]
+    command += [f"--rootdir={tmp_path}", f"--failures-to={failures}", "-p", "no:cacheprovider", str(test)]
+    code, said = process.run(command, 120, gpu_check.ROOT, PYTHONPATH=f"{tmp_path}:{gpu_check.ROOT}")
+    assert code == 1 and "20 passed" in said, said
+    assert "what was wrong" in failures.read_text()
 
 
 def test_a_record_names_driver_clocks_and_triton(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 
+from lstm_fast import _C
 from lstm_fast.kernels import persistent
 from tests.persistent_case import Case, error, granted
 
@@ -231,3 +232,19 @@ def test_batches_whose_arithmetic_outweighs_the_launches_are_left_to_torch(gpu, 
         assert persistent.outweighed(gpu, dtype, hidden, 16) is None
         why_not = persistent.outweighed(gpu, dtype, hidden, 20000)
         assert f"a step of 20000 x {hidden} units is expected to take" in why_not
+
+
+def test_batches_that_no_plan_holds_are_left_to_torch(gpu):
+    assert persistent.crowded(gpu, torch.bfloat16, 1024, 20000) is None
+    why_not = persistent.crowded(gpu, torch.bfloat16, 1856, 65536)
+    assert why_not == "this GPU does not hold 65536 sequences of 1856 hidden units on chip"
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.parametrize("grid", [False, True])
+def test_what_is_no_answer_of_a_card_is_an_error(grid):
+    """Else a card that is lost would seem to hold no weights, and what runs there be skipped."""
+    if not (grid or _C.build_info()["clusters"]):
+        pytest.skip("built without clusters")
+    with pytest.raises(RuntimeError, match="asking what the GPU can hold: "):
+        _C.persistent_granted(kind=0, backward=False, device=99, grid=grid, cluster=8, threads=128, shared=1024)

@@ -39,3 +39,18 @@ def test_products_on_a_gpu_follow_cudnn_and_leave_torch_as_it_was(of_cudnn, of_m
     for other in (SimpleNamespace(is_cuda=True, dtype=torch.bfloat16), torch.zeros(1)):
         with precision.rnn_precision(other):
             assert matmul_precision() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one switch a backend")
+@pytest.mark.usefixtures("restore_precision")
+def test_a_setting_for_all_of_torch_still_reaches_products_afterwards():
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "none"  # inherited
+        torch.backends.fp32_precision = "tf32"
+        with precision.rnn_precision(SimpleNamespace(is_cuda=True, dtype=torch.float32)):
+            assert matmul_precision() == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul_precision() == "ieee"
+    finally:
+        torch.backends.fp32_precision = before

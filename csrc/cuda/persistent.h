@@ -231,12 +231,11 @@ struct Latency {
     int size, blocks;
     double clocks, ns;
 };
-struct Exchange {
-    std::vector<std::pair<int, int>> clusters;  // blocks of a cluster, and how many clusters run at once
-    std::vector<Latency> steps;
-};
-// Takes a second and the whole device. Throws std::runtime_error where a launch fails.
-Exchange measure_exchange(int device);
+// Blocks of a cluster, and how many such clusters run at once, one block a multiprocessor.
+std::vector<std::pair<int, int>> clusters_at_once(int device);
+// Tells `report` of each step as soon as it is measured. Takes a second and the whole device. Both throw
+// std::runtime_error: this one where a launch fails, after what was measured before.
+void measure_exchange(int device, const std::function<void(const Latency&)>& report);
 }  // namespace cuda
 
 }  // namespace lstm::persistent

@@ -182,8 +182,16 @@ struct BackwardKernel {
         float sum = 0.0f;
         if constexpr (kGrid) {
             global().await(slot, fill);
-#pragma unroll 8
-            for (int rank = 0; rank < p.plan.cluster; ++rank) sum += simt::collect(from + rank * stride);
+            const int last = p.plan.cluster - 1;
+            for (int first = 0; first <= last; first += 8) {  // eight loads at a time; past the last, it again
+                float some[8];
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    some[j] = simt::collect(from + (first + j < last ? first + j : last) * stride);
+                }
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sum += first + j <= last ? some[j] : 0.0f;
+            }
         } else {
             simt::wait(full(slot, fill % 2), parity_of(fill));
 #pragma unroll 4

@@ -15,7 +15,9 @@ using namespace lstm::simt;
 constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512, kScratch = 1 << 16;
 
 void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // or an innocent call would find it
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 struct Times {
@@ -118,8 +120,17 @@ __global__ void __launch_bounds__(kThreads, 1) grid_steps(Times* times, unsigned
             await(flag, (step + 1) * gridDim.x);
         }
         sync_threads();
-#pragma unroll 4
-        for (unsigned j = threadIdx.x; j < words; j += kThreads) here[j] = collect(h + j);
+        for (unsigned first = threadIdx.x; first < words; first += 4 * kThreads) {  // four loads at a time
+            Words some[4];
+#pragma unroll
+            for (unsigned j = 0; j < 4; ++j) {
+                if (first + j * kThreads < words) some[j] = collect(h + first + j * kThreads);
+            }
+#pragma unroll
+            for (unsigned j = 0; j < 4; ++j) {
+                if (first + j * kThreads < words) here[first + j * kThreads] = some[j];
+            }
+        }
         sync_threads();
     }
     watch.stop();
@@ -155,6 +166,8 @@ class Buffer {
 
 class Launcher {
   public:
+    Launcher(int device, const std::function<void(const Latency&)>& report) : device_(device), report_(report) {}
+
     // The median of several runs, a step.
     template <typename Run>
     void measure(const char* what, int size, int blocks, double per_step, Run run) {
@@ -170,14 +183,14 @@ class Launcher {
         std::sort(found.begin(), found.end(), [](const Times& x, const Times& y) { return x.clocks < y.clocks; });
         const Times& median = found[kRuns / 2];
         const double steps = kSteps * per_step;
-        latencies.push_back({what, size, blocks, static_cast<double>(median.clocks) / steps,
-                             static_cast<double>(median.nanoseconds) / steps});
+        report_({what, size, blocks, static_cast<double>(median.clocks) / steps,
+                 static_cast<double>(median.nanoseconds) / steps});
     }
 
     template <typename... Arguments>
-    static cudaError_t clustered(void (*kernel)(Arguments...), int cluster, int threads, int shared,
-                                 Arguments... arguments) {
-        const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), cluster, shared);
+    cudaError_t clustered(void (*kernel)(Arguments...), int cluster, int threads, int shared,
+                          Arguments... arguments) const {
+        const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), cluster, device_);
         if (error != cudaSuccess) return error;
         const Configuration launch(cluster, cluster, threads, shared, nullptr);
         return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
@@ -186,65 +199,66 @@ class Launcher {
     Times* times() const { return times_.as<Times>(); }
     void* scratch() const { return scratch_.as<void>(); }
 
-    std::vector<Latency> latencies;
+    // h of 8 sequences, in a cluster.
+    void measure_cluster(int cluster, int hidden) {
+        const int groups = hidden / 8 / cluster, threads = std::min(64 * groups, kMostThreads);
+        const int shared = 128 + 2 * 8 * (2 * hidden + 64);
+        measure("exchange", hidden, cluster, 1.0,
+                [&] { return clustered(exchange_steps, cluster, threads, shared, times(), cluster, groups); });
+    }
+
+    // The same over a grid.
+    void measure_grid(int blocks, int hidden) {
+        auto words = static_cast<unsigned>(hidden);  // of 16 bits: 16 bytes a unit
+        measure("grid", hidden, blocks, 1.0, [&] {
+            Times* to = times();
+            void* global = scratch();
+            void* arguments[] = {&to, &global, &words};
+            const auto grid = dim3(static_cast<unsigned>(blocks));
+            return cudaLaunchCooperativeKernel(grid_steps, grid, dim3(kThreads), arguments, 16 * words, nullptr);
+        });
+    }
 
   private:
+    int device_;
+    const std::function<void(const Latency&)>& report_;
     Buffer times_{sizeof(Times)}, scratch_{kScratch};
 };
 
-// Clusters of this size, one block a multiprocessor, that run at the same time; 0 where the size is refused.
-int resident(int cluster) {
-    const auto* const kernel = reinterpret_cast<const void*>(exchange_steps);
-    int count = 0;
-    const int shared = 200 * 1024;
-    const Configuration launch(cluster, cluster, kMostThreads, shared, nullptr);
-    if (prepare(kernel, cluster, shared) != cudaSuccess ||
-        cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) != cudaSuccess) {
-        cudaGetLastError();
-        return 0;
-    }
-    return count;
-}
-
 }  // namespace
 
-Exchange measure_exchange(int device) {
+std::vector<std::pair<int, int>> clusters_at_once(int device) {
     check(cudaSetDevice(device), "cudaSetDevice");
+    const auto* const kernel = reinterpret_cast<const void*>(exchange_steps);
+    std::vector<std::pair<int, int>> found;
+    for (int cluster = 2; cluster <= 16; cluster *= 2) {
+        int count = 0;
+        const Configuration launch(cluster, cluster, kMostThreads, 200 * 1024, nullptr);
+        cudaError_t error = prepare(kernel, cluster, device);
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
+        found.emplace_back(cluster, granted(error) ? count : 0);
+    }
+    return found;
+}
+
+void measure_exchange(int device, const std::function<void(const Latency&)>& report) {
+    const auto clusters = clusters_at_once(device);
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    Exchange found;
-    for (int cluster = 2; cluster <= 16; cluster *= 2) found.clusters.emplace_back(cluster, resident(cluster));
-    Launcher launch;
+    Launcher launch(device, report);
     launch.measure("message", 16, 2, 2.0, [&] { return launch.clustered(ping_pong, 2, 32, 1024, launch.times()); });
-    for (const auto& [cluster, at_once] : found.clusters) {
-        if (at_once == 0) continue;
-        for (int hidden : {256, 512, 768}) {
-            const int groups = hidden / 8 / cluster, threads = std::min(64 * groups, kMostThreads);
-            const int shared = 128 + 2 * 8 * (2 * hidden + 64);
-            const auto run = [&, size = cluster] {
-                return launch.clustered(exchange_steps, size, threads, shared, launch.times(), size, groups);
-            };
-            launch.measure("exchange", hidden, cluster, 1.0, run);
-        }
-    }
-    for (int blocks : {32, 64, multiprocessors}) {
-        for (int hidden : {512, 1024}) {
-            launch.measure("grid", hidden, blocks, 1.0, [&] {
-                Times* times = launch.times();
-                void* scratch = launch.scratch();
-                auto words = static_cast<unsigned>(hidden);  // 8 sequences of 16 bits: 16 bytes a unit
-                void* arguments[] = {&times, &scratch, &words};
-                const auto grid = dim3(static_cast<unsigned>(blocks));
-                return cudaLaunchCooperativeKernel(grid_steps, grid, dim3(kThreads), arguments, 16 * words, nullptr);
-            });
-        }
-    }
     launch.measure("product", 2048, 1, 8.0, [&] {
         products<<<1, kThreads>>>(launch.times(), static_cast<float*>(launch.scratch()));
         return cudaGetLastError();
     });
-    found.steps = std::move(launch.latencies);
-    return found;
+    for (int blocks : {32, 64, multiprocessors}) {
+        for (int hidden : {512, 1024}) launch.measure_grid(blocks, hidden);
+    }
+    for (const auto& [cluster, at_once] : clusters) {  // the largest last: it is the likeliest to fail
+        for (int hidden : {256, 512, 768}) {
+            if (at_once > 0) launch.measure_cluster(cluster, hidden);
+        }
+    }
 }
 
 }  // namespace lstm::persistent::cuda

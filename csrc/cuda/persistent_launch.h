@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+
 #include "persistent_common.h"
 
 namespace lstm::persistent::cuda {
@@ -46,40 +48,61 @@ struct Configuration {
     Configuration(const Configuration&) = delete;  // config points into it
 };
 
-inline cudaError_t prepare(const void* kernel, int cluster, int shared) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+// Lets launches of the kernel on this thread's device have what it has. Always all of it, since another thread may be
+// about to launch the same kernel with more than this launch takes.
+inline cudaError_t prepare(const void* kernel, int cluster, int device) {
+    int most = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error == cudaSuccess && cluster > 8) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
     return error;
 }
 
+// Whether the card grants what was asked. That a size is refused is an answer, and that there is no code for such
+// a card; any other error is none, and is thrown.
+inline bool granted(cudaError_t error) {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();  // or an innocent call would find it
+    switch (error) {
+        case cudaErrorInvalidValue:
+        case cudaErrorInvalidConfiguration:
+        case cudaErrorInvalidClusterSize:
+        case cudaErrorLaunchOutOfResources:
+        case cudaErrorCooperativeLaunchTooLarge:
+        case cudaErrorNotSupported:
+        case cudaErrorInvalidDeviceFunction:
+        case cudaErrorNoKernelImageForDevice:
+            return false;
+        default:
+            throw std::runtime_error(std::string("asking what the GPU can hold: ") + cudaGetErrorString(error));
+    }
+}
+
 template <template <typename, bool, int, bool> class Kernel, typename Walk>
 int resident_clusters(Kind kind, int device, int cluster, int threads, int shared) {
     const void* kernel = choose<Kernel, Walk, false>(kind, threads / 64);
-    if (cudaSetDevice(device) != cudaSuccess) return 0;
     int count = 0;
     const Configuration launch(cluster, cluster, threads, shared, nullptr);
-    if (prepare(kernel, cluster, shared) != cudaSuccess ||
-        cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) != cudaSuccess) {
-        cudaGetLastError();  // a refused size is an answer, not an error
-        return 0;
-    }
-    return count;
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = prepare(kernel, cluster, device);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
+    return granted(error) ? count : 0;
 }
 
 template <template <typename, bool, int, bool> class Kernel, typename Walk>
 int resident_blocks(Kind kind, int device, int threads, int shared) {
     const void* kernel = choose<Kernel, Walk, true>(kind, threads / 64);
+    const auto bytes = static_cast<std::size_t>(shared);
     int multiprocessors = 0, in_each = 0;
-    if (cudaSetDevice(device) != cudaSuccess || prepare(kernel, 0, shared) != cudaSuccess ||
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&in_each, kernel, threads, static_cast<std::size_t>(shared)) !=
-            cudaSuccess) {
-        cudaGetLastError();  // a refused size is an answer, not an error
-        return 0;
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = prepare(kernel, 0, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&in_each, kernel, threads, bytes);
     }
-    return in_each > 0 ? multiprocessors : 0;  // more would share a multiprocessor's rates
+    return granted(error) && in_each > 0 ? multiprocessors : 0;  // more would share a multiprocessor's rates
 }
 
 template <template <typename, bool, int, bool> class Kernel, bool kGrid, typename Walk>
@@ -90,13 +113,15 @@ std::string launch(Walk walk, Kind kind, int device, void* stream) {
     const void* kernel = choose<Kernel, Walk, kGrid>(kind, plan.groups);
     // This copy of the runtime keeps its own current device, whatever torch's has.
     cudaError_t error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = prepare(kernel, cluster, plan.shared);
+    if (error == cudaSuccess) error = prepare(kernel, cluster, device);
     const Configuration launch(cluster, blocks, 64 * plan.groups, plan.shared, static_cast<cudaStream_t>(stream));
     for (; error == cudaSuccess && walk.direction < walk.sizes.directions; walk.direction += plan.directions) {
         void* arguments[] = {&walk};
         error = cudaLaunchKernelExC(&launch.config, kernel, arguments);
     }
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+    if (error == cudaSuccess) return {};
+    cudaGetLastError();  // or an innocent call would find it
+    return cudaGetErrorString(error);
 }
 
 }  // namespace lstm::persistent::cuda

@@ -85,7 +85,10 @@ SIMT std::uint64_t nanoseconds() {
     return now;
 }
 
-constexpr std::uint64_t kPatience = 10'000'000'000;  // nanoseconds
+constexpr std::int64_t kPatience = 10'000'000'000;  // nanoseconds
+
+// Signed: nothing promises that this clock never goes back a little.
+SIMT std::int64_t waited_since(std::uint64_t start) { return static_cast<std::int64_t>(nanoseconds() - start); }
 
 SIMT bool ended(Barrier* barrier, unsigned parity) {
     std::uint32_t done;
@@ -105,7 +108,7 @@ SIMT void wait(Barrier* barrier, unsigned parity) {
     if (!ended(barrier, parity)) {
         const std::uint64_t start = nanoseconds();
         while (!ended(barrier, parity)) {
-            if (nanoseconds() - start > kPatience) __trap();
+            if (waited_since(start) > kPatience) __trap();
         }
     }
     // Of shared memory alone: an acquire of all memory would empty the L1 cache at every step.
@@ -146,7 +149,7 @@ SIMT void await(const Flag* flag, unsigned signals) {
     for (unsigned seen = 0;;) {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
         if (seen >= signals) return;
-        if (nanoseconds() - start > kPatience) __trap();
+        if (waited_since(start) > kPatience) __trap();
     }
 }
 

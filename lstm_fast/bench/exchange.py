@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from typing import Any
 
 import torch
+
+from lstm_fast.bench.process import run
 
 SECONDS = 60  # for the process that measures: a kernel that never ends is stopped with it
 
 
 def measure() -> dict[str, Any]:
     """Of torch's current GPU: ``ok``, ``summary``, and where it ran ``clusters``, how many of each size run at once,
-    and ``steps``: clocks and ns of a message, of an exchange of h in a cluster and over a grid, of a product."""
+    and ``steps``: clocks and ns of a message, of an exchange of h in a cluster and over a grid, of a product; where it
+    failed, those before."""
     try:
         from lstm_fast import _C
     except ImportError as error:
@@ -24,15 +26,18 @@ def measure() -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability()
     if major < 9:
         return {"ok": True, "summary": f"skipped: compute capability {major}.{minor} has no clusters"}
-    command = [sys.executable, "-m", __name__, str(torch.cuda.current_device())]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"ok": False, "summary": f"the measurement did not end within {SECONDS} s"}
-    if done.returncode != 0:
-        return {"ok": False, "summary": f"the measurement failed: {done.stderr.strip()[-2000:]}"}
-    found: dict[str, Any] = json.loads(done.stdout)
-    return {"ok": True, "summary": summary(found), **found}
+    code, said = run([sys.executable, "-m", __name__, str(torch.cuda.current_device())], SECONDS)
+    lines = said.splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    found: dict[str, Any] = {"clusters": {}, "steps": []}
+    for record in records:
+        found["clusters"].update(record.get("clusters", {}))
+        found["steps"] += [record["step"]] if "step" in record else []
+    told = summary(found)
+    if code != 0:
+        rest = "\n".join(line for line in lines if not line.startswith("{"))[-2000:]
+        told += f"the measurement did not end within {SECONDS} s" if code is None else f"the measurement failed: {rest}"
+    return {"ok": code == 0, "summary": told, **found}
 
 
 def shortest_us() -> float | None:
@@ -42,23 +47,29 @@ def shortest_us() -> float | None:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """One line a step that was measured."""
-    lines = [f"clusters at once: {', '.join(f'{count} of {size}' for size, count in found['clusters'].items())}"]
+    """A line for the clusters and one for each step that was measured."""
+    lines = []
+    if found["clusters"]:
+        at_once = ", ".join(f"{count} of {size}" for size, count in found["clusters"].items())
+        lines.append(f"clusters at once: {at_once}\n")
     for step in found["steps"]:
         lines.append(
             f"{step['what']:9} size {step['size']:<5} blocks {step['blocks']:<4} "
-            f"{step['clocks']:8.1f} clocks {step['ns']:8.1f} ns"
+            f"{step['clocks']:8.1f} clocks {step['ns']:8.1f} ns\n"
         )
-    return "\n".join(lines)
+    return "".join(lines)
 
 
 def main(device: int) -> None:
-    """Prints what ``measure`` reads."""
+    """Prints what ``measure`` reads, each line as soon as it is known."""
     from lstm_fast import _C
 
-    clusters, steps = _C.measure_exchange(device)
-    names = ("what", "size", "blocks", "clocks", "ns")
-    print(json.dumps({"clusters": dict(clusters), "steps": [dict(zip(names, step, strict=True)) for step in steps]}))
+    def report(*values: Any) -> None:
+        names = ("what", "size", "blocks", "clocks", "ns")
+        print(json.dumps({"step": dict(zip(names, values, strict=True))}), flush=True)
+
+    print(json.dumps({"clusters": dict(_C.clusters_at_once(device))}), flush=True)
+    _C.measure_exchange(device, report)
 
 
 if __name__ == "__main__":

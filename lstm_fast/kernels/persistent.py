@@ -72,6 +72,13 @@ def plans(device: torch.device, dtype: torch.dtype, hidden: int, batch: int, dir
     return [_plan(kind, backward, hidden, batch, directions, index) for backward in (False, True)]
 
 
+def crowded(device: torch.device, dtype: torch.dtype, hidden: int, batch: int) -> str | None:
+    """None if a GPU that holds the weights holds so many sequences too, else that it doesn't."""
+    if None not in plans(device, dtype, hidden, batch, 1):
+        return None
+    return f"this GPU does not hold {batch} sequences of {hidden} hidden units on chip"
+
+
 def outweighed(device: torch.device, dtype: torch.dtype, hidden: int, batch: int) -> str | None:
     """None unless torch's own LSTM is expected to be faster, else why: by estimate, for cards nobody has measured."""
     kind = _kind(dtype)
