@@ -52,6 +52,15 @@ def test_package_data_is_installed(source_copy: Path, tmp_path: Path) -> None:
     assert {"lstm_fast/py.typed", "lstm_fast/_C.pyi", "lstm_fast/kernels/cpu.py"} | data <= installed
 
 
+@in_a_checkout
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp")))
+def test_processors_other_than_x86_find_what_they_compile(source: str) -> None:
+    options = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    done = run(["g++", *options, "-DLSTM_FAST_WITHOUT_X86", source], ROOT / "csrc" / "cpu")
+    assert done.returncode == 0, done.stderr
+
+
 WITHOUT_NVCC = """
 import runpy, shutil, sys
 which = shutil.which

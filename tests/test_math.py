@@ -52,7 +52,7 @@ LSTM_HD void activate_all(const float* from, float* to, long n) {
     ACTIVATION(tanh_coarse_##set, Isa, true, 15, target) \\
     ACTIVATION(sigmoid_coarse_##set, Isa, true, 0, target)
 ACTIVATIONS(baseline, Baseline, )
-#ifdef __x86_64__
+#ifdef LSTM_X86
 ACTIVATIONS(avx2, Avx2, __attribute__((target(LSTM_AVX2_TARGET))))
 ACTIVATIONS(avx512, Avx512, __attribute__((target(LSTM_AVX512_TARGET))))
 #endif

@@ -9,7 +9,7 @@
 
 namespace lstm::cpu {
 
-#ifdef __x86_64__
+#ifdef LSTM_X86
 // What the generic form below says, in two instructions: where either is NaN these give their second operand.
 __attribute__((target(LSTM_AVX2_TARGET))) inline __m256 clamp(__m256 x, float low, float high, Avx2) {
     return _mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), x));

@@ -12,7 +12,7 @@
 
 #include "product.h"
 
-#ifdef __x86_64__
+#ifdef LSTM_X86
 // A function with a target can be forced into one that names it too, and is merely offered to others. APART is for long
 // ones with many callers.
 #define LSTM_AMX __attribute__((target(LSTM_AMX_TARGET))) inline

@@ -9,7 +9,7 @@ namespace lstm::cpu {
 // One thread's part of a Job, a Forward or a Backward.
 template <typename Job>
 void run_baseline(const Job& job, int thread, int threads);
-#ifdef __x86_64__
+#ifdef LSTM_X86
 template <typename Job>
 __attribute__((target(LSTM_AVX2_TARGET))) void run_avx2(const Job& job, int thread, int threads);
 template <typename Job>

@@ -1,6 +1,6 @@
-#ifdef __x86_64__
 #include "jobs.h"
 
+#ifdef LSTM_X86
 namespace lstm::cpu {
 
 template <typename Isa, typename Job>

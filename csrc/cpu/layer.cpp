@@ -1,9 +1,11 @@
 #include "layer.h"
 
+#include "jobs.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __x86_64__
+#ifdef LSTM_X86
 #include <cpuid.h>
 #endif
 #ifdef __linux__
@@ -12,8 +14,6 @@
 #endif
 
 #include <numeric>
-
-#include "jobs.h"
 
 namespace lstm::cpu {
 namespace {
@@ -24,7 +24,7 @@ constexpr bool has_planes = std::is_same_v<T, BFloat16> || std::is_same_v<T, flo
 
 template <typename Job>
 auto kernel_of([[maybe_unused]] InstructionSet set) {
-#ifdef __x86_64__
+#ifdef LSTM_X86
     if constexpr (std::is_same_v<typename Job::Type, BFloat16>) {
         if (set == InstructionSet::avx512_bf16) return run_pairs<Job>;
     }
@@ -128,7 +128,7 @@ void run_dtype(const Shape& shape, const Args& args) {
     }
 }
 
-#ifdef __x86_64__
+#ifdef LSTM_X86
 // Whether the CPU has AMX, and the system lets this process use its registers.
 bool may_use_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -143,7 +143,7 @@ bool may_use_amx() {
 #endif
 
 InstructionSet find_best() {
-#ifdef __x86_64__
+#ifdef LSTM_X86
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -21,7 +21,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 // Has the compiler believe that x is changed and used here.
 template <typename X>
 LSTM_HD void touch(X& x) {
-#ifdef __x86_64__
+#ifdef LSTM_X86
     asm volatile("" : "+v"(x));
 #else
     asm volatile("" : "+w"(x));
@@ -46,7 +46,7 @@ template <typename A>
 double baseline_step() {
     return multiply_add<Baseline, A>();
 }
-#ifdef __x86_64__
+#ifdef LSTM_X86
 template <typename A>
 __attribute__((target(LSTM_AVX2_TARGET))) double avx2_step() {
     return multiply_add<Avx2, A>();
@@ -85,7 +85,7 @@ __attribute__((target(LSTM_AMX_TARGET))) double amx_step() {
 
 template <typename A>
 auto step_of([[maybe_unused]] InstructionSet set) {
-#ifdef __x86_64__
+#ifdef LSTM_X86
     if (set >= InstructionSet::avx512) return avx512_step<A>;
     if (set == InstructionSet::avx2) return avx2_step<A>;
 #endif
@@ -118,14 +118,14 @@ double shortest([[maybe_unused]] int threads, const Work& work) {
 
 double peak_rate(Dtype dtype, InstructionSet set, int threads) {
     auto step = dtype == Dtype::float64 ? step_of<double>(set) : step_of<float>(set);
-#ifdef __x86_64__
+#ifdef LSTM_X86
     if (dtype == Dtype::bfloat16 && set == InstructionSet::avx512_bf16) step = pairs_step;
     if (dtype == Dtype::bfloat16 && set == InstructionSet::amx) step = amx_step;
 #endif
     return step() * static_cast<double>(kSteps) * threads / shortest(threads, step);
 }
 
-double meeting_seconds(int threads) {
+double meeting_seconds([[maybe_unused]] int threads) {
 #ifdef _OPENMP
     constexpr int meetings = 2000;
     if (threads > 1) {

@@ -3,7 +3,7 @@
 
 #include "amx.h"
 
-#ifdef __x86_64__
+#ifdef LSTM_X86
 namespace lstm::cpu {
 
 using Floats = Vector<Amx, float>;

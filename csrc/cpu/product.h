@@ -20,7 +20,7 @@ template <typename Isa, typename O>
 constexpr Index panel_width = Isa::vectors * lanes<Isa, O>;
 template <typename Isa>
 constexpr Index panel_width<Isa, BFloat16> = kTile;
-#ifdef __x86_64__
+#ifdef LSTM_X86
 template <typename Isa, int N>
 constexpr Index panel_width<Isa, Planes<N>> = 32;
 #endif
@@ -123,7 +123,7 @@ LSTM_HD void multiply_pass(const A* a, Index lda, const Right<const A>& b, Index
     }
 }
 
-#ifdef __x86_64__
+#ifdef LSTM_X86
 // The same with pairs. Down the columns, a[p * lda + 2 * row] is the pair of p and p + 1, p even.
 template <typename Isa, int Rows, int Vectors, Along along, bool asks>
 __attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_pass(const BFloat16* a, Index lda,
@@ -245,7 +245,7 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
         multiply_blocks<Isa, along>(rows, a, lda, b, k, c, ldc, accumulate);                                          \
     }
 LSTM_MULTIPLY(Baseline)
-#ifdef __x86_64__
+#ifdef LSTM_X86
 LSTM_MULTIPLY(Avx2, , target(LSTM_AVX2_TARGET))
 LSTM_MULTIPLY(Avx512, , target(LSTM_AVX512_TARGET))
 LSTM_MULTIPLY(Pairs, , target(LSTM_PAIRS_TARGET))
@@ -345,7 +345,7 @@ LSTM_HD void pack_blocks(const A* a, Index lda, Index k, Index first, Index last
     }
 }
 
-#ifdef __x86_64__
+// The same for pairs, which only some processors multiply.
 template <typename Isa>
 LSTM_HD void pack_rows(const Groups<BFloat16>& groups, Index depth, const Right<BFloat16>& to) {
     if (depth % 2 == 0) {  // a pair lies there as one 32-bit word, whose value no copy looks at
@@ -399,7 +399,6 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<BF
         }
     });
 }
-#endif
 
 // ---- Without packing -----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,10 @@
 #include <utility>
 
 #include "../lstm_math.h"
-#ifdef __x86_64__
+
+// x86's instruction sets. A test leaves them out to see what other processors compile.
+#if defined(__x86_64__) && !defined(LSTM_FAST_WITHOUT_X86)
+#define LSTM_X86
 #include <immintrin.h>
 #endif
 
@@ -46,7 +49,7 @@ using Vector = typename Isa::template VectorOf<A>::type;
 template <typename Isa, typename A>
 constexpr Index lanes = sizeof(Vector<Isa, A>) / sizeof(A);
 
-#ifdef __x86_64__
+#ifdef LSTM_X86
 #define LSTM_AVX2_TARGET "avx2,fma,f16c"
 #define LSTM_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl," LSTM_AVX2_TARGET
 #define LSTM_PAIRS_TARGET "avx512bf16," LSTM_AVX512_TARGET
@@ -77,7 +80,7 @@ using Baseline = Isa<16, 4, 32, 256, 8>;
         f();                                                                  \
     }
 LSTM_OUT_OF_LINE(Baseline)
-#ifdef __x86_64__
+#ifdef LSTM_X86
 LSTM_OUT_OF_LINE(Avx2, , target(LSTM_AVX2_TARGET))
 LSTM_OUT_OF_LINE(Avx512, , target(LSTM_AVX512_TARGET))
 LSTM_OUT_OF_LINE(Pairs, , target(LSTM_PAIRS_TARGET))
@@ -90,7 +93,7 @@ template <typename Isa, typename T>
 struct OperandOf {
     using type = Acc<T>;
 };
-#ifdef __x86_64__
+#ifdef LSTM_X86
 template <>
 struct OperandOf<Pairs, BFloat16> {
     using type = BFloat16;
@@ -108,7 +111,7 @@ template <typename Isa, typename T>
 using Operand = typename OperandOf<Isa, T>::type;
 
 // The instruction set of products over all steps.
-#ifdef __x86_64__
+#ifdef LSTM_X86
 template <typename Isa>
 using OverSteps = std::conditional_t<std::is_same_v<Isa, AmxOverSteps>, Amx, Isa>;
 #else
@@ -117,7 +120,7 @@ using OverSteps = Isa;
 #endif
 
 // Whether the processor itself rounds to bf16.
-#ifdef __x86_64__
+#ifdef LSTM_X86
 template <typename Isa>
 constexpr bool has_pairs = std::is_base_of_v<Pairs, Isa>;
 #else
@@ -128,12 +131,12 @@ constexpr bool has_pairs = false;
 // Whether products read operands O from rows in planes.
 template <typename O>
 constexpr bool in_planes = false;
-#ifdef __x86_64__
+#ifdef LSTM_X86
 template <int N>
 constexpr bool in_planes<Planes<N>> = true;
 #endif
 
-#ifdef __x86_64__
+#ifdef LSTM_X86
 // fp16 by the processor's own conversions, from AVX2 on.
 __attribute__((target(LSTM_AVX2_TARGET))) inline __m256 load_halves(const Float16* from, Avx2) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -170,7 +173,7 @@ LSTM_HD Vector<Isa, Acc<T>> load_vector(const T* from) {
     } else if constexpr (std::is_same_v<Isa, Baseline>) {
         for (Index j = 0; j < lanes<Isa, float>; ++j) x[j] = load(from[j]);
     } else {
-#ifdef __x86_64__
+#ifdef LSTM_X86
         x = load_halves(from, Isa());
 #endif
     }
@@ -180,7 +183,7 @@ LSTM_HD Vector<Isa, Acc<T>> load_vector(const T* from) {
 template <typename Isa, typename T>
 LSTM_HD void store_vector(const Vector<Isa, Acc<T>>& from, T* to) {
     if constexpr (std::is_same_v<T, BFloat16> && has_pairs<Isa>) {
-#ifdef __x86_64__
+#ifdef LSTM_X86
         store_brain(from, to);
 #endif
     } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -193,7 +196,7 @@ LSTM_HD void store_vector(const Vector<Isa, Acc<T>>& from, T* to) {
     } else if constexpr (std::is_same_v<Isa, Baseline>) {
         for (Index j = 0; j < lanes<Isa, float>; ++j) to[j] = store<Float16>(from[j]);
     } else {
-#ifdef __x86_64__
+#ifdef LSTM_X86
         store_halves(from, to, Isa());
 #endif
     }
