@@ -7,6 +7,7 @@ and LDFLAGS mean what they always do.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -105,6 +106,8 @@ class NinjaBuild(build_ext):
             if re.match(r"\d+", found) and int(found.partition(".")[0]) < GCC:
                 raise PlatformError(f"lstm_fast needs GCC {GCC} or newer, and {shlex.join(cxx)} is {found}")
             flags.append("-fopenmp")
+        elif platform.machine() == "x86_64":  # it calls no function whose vectors its caller doesn't have, even inlined
+            raise PlatformError(f"lstm_fast's kernels for x86 need GCC {GCC} or newer, and {shlex.join(cxx)} is clang")
         linker, rules = [*cxx, "-shared"], {}
         if nvcc is not None:
             archs = cuda_archs(nvcc)

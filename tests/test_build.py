@@ -1,6 +1,7 @@
 """What the build puts out, what it needs, and what it says when something is missing."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,18 @@ def test_a_compiler_that_is_too_old_is_named(source_copy: Path, tmp_path: Path) 
     done = run([sys.executable, "-c", WITHOUT_NVCC], source_copy, CXX=str(old))
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1] == f"error: lstm_fast needs GCC 11 or newer, and {old} is 10.2.1"
+
+
+@in_a_checkout
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere clang serves")
+def test_clang_is_refused_in_one_sentence(source_copy: Path, tmp_path: Path) -> None:
+    clang = tmp_path / "clang++"
+    clang.write_text("#!/bin/sh\necho Debian clang version 14.0.6\n")
+    clang.chmod(0o755)
+    done = run([sys.executable, "-c", WITHOUT_NVCC], source_copy, CXX=str(clang))
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    sentence = f"error: lstm_fast's kernels for x86 need GCC 11 or newer, and {clang} is clang"
+    assert done.stderr.strip().splitlines()[-1] == sentence
 
 
 def test_build_info() -> None:

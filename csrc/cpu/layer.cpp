@@ -20,7 +20,7 @@ namespace {
 
 // Whether products of T have planes in AMX.
 template <typename T>
-constexpr bool has_planes = std::is_same_v<T, BFloat16> || std::is_same_v<T, float>;
+[[maybe_unused]] constexpr bool has_planes = std::is_same_v<T, BFloat16> || std::is_same_v<T, float>;
 
 template <typename Job>
 auto kernel_of([[maybe_unused]] InstructionSet set) {
