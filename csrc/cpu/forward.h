@@ -45,7 +45,7 @@ struct Forward {
           c_n(static_cast<T*>(args.c_n)),
           gates(static_cast<T*>(args.gates)),
           cells(static_cast<A*>(args.cells)),
-          saves_far(gates != nullptr && is_far(walk.rows() * s.directions * 5 * s.hidden)),
+          asks(asks_for_saved()),
           unpacked(walk.few()),
           hh_lies(lies_hh()),
           joined(joins()),
@@ -93,6 +93,13 @@ struct Forward {
                             !walk.of_step.planes && !pairs);
     }
 
+    // Whether gates and cells are saved behind the second cache. In planes a tile of a small weight is multiplied
+    // before what was asked for its many rows has come.
+    bool asks_for_saved() const {
+        const bool far = gates != nullptr && is_far(walk.rows() * s.directions * 5 * s.hidden);
+        return far && (!walk.of_step.planes || is_far(4 * s.hidden * features));
+    }
+
     // Of a tile of W_ih, or of both weights joined.
     Index depth_ih() const { return joined ? s.input + features : s.input; }
 
@@ -109,23 +116,23 @@ struct Forward {
     const TypedWeights<T> weights[2];
     T *y, *h_n, *c_n, *gates;
     A* cells;
-    const bool saves_far;  // whether gates and cells don't stay in the second cache
-    const bool unpacked;   // whether weights are read as they lie
-    const bool hh_lies;    // whether W_hh is
-    const bool joined;     // whether x and h are multiplied together
-    const Index h_first;   // where h begins in a row of states
-    const Index ld;        // from one row of states to the next
-    const Index ld_x;      // from one row of x to the next, as products read it
-    A* w_ih;               // [D, tiles, I, 64] packed; joined: [D, tiles, I + R, 64]
-    A* w_hh;               // [D, tiles, R, 64] packed, unless joined
-    A* bias;               // [D, tiles, 4, 16]
-    A* converted;          // [D, rows of a chunk, ld_x] x, where products don't read T
-    A* a;                  // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
-    A* h;                  // [D, 2, B, ld] states h_{t-1} and h_t by turns; joined: [x_t, h_{t-1}] and the next
-    A* c;                  // [D, B, padded]
-    A* w_hr;               // [D, feature tiles, H, 64] packed
-    const Index ld_m;      // from one row of m to the next
-    A* m;                  // [D, B, ld_m] o tanh(c), where it is projected
+    const bool asks;      // whether to ask for where gates and cells will be saved
+    const bool unpacked;  // whether weights are read as they lie
+    const bool hh_lies;   // whether W_hh is
+    const bool joined;    // whether x and h are multiplied together
+    const Index h_first;  // where h begins in a row of states
+    const Index ld;       // from one row of states to the next
+    const Index ld_x;     // from one row of x to the next, as products read it
+    A* w_ih;              // [D, tiles, I, 64] packed; joined: [D, tiles, I + R, 64]
+    A* w_hh;              // [D, tiles, R, 64] packed, unless joined
+    A* bias;              // [D, tiles, 4, 16]
+    A* converted;         // [D, rows of a chunk, ld_x] x, where products don't read T
+    A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
+    A* h;                 // [D, 2, B, ld] states h_{t-1} and h_t by turns; joined: [x_t, h_{t-1}] and the next
+    A* c;                 // [D, B, padded]
+    A* w_hr;              // [D, feature tiles, H, 64] packed
+    const Index ld_m;     // from one row of m to the next
+    A* m;                 // [D, B, ld_m] o tanh(c), where it is projected
 };
 
 // One tile of W_ih [I, 64] and of W_hh [R, 64]; joined, one behind the other in one of depth I + R.
@@ -186,7 +193,7 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
 }
 
 // Asks for where gates and cells will be saved: else one store waits for memory after the other, and what comes behind
-// them for a place in the queue. Planes are quicker and have more rows at a time, which gain nothing.
+// them for a place in the queue.
 template <typename T>
 LSTM_HD void ask_for_saved(const Forward<T>& f, Index first, Index rows, Index unit) {
     for (Index row = first; row < first + rows; ++row) {
@@ -206,7 +213,7 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
     const Index unit = tile * kUnits, count = std::min(kUnits, hidden - unit), first = f.walk.start[t] + b;
     const A* const bias = f.bias + (d * f.tiles + tile) * kTile;
     const O* const states = before + b * f.ld;
-    if (!in_planes<O> && f.saves_far) ask_for_saved(f, d * f.walk.rows() + first, rows, unit);
+    if (f.asks) ask_for_saved(f, d * f.walk.rows() + first, rows, unit);
     alignas(64) A both[Isa::rows * kTile];
     A* products = both;  // [rows, 4, 16]
     if (f.joined) {
