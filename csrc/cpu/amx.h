@@ -93,10 +93,17 @@ LSTM_HD void fetch_block(const BFloat16* first, Index row) {
 }
 
 // Sums 0 and 1 of one block of rows and 2 and 3 of another grow by what their 32 * steps k make with those of 32
-// columns.
+// columns. Meanwhile `next` is asked for, where the next ones will be.
 template <int N>
-LSTM_HD void add_two_blocks(const Left& first, const Left& second, const BFloat16* b, Index steps) {
+LSTM_HD void add_two_blocks(const Left& first, const Left& second, const BFloat16* b, Index steps, const float* next,
+                            Index ldc) {
     for (Index i = 0; i < steps; ++i, b += N * kRightPlane) {
+        if (next != nullptr) {
+            for (Index r = 32 * i / steps; r < 32 * (i + 1) / steps; ++r) {
+                __builtin_prefetch(next + r * ldc, 1);
+                __builtin_prefetch(next + r * ldc + 16, 1);
+            }
+        }
         const auto left = [&](int p) LSTM_INLINED {
             tile_load<4>(first.at(i, p), first.bytes());
             tile_load<5>(second.at(i, p), second.bytes());
@@ -171,7 +178,7 @@ LSTM_HD void add_one_block(const Left& left, const BFloat16* b, const BFloat16* 
 // 32 columns, of one block with one plane 64; from 0 or from c, to c.
 template <int N>
 LSTM_HD void multiply_two_blocks(Index rows, Index second, const Left& left, Index below, const BFloat16* b,
-                                 Index steps, float* c, Index ldc, bool accumulate) {
+                                 Index steps, float* c, Index ldc, bool accumulate, const float* next) {
     float* const under = c + second * ldc;
     const Index bytes = ldc * static_cast<Index>(sizeof(float));
     set_registers(second, rows - second);
@@ -186,7 +193,7 @@ LSTM_HD void multiply_two_blocks(Index rows, Index second, const Left& left, Ind
         tile_zero<2>();
         tile_zero<3>();
     }
-    add_two_blocks<N>(left, {left.a + below, left.row, left.plane, left.step}, b, steps);
+    add_two_blocks<N>(left, {left.a + below, left.row, left.plane, left.step}, b, steps, next, ldc);
     tile_store<0>(c, bytes);
     tile_store<1>(c + 16, bytes);
     tile_store<2>(under, bytes);
@@ -248,8 +255,10 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
                     packed ? Left{first, kDeep, kBlock, N * kBlock} : Left{first, lda * N, kDeep, N * kDeep};
                 const BFloat16* const columns = right + i * N * kRightPlane + column / 32 * half;
                 if (count > 16) {
+                    const bool more = row + size < rows;
+                    const float* const next = i > 0 || ldc == kTile || (!more && column > 0) ? nullptr : c + (more ? (row + size) * ldc + column : 32);
                     multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps,
-                                           c + row * ldc + column, ldc, accumulate);
+                                           c + row * ldc + column, ldc, accumulate, next);
                 } else if (N > 1 || column == 0) {  // of one plane all columns at once
                     multiply_one_block<N>(count, block, columns, columns + half, steps, c + row * ldc + column, ldc,
                                           accumulate);

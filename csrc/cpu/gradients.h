@@ -100,40 +100,62 @@ LSTM_HD bool packs_ih_in_passing(const Backward<T>& f, const Team& team) {
     return f.walk.chunks() == 1 && (team.threads == 1 || f.walk.rows() <= kRowsAtOnce<Isa>);
 }
 
+// dx of rows first .. first + rows of a chunk's and of one tile, from the k-th of the columns of their da on, as many as
+// are summed at once: what is not stored where it belongs at the first k, of all.
+template <typename Isa, typename T>
+LSTM_HD void input_gradient(const Backward<T>& f, int d, const Chunk& chunk, Index first, Index rows, Index tile,
+                            Index place, Index k) {
+    using O = Operand<Isa, T>;
+    const Index input = f.s.input, depth = 4 * f.s.hidden, count = std::min(kTile, input - tile * kTile);
+    const bool add = f.s.directions > 1;
+    const O* const left = chunk_split<const O>(f, f.da, d) + (first - chunk.base) * f.da.ld;
+    const auto right = right_side<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile, place);
+    T* const dx = f.dx + first * input + tile * kTile;
+    if constexpr (!Backward<T>::rounded) {
+        if (count == kTile) {
+            multiply<Isa>(rows, left + k, f.da.ld, right.from(k), std::min(Isa::depth, depth - k), dx, input,
+                          add || k > 0);  // B7
+            return;
+        }
+    }
+    if (k > 0) return;
+    alignas(64) Acc<T> products[kRowsAtOnce<Isa> * kTile];
+    multiply<Isa>(rows, left, f.da.ld, right, depth, products, kTile, false);
+    for (Index r = 0; r < rows; ++r) {
+        T* const row = dx + r * input;
+        store_row<Isa>(products + r * kTile, count, add ? row : nullptr, row);
+    }
+}
+
 // dx of this thread's tiles and rows: those of absolute number, so that both directions find one thread.
 template <typename Isa, typename T>
 LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, const Team& team, int thread) {
-    using O = Operand<Isa, T>;
-    const Index input = f.s.input, depth = 4 * f.s.hidden;
-    const bool add = f.s.directions > 1;
-    const O* const da = chunk_split<const O>(f, f.da, d);
+    const Index depth = 4 * f.s.hidden;
     constexpr Index at_once = kRowsAtOnce<Isa>;
-    const bool in_passing = packs_ih_in_passing<Isa>(f, team);
-    for (Index tile = in_passing ? thread : 0; tile < f.input_tiles; tile += in_passing ? team.threads : 1) {
-        const Index place = in_passing ? thread : tile;
-        if (in_passing) pack_tile<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile, place);
-        const auto right = right_side<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile, place);
-        const Index count = std::min(kTile, input - tile * kTile);
+    const auto for_row_blocks = [&](const auto& take) LSTM_INLINED {
         for (Index block = chunk.base / at_once; block * at_once < chunk.base + chunk.rows; ++block) {
-            if (!in_passing && (tile + block) % team.threads != thread) continue;
             const Index first = std::max(block * at_once, chunk.base);
-            const Index rows = std::min((block + 1) * at_once, chunk.base + chunk.rows) - first;
-            const O* const left = da + (first - chunk.base) * f.da.ld;
-            T* const dx = f.dx + first * input + tile * kTile;
-            if constexpr (!Backward<T>::rounded) {
-                if (count == kTile) {
-                    multiply<Isa>(rows, left, f.da.ld, right, depth, dx, input, add);  // B7
-                    continue;
-                }
-            }
-            alignas(64) Acc<T> products[at_once * kTile];
-            multiply<Isa>(rows, left, f.da.ld, right, depth, products, kTile, false);
-            for (Index r = 0; r < rows; ++r) {
-                T* const row = dx + r * input;
-                store_row<Isa>(products + r * kTile, count, add ? row : nullptr, row);
+            take(block, first, std::min((block + 1) * at_once, chunk.base + chunk.rows) - first);
+        }
+    };
+    if (packs_ih_in_passing<Isa>(f, team)) {
+        for (Index tile = thread; tile < f.input_tiles; tile += team.threads) {
+            pack_tile<Isa>(f, f.weights[d].w_ih, depth, f.s.input, f.w_ih, d, tile, thread);
+            for_row_blocks([&](Index, Index first, Index rows) LSTM_INLINED {
+                for (Index k = 0; k < depth; k += Isa::depth)
+                    input_gradient<Isa>(f, d, chunk, first, rows, tile, thread, k);
+            });
+        }
+        return;
+    }
+    for_row_blocks([&](Index block, Index first, Index rows) LSTM_INLINED {
+        for (Index k = 0; k < depth; k += Isa::depth) {  // a piece of da stays in cache while the weight goes by
+            for (Index tile = 0; tile < f.input_tiles; ++tile) {
+                if ((tile + block) % team.threads == thread)
+                    input_gradient<Isa>(f, d, chunk, first, rows, tile, tile, k);
             }
         }
-    }
+    });
 }
 
 // Adds a row's part from chunk number `index` to what the earlier ones gave, from element `at` of a gradient on; after
