@@ -140,6 +140,14 @@ def stopped(part: str, ended: str) -> str:
     return f"stopped at its limit of {SECONDS[part]} s; the last it said: {ended}"
 
 
+def persistent_refuses() -> str | None:
+    """Why a usual layer isn't served, which would leave tests skipped and rows refused; None if it is."""
+    try:
+        return persistent.refuses(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, USUAL)
+    except RuntimeError as error:  # of the card
+        return str(error)
+
+
 # Each is told where the result goes, beside which it may keep what it has so far.
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "exchange": lambda _: exchange.measure(),
@@ -169,9 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     status = lstm_fast.backends()
     record: dict[str, Any] = {**describe(), "backends": {name: status[name].detail for name in BACKENDS}}
     missing = {name: status[name].detail for name in BACKENDS if not status[name].available}
-    if "persistent" not in missing:
-        refused = persistent.refuses(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, USUAL)
-        missing.update({} if refused is None else {"persistent": refused})
+    refused = persistent_refuses() if "persistent" not in missing else None
+    if refused is not None:
+        missing["persistent"] = refused
     for name, detail in missing.items():
         print(f"{name} is missing: {detail}")
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")

@@ -86,6 +86,13 @@ def test_a_card_that_holds_nothing_is_no_success(pretended, monkeypatch, capsys)
     assert pretended(tests=well())[0] == 1
     assert "persistent is missing: no room for 512" in capsys.readouterr().out
 
+    def lost(*_):
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(gpu_check.persistent, "refuses", lost)
+    assert pretended(tests=well())[0] == 1
+    assert "persistent is missing: unspecified launch failure" in capsys.readouterr().out
+
 
 def test_a_part_that_breaks_leaves_the_others(pretended):
     def broken(_):
