@@ -93,7 +93,7 @@ LSTM_HD void fetch_block(const BFloat16* first, Index row) {
 }
 
 // Sums 0 and 1 of one block of rows and 2 and 3 of another grow by what their 32 * steps k make with those of 32
-// columns. Meanwhile `next` is asked for, where the next ones will be.
+// columns. Meanwhile `next` is asked for, unless it is null: where the next ones will be.
 template <int N>
 LSTM_HD void add_two_blocks(const Left& first, const Left& second, const BFloat16* b, Index steps, const float* next,
                             Index ldc) {
@@ -255,8 +255,10 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
                     packed ? Left{first, kDeep, kBlock, N * kBlock} : Left{first, lda * N, kDeep, N * kDeep};
                 const BFloat16* const columns = right + i * N * kRightPlane + column / 32 * half;
                 if (count > 16) {
-                    const bool more = row + size < rows;
-                    const float* const next = i > 0 || ldc == kTile || (!more && column > 0) ? nullptr : c + (more ? (row + size) * ldc + column : 32);
+                    const bool lowest = row + size >= rows, far = i == 0 && ldc != kTile;
+                    const float* const next = !far || (lowest && column > 0) ? nullptr
+                                              : lowest                       ? c + 32
+                                                                             : c + (row + size) * ldc + column;
                     multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps,
                                            c + row * ldc + column, ldc, accumulate, next);
                 } else if (N > 1 || column == 0) {  // of one plane all columns at once
