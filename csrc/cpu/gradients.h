@@ -100,8 +100,8 @@ LSTM_HD bool packs_ih_in_passing(const Backward<T>& f, const Team& team) {
     return f.walk.chunks() == 1 && (team.threads == 1 || f.walk.rows() <= kRowsAtOnce<Isa>);
 }
 
-// dx of rows first .. first + rows of a chunk's and of one tile, from the k-th of the columns of their da on, as many
-// as are summed at once: what is not stored where it belongs at the first k, of all.
+// What columns k .. k + Isa::depth of da add to dx of rows first .. first + rows and of one tile. Where a sum has to be
+// rounded or cut off to become dx, it is made whole at the first k.
 template <typename Isa, typename T>
 LSTM_HD void input_gradient(const Backward<T>& f, int d, const Chunk& chunk, Index first, Index rows, Index tile,
                             Index place, Index k) {
