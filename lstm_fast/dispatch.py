@@ -142,12 +142,13 @@ def _torch_is_faster(
     """In words; None if it was not measured to be, nor is expected to be where nothing was measured."""
     place = measured.place(device.type)
     if device.type == "cuda":
-        batch = shape()[1]
-        why_not: str | None = persistent.crowded(device, dtype, hidden, batch)
-        if why_not is None and not measured.knows(place):
-            why_not = persistent.outweighed(device, dtype, hidden, batch)
-        if why_not is not None or not measured.knows(place):
-            return why_not
+        asked = device, dtype, hidden, shape()[1]
+        crowded: str | None = persistent.crowded(*asked)
+        if crowded is not None:
+            return crowded
+        if not measured.knows(place):
+            outweighed: str | None = persistent.outweighed(*asked)
+            return outweighed
     if not measured.matters(place, kind):
         return None
     call = measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)

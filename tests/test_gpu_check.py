@@ -130,7 +130,7 @@ def test_a_process_that_a_kill_does_not_end_is_left_behind(monkeypatch):
     """As one that waits inside the driver: here nothing is killed at all."""
     monkeypatch.setattr(process.os, "killpg", lambda *_: None)
     monkeypatch.setattr(process, "STUCK", 0.5)
-    assert process.run(["sh", "-c", "echo begun; sleep 3"], 0.5) == (None, "begun\n")
+    assert process.run(["sh", "-c", "echo begun; sleep 3; echo later"], 0.5) == (None, "begun\n")
 
 
 def fake_bench(monkeypatch, result: Path, *ends: tuple[int | None, list[dict]]):
