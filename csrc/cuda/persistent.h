@@ -28,6 +28,10 @@ constexpr int kColumns = 8;  // sequences of a tile: the columns of one matrix p
 constexpr int kGroup = 8;    // hidden units of a group
 constexpr int kBlock = 64;   // bytes of K that a lane quad reads at once: two matrix products
 
+// The other operand of a product, [blocks of K, 8 columns, 64 bytes]: a warp reads a block as 512 bytes in its lanes'
+// order. The byte of column `column` and byte `k` of K:
+LSTM_HD int operand_byte(int column, int k) { return (k / kBlock * kColumns + column) * kBlock + k % kBlock; }
+
 struct Sizes {
     Index all_rows;  // N
     int steps;       // T
@@ -77,16 +81,16 @@ LSTM_HD int most(int a, int b) { return a > b ? a : b; }
 struct ForwardLayout {
     int blocks;   // of K: all hidden units, padded so that each warp of a pair has an even number
     int in_smem;  // of those, how many of each warp's lie in shared memory
-    int row;      // bytes from one column of h to the next: an odd number of blocks, so that banks differ
-    // Words [2, warps, 32]; Words [warps, in_smem, 4, 32]; T [tiles, 2, 8, row], or of a grid [8, row]
+    int of_h;     // bytes of a tile's h
+    // Words [2, 2, 8, U + 1], of a grid [2, 8, U + 1]; Words [warps, in_smem, 4, 32]; T [tiles, 2, blocks, 8, 64
+    // bytes], of a grid [blocks, 8, 64 bytes]
     int partial, weights, h, end;
 };
 struct BackwardLayout {
     int blocks;   // of K: the four gates of the block's own units
     int tiles;    // of 16 hidden units, each warp's at most
     int in_smem;  // of those, how many lie in shared memory
-    int row;      // bytes from one column of the gates' gradient to the next
-    // Words [warps, in_smem, blocks, 2, 32]; T [2, 8, row]; float [tiles, 2, C, G, 64], of a grid nothing
+    // Words [warps, in_smem, blocks, 2, 32]; T [2, blocks, 8, 64 bytes]; float [tiles, 2, C, G, 64], of a grid nothing
     int weights, da, slots, end;
 };
 
@@ -95,16 +99,19 @@ LSTM_HD int offset_of_state(const Plan& plan) { return round_up(20 * plan.tiles,
 LSTM_HD int state_bytes(const Plan& plan) { return 8 * plan.tiles * 64 * plan.groups; }  // of a block
 LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan.grid ? 0 : state_bytes(plan)); }
 
+// Both halves of K of the gates of a block's cells, with a word between columns so that banks differ.
+LSTM_HD int partial_bytes(const Plan& plan) { return 2 * kColumns * (plan.groups * kGroup + 1) * 16; }
+
 LSTM_HD ForwardLayout forward_layout(int element, int held_blocks, const Plan& plan) {
     const int warps = 2 * plan.groups;
     ForwardLayout at{};
     at.blocks = round_up(plan.cluster * plan.groups * kGroup * element, 4 * kBlock) / kBlock;
     at.in_smem = most(0, at.blocks / 2 - held_blocks);
-    at.row = kBlock * (at.blocks + 1);
     at.partial = after_state(plan);
-    at.weights = at.partial + 2 * warps * 512;
+    at.weights = at.partial + partial_bytes(plan) * (plan.grid ? 1 : 2);
     at.h = at.weights + warps * at.in_smem * 2048;
-    at.end = at.h + (plan.grid ? 1 : plan.tiles * 2) * kColumns * at.row;
+    at.of_h = kColumns * kBlock * at.blocks;
+    at.end = at.h + (plan.grid ? 1 : plan.tiles * 2) * at.of_h;
     return at;
 }
 
@@ -114,31 +121,38 @@ LSTM_HD BackwardLayout backward_layout(int element, int held_tiles, const Plan& 
     at.blocks = plan.groups * kGroup * 4 * element / kBlock;
     at.tiles = (all_tiles + warps - 1) / warps;
     at.in_smem = most(0, at.tiles - held_tiles);
-    at.row = kBlock * (at.blocks | 1);
     at.weights = after_state(plan);
     at.da = at.weights + warps * at.in_smem * at.blocks * 1024;
-    at.slots = at.da + 2 * kColumns * at.row;
+    at.slots = at.da + 2 * kColumns * kBlock * at.blocks;
     at.end = at.slots + (plan.grid ? 0 : plan.tiles * 2 * plan.cluster * plan.groups * 256);
     return at;
 }
 
-// ---- What a grid keeps in global memory -----------------------------------------------------------------------------
+// ---- What a launch keeps in global memory ---------------------------------------------------------------------------
 
-// Offsets in bytes: first a flag for each tile of each cluster, 128 bytes apart and zero before the launch; then the
-// state, float [blocks, tiles, 2, threads]; then what travels, for each tile of each cluster twice: forward h,
-// T [8, C U]; backward partial sums of dh, float [C owners, C sources, G, 64].
+// Offsets in bytes. A grid's: first a flag for each tile of each cluster, 128 bytes apart and zero before the launch;
+// then the state, float [blocks, tiles, 2, threads]; then what travels, for each tile of each cluster twice: forward h,
+// as in shared memory; backward partial sums of dh, float [C owners, C sources, G, 64]. Then, of clusters too, W_hh as
+// the lanes take it up, Words [D, C, warps, words, 32].
 struct Workspace {
-    Index state, exchange, of_buffer, end;  // of_buffer: bytes
+    Index state, exchange, of_buffer, weights, end;  // of_buffer: bytes
+    int words;                                       // of W_hh, of a lane
 };
 constexpr int kFlagBytes = 128;
 
 LSTM_HD Workspace workspace(bool backward, int element, const Plan& plan, int directions) {
-    const Index clusters = Index{plan.clusters} * directions, units = plan.cluster * plan.groups * kGroup;
+    const Index clusters = Index{plan.clusters} * directions;
+    const int units = plan.cluster * plan.groups * kGroup;
     Workspace at{};
-    at.state = clusters * plan.tiles * kFlagBytes;
-    at.exchange = at.state + clusters * plan.cluster * state_bytes(plan);
-    at.of_buffer = backward ? units * plan.cluster * kColumns * 4 : units * kColumns * element;
-    at.end = at.exchange + clusters * plan.tiles * 2 * at.of_buffer;
+    if (plan.grid) {
+        at.state = clusters * plan.tiles * kFlagBytes;
+        at.exchange = at.state + clusters * plan.cluster * state_bytes(plan);
+    }
+    at.of_buffer = backward ? Index{units} * plan.cluster * kColumns * 4 : round_up(units * element, kBlock) * kColumns;
+    at.weights = plan.grid ? at.exchange + clusters * plan.tiles * 2 * at.of_buffer : 0;
+    const BackwardLayout back = backward_layout(element, 0, plan);
+    at.words = backward ? back.tiles * back.blocks * 2 : forward_layout(element, 0, plan).blocks / 2 * 4;
+    at.end = at.weights + Index{directions} * plan.cluster * 2 * plan.groups * at.words * 512;
     return at;
 }
 
@@ -156,7 +170,7 @@ struct Forward {
     void* cells;                 // float [D, N, H], written: the cell states; null when there will be no backward pass
     Sizes sizes;
     Plan plan;
-    void* global;          // of a grid: its workspace, 16-byte aligned, flags zeroed
+    void* global;          // its workspace, 16-byte aligned, flags zeroed
     ForwardLayout layout;  // of the plan, as the next two: filled by `run`
     Workspace workspace;
     int direction;  // the launch's first

@@ -28,19 +28,20 @@ template <typename T, bool kExact, int kMost, bool kGrid>
 struct BackwardKernel {
     static constexpr int kElement = sizeof(T), kTiles = held(kElement, kMost).tiles, kDeep = held(kElement, kMost).deep;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
-    static constexpr int kAhead = 3;  // steps that the L2 prefetch runs ahead
 
     const Backward& p;
     const Position at;
+    const Cell cell;
+    const int first_owner,
+        of_owner;  // of the units that this lane sends for its warp's first tile, and their group there
 
-    SIMT explicit BackwardKernel(const Backward& walk) : p(walk), at(position<kGrid>(walk.plan, walk.direction)) {}
+    SIMT explicit BackwardKernel(const Backward& walk)
+        : p(walk),
+          at(position<kGrid>(walk.plan, walk.direction)),
+          cell(walk.plan, at),
+          first_owner((2 * at.warp + at.lane / 16) / walk.plan.groups),
+          of_owner((2 * at.warp + at.lane / 16) % walk.plan.groups) {}
 
-    // The lane's cell in a tile. Lanes are those whose sums lie side by side in the slots: see `send`.
-    SIMT int unit() const {
-        return (at.rank * p.plan.groups + at.group()) * kGroup + unit_in_group();
-    }  // may be past H
-    SIMT int unit_in_group() const { return at.lane / 2 % 2 * 4 + at.lane / 8; }
-    SIMT int column() const { return 4 * at.half() + at.lane / 4 % 2 * 2 + at.lane % 2; }
     SIMT simt::Barrier* full(int slot, int buffer) const {
         return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
     }
@@ -55,11 +56,11 @@ struct BackwardKernel {
     // The gates' gradients of an item. Two take turns: a warp that writes the next but one has passed the barrier of
     // the next, which all warps reach only after this one's product.
     SIMT unsigned char* da(int turn) const {
-        return simt::shared_memory() + p.layout.da + turn * kColumns * p.layout.row;
+        return simt::shared_memory() + p.layout.da + turn * kColumns * kBlock * p.layout.blocks;
     }
     SIMT Global<Backward> global() const { return {p, at}; }
-    // What block `rank` sends to block `owner`, [G, 2, 32]: in the memory of each owner at the same place, or in the
-    // grid's.
+    // What block `rank` sends to block `owner`, [4, G, 4, 8] as `place` has it: in the memory of each owner at the same
+    // place, or in the grid's.
     SIMT float* from_block(int slot, int buffer, int rank, [[maybe_unused]] int owner) const {
         if constexpr (kGrid) {
             return reinterpret_cast<float*>(global().buffer(slot, buffer)) +
@@ -68,24 +69,39 @@ struct BackwardKernel {
         return reinterpret_cast<float*>(simt::shared_memory() + p.layout.slots) +
                ((2 * slot + buffer) * p.plan.cluster + rank) * p.plan.groups * 64;
     }
-    SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + unit(); }
-    SIMT Index in_rows(int row) const { return at.direction * p.sizes.all_rows + row; }
-    SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + column(); }
-    SIMT int time_of(const Item& item) const { return at.direction == 0 ? steps()[item.slot] - 1 - item.i : item.i; }
+    // Where four floats of a lane lie in what a block sends to another: units r and r + 4 of group `group` of the
+    // owner, columns 2 q and 2 q + 1. Lanes q and q ^ 1 make 32 bytes; and 32 units of a column, which a warp reads at
+    // once, lie in 32 banks, for which groups take turns in the order of the two pieces and of the columns in each.
+    SIMT int place(int group, int r, int q) const {
+        return q / 2 * p.plan.groups * 32 + group * 32 + r * 8 + (q + group) % 2 * 4;
+    }
+    SIMT static int swapped(int group) { return group / 2 % 2; }  // whether column 2 q + 1 comes first
+    SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
+    SIMT bool within() const { return cell.unit < p.sizes.hidden; }
+    SIMT Index first_of_direction() const { return at.direction * p.sizes.all_rows * hidden(); }  // of [D, N, H]
+    SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
+    // Steps of a tile; `longest` those of the first.
+    SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }
+    SIMT int time_of(const Item& item, int longest) const {
+        return at.direction == 0 ? count(item.slot, longest) - 1 - item.i : item.i;
+    }
+    // 512 threads have no registers to keep what follows from H.
+    SIMT int hidden() const { return kMost == 8 ? simt::opaque(p.sizes.hidden) : p.sizes.hidden; }
     SIMT unsigned fill_bytes() const { return p.plan.cluster * p.plan.groups * 256; }
 
-    // 16 bytes of W_hh^T for this lane: hidden unit of row lane / 4 + 8 high of tile `tile`, its share of block `block`
-    // of the block's own gates, unit by unit, four gates each; zero outside of W_hh.
-    SIMT Words weights(int tile, int high, int block) const {
-        T values[16 / kElement] = {};
-        const int r = at.lane / 4, hidden = p.sizes.hidden;
+    // 16 bytes of W_hh^T: hidden unit of row lane / 4 + 8 high of a tile, the lane's share of a block of the block's
+    // own gates, unit by unit, four gates each; zero outside of W_hh.
+    SIMT static Words word_of_weights(const Backward& p, Index index) {
+        const PackedAt place = packed_at(p, index);
+        const int high = place.word % 2, block = place.word / 2 % p.layout.blocks, hidden = p.sizes.hidden;
+        const int tile = place.warp + place.word / 2 / p.layout.blocks * 2 * p.plan.groups, r = place.lane / 4;
         const int to = tile * 16 + r / 4 * 8 + high * 4 + r % 4;
-        const int first = simt::opaque((block * kBlock + at.lane % 4 * 16) / kElement);  // gate of the block
+        const int first = (block * kBlock + place.lane % 4 * 16) / kElement;  // gate of the block
+        const T* w = static_cast<const T*>(p.w_hh[place.direction]);
+        T values[16 / kElement] = {};
         for (int j = 0; j < 16 / kElement; ++j) {
-            const int own = at.rank * p.plan.groups * kGroup + (first + j) / 4, k = (first + j) % 4;
-            if (to >= hidden || own >= hidden) continue;
-            const T* w = static_cast<const T*>(p.w_hh[at.direction]);
-            values[j] = operand<kExact>(w[(Index{k} * hidden + own) * hidden + to]);
+            const int own = place.rank * p.plan.groups * kGroup + (first + j) / 4, k = (first + j) % 4;
+            if (to < hidden && own < hidden) values[j] = operand<kExact>(w[(Index{k} * hidden + own) * hidden + to]);
         }
         return pack(values);
     }
@@ -96,38 +112,28 @@ struct BackwardKernel {
     SIMT int tile_number(int j) const { return at.warp + j * 2 * p.plan.groups; }  // of this warp's j-th
     SIMT int all_tiles() const { return (p.plan.cluster * p.plan.groups + 1) / 2; }
 
-    SIMT Saved<T> fetch(const Item& item) const {
-        const int t = time_of(item), b = sequence(item.slot), hidden = simt::opaque(p.sizes.hidden);
+    SIMT Saved<T> fetch(const Item& item, int longest) const {
+        const int t = time_of(item, longest), b = sequence(item.slot);
         const Step step = step_of(p.starts, p.sizes.batch, t);
         Saved<T> found{{}, {}, 0.0f, 0.0f, b < step.active ? step.first + b : -1};
-        if (found.row < 0 || unit() >= hidden) return found;
-        const T* gates = static_cast<const T*>(p.gates) + in_rows(found.row) * 4 * hidden + unit();
-        for (int k = 0; k < 4; ++k) found.gates[k] = gates[Index{k} * hidden];
-        const float* cells = static_cast<const float*>(p.cells) + unit();
-        found.c = cells[in_rows(found.row) * hidden];
+        if (found.row < 0 || !within()) return found;
+        const T* const gates = at_row(static_cast<const T*>(p.gates) + first_of_direction() * 4 + cell.unit, found.row,
+                                      4 * hidden() * kElement);
+        for (int k = 0; k < 4; ++k) found.gates[k] = gates[Index{k} * hidden()];
+        const float* const cells = static_cast<const float*>(p.cells) + first_of_direction() + cell.unit;
+        found.c = *at_row(cells, found.row, hidden() * 4);
         if (p.dy != nullptr) {
-            found.dy =
-                static_cast<const T*>(p.dy)[(Index{found.row} * p.sizes.directions + at.direction) * hidden + unit()];
+            const T* const dy = static_cast<const T*>(p.dy) + at.direction * hidden() + cell.unit;
+            found.dy = *at_row(dy, found.row, p.sizes.directions * hidden() * kElement);
         }
         const int before = at.direction == 0 ? t - 1 : t + 1;
         bool starts_here = before < 0 || before == p.sizes.steps;
         if (!starts_here) {
             const Step then = step_of(p.starts, p.sizes.batch, before);
             starts_here = b >= then.active;
-            if (!starts_here) found.c_before = cells[in_rows(then.first + b) * hidden];
+            if (!starts_here) found.c_before = *at_row(cells, then.first + b, hidden() * 4);
         }
         if (starts_here) found.c_before = load(static_cast<const T*>(p.c0)[in_batch(b)]);
-        const int later = at.direction == 0 ? t - kAhead : t + kAhead;
-        if (kMost < 8 && later >= 0 && later < p.sizes.steps) {  // 512 threads have no registers for it
-            const Step then = step_of(p.starts, p.sizes.batch, later);
-            if (b < then.active) {
-                const Index row = in_rows(then.first + b);
-                for (int k = 0; k < 4; ++k) {
-                    simt::prefetch(static_cast<const T*>(p.gates) + (row * 4 + k) * hidden + unit());
-                }
-                simt::prefetch(cells + row * hidden);
-            }
-        }
         return found;
     }
 
@@ -144,27 +150,26 @@ struct BackwardKernel {
             }
         }
         if constexpr (!kGrid) simt::publish_barriers();
+        const Words* const weights = packed(p, at);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
             for (int block = 0; block < kDeep; ++block) {
 #pragma unroll
                 for (int high = 0; high < 2; ++high) {
-                    const bool mine = tile_number(j) < all_tiles() && block < p.layout.blocks;
-                    w[j][block][high] = mine ? weights(tile_number(j), high, block) : Words{0, 0, 0, 0};
+                    const bool mine = j < p.layout.tiles && block < p.layout.blocks;
+                    w[j][block][high] =
+                        mine ? weights[((j * p.layout.blocks + block) * 2 + high) * 32] : Words{0, 0, 0, 0};
                 }
             }
         }
-        for (int j = 0; j < p.layout.in_smem; ++j) {
-            for (int block = 0; block < p.layout.blocks; ++block) {
-                for (int high = 0; high < 2; ++high) {
-                    in_smem(j, block, high) = weights(tile_number(kTiles + j), high, block);
-                }
-            }
+        const int held = kTiles * p.layout.blocks * 2;
+        for (int n = 0; n < p.layout.in_smem * p.layout.blocks * 2; ++n) {
+            in_smem(0, n / 2, n % 2) = weights[(held + n) * 32];
         }
         for (int slot = 0; slot < p.plan.tiles; ++slot) {
             const int b = sequence(slot);
-            const bool mine = b < p.sizes.batch && unit() < p.sizes.hidden;
+            const bool mine = b < p.sizes.batch && within();
             dh_state(slot) = mine ? static_cast<const float*>(p.dh)[in_batch(b)] : 0.0f;
             dc_state(slot) = mine ? static_cast<const float*>(p.dc)[in_batch(b)] : 0.0f;
         }
@@ -177,39 +182,45 @@ struct BackwardKernel {
 
     // What all blocks sent for this lane's cell in fill `fill`, summed in their order.
     SIMT float received(int slot, int fill) const {
-        const float* from = from_block(slot, fill % 2, 0, at.rank) + (2 * at.group() + at.half()) * 32 + at.lane;
-        const int stride = p.plan.groups * 64;
-        float sum = 0.0f;
+        const int group = cell.own / kGroup, high = cell.own % kGroup / 4, c = cell.column % 2;
+        const float* from = from_block(slot, fill % 2, 0, at.rank) + place(group, cell.own % 4, cell.column / 2) +
+                            (c ^ swapped(group)) * 2 + high;
+        const int stride = p.plan.groups * 64, last = p.plan.cluster - 1;
         if constexpr (kGrid) {
             global().await(slot, fill);
-            const int last = p.plan.cluster - 1;
-            for (int first = 0; first <= last; first += 8) {  // eight loads at a time; past the last, it again
-                float some[8];
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    some[j] = simt::collect(from + (first + j < last ? first + j : last) * stride);
-                }
-#pragma unroll
-                for (int j = 0; j < 8; ++j) sum += first + j <= last ? some[j] : 0.0f;
-            }
         } else {
             simt::wait(full(slot, fill % 2), parity_of(fill));
-#pragma unroll 4
-            for (int rank = 0; rank < p.plan.cluster; ++rank) sum += from[rank * stride];
+        }
+        const auto one = [&](int rank) {
+            if constexpr (kGrid) return simt::collect(from + rank * stride);
+            return from[rank * stride];
+        };
+        float sum = 0.0f;
+        for (int first = 0; first <= last; first += 8) {  // eight loads at a time; past the last, it again
+            float some[8];
+            if (first + 7 <= last) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) some[j] = one(first + j);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) some[j] = one(first + j < last ? first + j : last);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) some[j] = first + j <= last ? some[j] : 0.0f;
+            }
+            sum += ((some[0] + some[1]) + (some[2] + some[3])) + ((some[4] + some[5]) + (some[6] + some[7]));
         }
         return sum;
     }
 
-    // The block's part of dh for row tile `tile`, to the blocks that own its units. A chunk of four floats is what one
-    // lane holds, so that it goes as one message; d's order makes 8 chunks the 32 cells of one reading warp.
-    SIMT void send(const float (&d)[4], int tile, int slot, int buffer) const {
-        const int r = at.lane / 4, q = at.lane % 4;
-        const int group = 2 * tile + r / 4;  // of the cluster
-        if (group >= p.plan.cluster * p.plan.groups) return;
-        const int owner = group / p.plan.groups;
-        float* const to = from_block(slot, buffer, at.rank, owner) + (group % p.plan.groups * 2 + q / 2) * 32 +
-                          (r % 4 * 2 + q % 2) * 4;
-        const Words words{bits(d[0]), bits(d[1]), bits(d[2]), bits(d[3])};
+    // The block's part of dh for this warp's tile `j`, to the blocks that own its units: a lane's four floats, units r
+    // and r + 4, both columns, are one message. Tiles of a warp lie 4 G groups apart, which is 4 owners.
+    SIMT void send(const float (&d)[4], int j, int slot, int buffer) const {
+        const int owner = first_owner + 4 * j;
+        if (owner >= p.plan.cluster) return;
+        float* const to = from_block(slot, buffer, at.rank, owner) + place(of_owner, at.lane / 4 % 4, at.lane % 4);
+        const int first = swapped(of_owner);
+        const auto pick = [&](int unit, int column) { return bits(column == 0 ? d[2 * unit] : d[2 * unit + 1]); };
+        const Words words{pick(0, first), pick(1, first), pick(0, 1 - first), pick(1, 1 - first)};
         if constexpr (kGrid) {
             simt::publish(to, words);
         } else {
@@ -218,11 +229,8 @@ struct BackwardKernel {
     }
 
     SIMT void product(const Words (&w)[kTiles][kDeep][2], int turn, int slot, int buffer) const {
-        const unsigned char* column_r = da(turn) + at.lane / 4 * p.layout.row + at.lane % 4 * 16;
-        const auto read = [&](int block) {
-            return block < p.layout.blocks ? *reinterpret_cast<const Words*>(column_r + block * kBlock)
-                                           : Words{0, 0, 0, 0};
-        };
+        const auto* const own = reinterpret_cast<const Words*>(da(turn)) + at.lane;
+        const auto read = [&](int block) { return block < p.layout.blocks ? own[block * 32] : Words{0, 0, 0, 0}; };
         // Tiles share what is read once, where registers allow.
         constexpr bool kShared = kMost == 4;
         Words shared[kDeep];
@@ -251,7 +259,7 @@ struct BackwardKernel {
                 add(d[0], w[j][block][0], w[j][block][1], b(block));
                 add(d[1], w[j][block + 1][0], w[j][block + 1][1], b(block + 1));
             }
-            sum_and_send(d, tile_number(j));
+            sum_and_send(d, j);
         }
         for (int j = 0; j < p.layout.in_smem; ++j) {
             if (tile_number(kTiles + j) >= all_tiles()) break;
@@ -261,7 +269,7 @@ struct BackwardKernel {
                 if (block >= p.layout.blocks) break;
                 add(d[block % 2], in_smem(j, block, 0), in_smem(j, block, 1), b(block));
             }
-            sum_and_send(d, tile_number(kTiles + j));
+            sum_and_send(d, kTiles + j);
         }
     }
 
@@ -269,9 +277,10 @@ struct BackwardKernel {
         Words w[kTiles][kDeep][2];
         prepare(w);
         Item item{0, 0};
-        bool more = steps()[0] > 0;
+        const int longest = steps()[0];
+        bool more = longest > 0;
         Saved<T> next{};
-        if (more) next = fetch(item);
+        if (more) next = fetch(item, longest);
         for (int turn = 0; more; turn ^= 1) {
             const Item now = item;
             const Saved<T> x = next;
@@ -279,35 +288,35 @@ struct BackwardKernel {
             float dh = dh_state(now.slot), dc = dc_state(now.slot);
             if (now.i > 0) {
                 dh += received(now.slot, now.i - 1);
-                if (!kGrid && threadIdx.x == 0 && now.i + 1 < steps()[now.slot]) {
+                if (!kGrid && threadIdx.x == 0 && now.i + 1 < count(now.slot, longest)) {
                     simt::arrive_expecting(full(now.slot, (now.i - 1) % 2), fill_bytes());
                 }
             }
-            const CellBackward<float> cell =
-                cell_backward<!kExact>(load(x.gates[0]), load(x.gates[1]), load(x.gates[2]), load(x.gates[3]), x.c,
-                                       x.c_before, dh + load(x.dy), dc);
-            const float found[4] = {cell.da_i, cell.da_f, cell.da_g, cell.da_o};
+            const CellBackward<float> made =
+                cell_backward<speed<T, kExact>>(load(x.gates[0]), load(x.gates[1]), load(x.gates[2]), load(x.gates[3]),
+                                                x.c, x.c_before, dh + load(x.dy), dc);
+            const float found[4] = {made.da_i, made.da_f, made.da_g, made.da_o};
             Gates<T> da_now, b;
             for (int k = 0; k < 4; ++k) da_now.of[k] = store<T>(active ? found[k] : 0.0f);
             for (int k = 0; k < 4; ++k) b.of[k] = operand<kExact>(da_now.of[k]);
-            reinterpret_cast<Gates<T>*>(da(turn) + column() * p.layout.row)[at.group() * kGroup + unit_in_group()] = b;
+            *reinterpret_cast<Gates<T>*>(da(turn) + operand_byte(cell.column, cell.own * 4 * kElement)) = b;
             dh_state(now.slot) = active ? 0.0f : dh;
-            dc_state(now.slot) = active ? cell.dc_prev : dc;
+            dc_state(now.slot) = active ? made.dc_prev : dc;
             simt::sync_threads();  // all gradients of the block's cells lie in b
             product(w, turn, now.slot, now.i % 2);
             if constexpr (kGrid) global().signal(now.slot);
-            if (active && unit() < p.sizes.hidden) {
-                const int hidden = simt::opaque(p.sizes.hidden);
-                T* const to = static_cast<T*>(p.dgates) + in_rows(x.row) * 4 * hidden + unit();
-                for (int k = 0; k < 4; ++k) to[Index{k} * hidden] = da_now.of[k];
+            if (active && within()) {
+                T* const to = at_row(static_cast<T*>(p.dgates) + first_of_direction() * 4 + cell.unit, x.row,
+                                     4 * hidden() * kElement);
+                for (int k = 0; k < 4; ++k) to[Index{k} * hidden()] = da_now.of[k];
             }
-            more = advance(item, steps(), p.plan.tiles);
-            if (more) next = fetch(item);
+            more = advance(item, steps(), longest, p.plan.tiles);
+            if (more) next = fetch(item, longest);
         }
         for (int slot = 0; slot < p.plan.tiles && steps()[slot] > 0; ++slot) {
             const float dh = dh_state(slot) + received(slot, steps()[slot] - 1);
             const int b = sequence(slot);
-            if (b >= p.sizes.batch || unit() >= p.sizes.hidden) continue;
+            if (b >= p.sizes.batch || !within()) continue;
             static_cast<float*>(p.dh)[in_batch(b)] = dh;
             static_cast<float*>(p.dc)[in_batch(b)] = dc_state(slot);
         }

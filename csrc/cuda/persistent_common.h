@@ -1,6 +1,8 @@
 // What both persistent kernels share: a thread's place, the walk over items, and the matrix product in each kind.
 #pragma once
 
+#include <type_traits>
+
 #include "persistent.h"
 #include "simt.h"
 
@@ -58,7 +60,9 @@ struct Position {
     int ordinal;  // of the cluster among those of all directions
     int warp, lane;
 
-    SIMT int group() const { return warp / 2; }  // a group of 8 units has two warps
+    SIMT int group() const {
+        return warp / 2;
+    }  // of the rows that the warp multiplies; a group of 8 units has two warps
     SIMT int half() const { return warp % 2; }
 };
 
@@ -69,6 +73,18 @@ SIMT Position position(const Plan& plan, int first_direction) {
     const int rank = kGrid ? block % plan.cluster : static_cast<int>(simt::cluster_rank());
     return {ordinal / plan.clusters, ordinal % plan.clusters, rank, ordinal, warp, static_cast<int>(threadIdx.x) % 32};
 }
+
+// The cell of a tile that a thread makes: a warp's lie side by side in memory.
+struct Cell {
+    int column;
+    int own;   // unit of the block
+    int unit;  // of the layer; may be past H
+
+    SIMT Cell(const Plan& plan, const Position& at)
+        : column(static_cast<int>(threadIdx.x) / (plan.groups * kGroup)),
+          own(static_cast<int>(threadIdx.x) % (plan.groups * kGroup)),
+          unit(at.rank * plan.groups * kGroup + own) {}
+};
 
 // Tiles are dealt round, so that a cluster's are ordered by length, the longest first.
 SIMT int tile_of(const Plan& plan, const Position& at, int slot) { return slot * plan.clusters + at.cluster; }
@@ -102,10 +118,10 @@ SIMT int steps_of_tile(const std::int32_t* starts, const Sizes& sizes, int tile)
 struct Item {
     int i, slot;
 };
-// To the next item in order of i, then slot; false past the last.
-SIMT bool advance(Item& item, const int* steps, int slots) {
+// To the next item in order of i, then slot; false past the last. `longest`: steps[0].
+SIMT bool advance(Item& item, const int* steps, int longest, int slots) {
     if (++item.slot == slots || steps[item.slot] <= item.i) item = {item.i + 1, 0};
-    return item.i < steps[0];
+    return item.i < longest;
 }
 
 // A grid's workspace, from where the caller's cluster stands in it.
@@ -137,6 +153,38 @@ struct Global {
         if (threadIdx.x == 0) simt::signal(flag(slot));
     }
 };
+
+// W_hh as lanes take it up: of the workspace, by direction, block, warp, word of the lane, and lane.
+struct PackedAt {
+    int direction, rank, warp, word, lane;
+};
+template <typename Walk>
+SIMT PackedAt packed_at(const Walk& p, Index index) {
+    const int lane = static_cast<int>(index % 32), word = static_cast<int>(index / 32 % p.workspace.words);
+    const int warp = static_cast<int>(index / 32 / p.workspace.words), warps = 2 * p.plan.groups;
+    return {warp / warps / p.plan.cluster, warp / warps % p.plan.cluster, warp % warps, word, lane};
+}
+template <typename Walk>
+SIMT Words* packed(const Walk& p) {
+    return reinterpret_cast<Words*>(static_cast<unsigned char*>(p.global) + p.workspace.weights);
+}
+// This lane's: word n at [32 n].
+template <typename Walk>
+SIMT const Words* packed(const Walk& p, const Position& at) {
+    const int warp = (at.direction * p.plan.cluster + at.rank) * 2 * p.plan.groups + at.warp;
+    return packed(p) + Index{warp} * p.workspace.words * 32 + at.lane;
+}
+template <typename Walk>
+LSTM_HD Index packed_count(const Walk& p) {
+    return (p.workspace.end - p.workspace.weights) / 16;
+}
+
+// Row `row` of an array whose rows lie `stride` bytes apart.
+template <typename V>
+SIMT V* at_row(V* base, int row, int stride) {
+    using Byte = std::conditional_t<std::is_const_v<V>, const unsigned char, unsigned char>;
+    return reinterpret_cast<V*>(reinterpret_cast<Byte*>(base) + static_cast<Index>(row) * stride);
+}
 
 // A phase of a buffer's barrier: buffers take turns, fill by fill.
 SIMT unsigned parity_of(int fill) { return (static_cast<unsigned>(fill) / 2) % 2; }
@@ -193,6 +241,12 @@ SIMT void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
         simt::mma<T>(d, a, b0, b1);
     }
 }
+
+// How a cell's functions are computed: what an error below 2^-10 of a gate does to bf16 is lost in its own rounding.
+template <typename T, bool kExact>
+constexpr math::Speed speed = kExact                    ? math::Speed::exact
+                              : std::is_same_v<T, Bf16> ? math::Speed::fastest
+                                                        : math::Speed::fast;
 
 // 16 bytes of T in one.
 template <typename T>

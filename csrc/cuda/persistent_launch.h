@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "persistent_common.h"
@@ -13,6 +14,26 @@ template <template <typename, bool, int, bool> class Kernel, typename Walk, type
           bool kGrid>
 __global__ void __launch_bounds__(64 * kMost, 1) persistent_kernel(const __grid_constant__ Walk walk) {
     Kernel<T, kExact, kMost, kGrid>(walk).run();
+}
+
+// W_hh into the workspace, as the kernel's lanes take it up.
+template <template <typename, bool, int, bool> class Kernel, typename Walk, typename T, bool kExact, int kMost,
+          bool kGrid>
+__global__ void __launch_bounds__(256) pack_kernel(const __grid_constant__ Walk walk) {
+    const Index count = packed_count(walk), stride = Index{gridDim.x} * blockDim.x;
+    for (Index j = Index{blockIdx.x} * blockDim.x + threadIdx.x; j < count; j += stride) {
+        packed(walk)[j] = Kernel<T, kExact, kMost, kGrid>::word_of_weights(walk, j);
+    }
+}
+
+template <template <typename, bool, int, bool> class Kernel, typename Walk, bool kGrid>
+void pack(const Walk& walk, Kind kind, cudaStream_t stream) {
+    const auto blocks = static_cast<unsigned>(std::min<Index>((packed_count(walk) + 255) / 256, 1056));
+    with_instance<kGrid>(kind, walk.plan.groups, [&](auto instance) {
+        using I = decltype(instance);
+        // what is packed doesn't depend on the groups that a kernel serves at most
+        pack_kernel<Kernel, Walk, typename I::T, I::kExact, 4, false><<<blocks, 256, 0, stream>>>(walk);
+    });
 }
 
 template <template <typename, bool, int, bool> class Kernel, typename Walk, bool kGrid>
@@ -115,6 +136,8 @@ std::string launch(Walk walk, Kind kind, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess) error = prepare(kernel, cluster, device);
     const Configuration launch(cluster, blocks, 64 * plan.groups, plan.shared, static_cast<cudaStream_t>(stream));
+    if (error == cudaSuccess) pack<Kernel, Walk, kGrid>(walk, kind, static_cast<cudaStream_t>(stream));
+    if (error == cudaSuccess) error = cudaGetLastError();
     for (; error == cudaSuccess && walk.direction < walk.sizes.directions; walk.direction += plan.directions) {
         void* arguments[] = {&walk};
         error = cudaLaunchKernelExC(&launch.config, kernel, arguments);

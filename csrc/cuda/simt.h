@@ -36,8 +36,15 @@ SIMT unsigned char* shared_memory() {
 
 SIMT std::uint32_t shared_address(const void* p) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(p)); }
 
-// A hint that global memory at p is read soon.
-SIMT void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))); }
+// 16 bytes of shared memory in one load, which the compiler would take apart for values that are used one by one.
+SIMT Words read(const Words* from) {
+    Words value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(shared_address(from))
+                 : "memory");
+    return value;
+}
 
 // x, whose origin the compiler no longer knows: what is computed from it is computed again at each use, not kept.
 SIMT int opaque(int x) {

@@ -21,6 +21,10 @@ std::string launch(Walk walk, std::uint64_t schedule) {
         launch.global = walk.global;
         launch.global_bytes = static_cast<std::size_t>(walk.workspace.end);
     }
+    for (Index j = 0; j < packed_count(walk); ++j) {
+        packed(walk)[j] =
+            Kernel<typename Instance::T, Instance::kExact, Instance::kMost, Instance::kGrid>::word_of_weights(walk, j);
+    }
     std::string error;
     for (; error.empty() && walk.direction < walk.sizes.directions; walk.direction += plan.directions) {
         error = lstm::host::run(launch, [&] {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lstm_fast import reference
 from lstm_fast.kernels import LayerInputs, Saved
+from lstm_fast.kernels.uploads import upload
 from lstm_fast.precision import rnn_precision
 
 
@@ -67,14 +68,56 @@ def layer_backward(
             of_w_ih, of_w_hh, of_b_ih, of_b_hh, _ = needs[len(gradients) : len(gradients) + 5]
             dw_ih, dw_hh, db, same = torch.mm(da, x) if of_w_ih else None, None, None, None
             if of_w_hh:
-                before = reference.previous(y[:, d * hidden : (d + 1) * hidden], h0[d], steps, d == 1)
-                dw_hh = torch.mm(da, before)
+                dw_hh = _over_previous(da, y[:, d * hidden : (d + 1) * hidden], h0[d], steps, d == 1)
             if b_ih is not None and of_b_ih:
-                db = dgates[d].sum(0)
+                db = _over_rows(da)
             if b_hh is not None and of_b_hh:
-                same = dgates[d].sum(0) if db is None else db.clone()
+                same = _over_rows(da) if db is None else db.clone()
             gradients += [dw_ih, dw_hh, db, same, None]
     return gradients
+
+
+def _over_rows(da: Tensor) -> Tensor:
+    """The sums of ``da`` [4H, N] over its rows; Tensor.sum would take as much memory again as da on a GPU."""
+    return torch.mv(da, da.new_ones(da.size(1)))
+
+
+def _over_previous(da: Tensor, y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
+    """``da`` [4H, N] times h [N, H] of the step before in the direction's order, ``initial`` [B, H] where it starts."""
+    rows, batch = y.size(0), steps[0]
+    if steps[-1] != batch:
+        return torch.mm(da, previous(y, initial, steps, reverse))
+    if rows == batch:
+        return torch.mm(da, initial)
+    later, first = (da[:, :-batch], da[:, -batch:]) if reverse else (da[:, batch:], da[:, :batch])
+    return torch.mm(later, y[batch:] if reverse else y[:-batch]).addmm_(first, initial)  # y is not copied
+
+
+def previous(y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
+    """``reference.previous`` of packed rows in a few launches, however many steps there are."""
+    rows, batch = y.size(0), steps[0]
+    sizes = upload(steps, y.device)
+    if not reverse:
+        before = y.new_empty(y.shape)
+        before[:batch] = initial
+        from_rows = torch.arange(batch, rows, dtype=torch.int32, device=y.device)
+        from_rows -= torch.repeat_interleave(sizes[:-1], sizes[1:], output_size=rows - batch)
+        torch.index_select(y, 0, from_rows, out=before[batch:])
+        return before
+    from_rows = torch.arange(rows, dtype=torch.int32, device=y.device)
+    from_rows += torch.repeat_interleave(sizes, sizes, output_size=rows)
+    before = y.index_select(0, from_rows.clamp_(max=rows - 1))
+    return before.index_copy_(0, upload(_last_rows(steps), y.device).long(), initial)
+
+
+def _last_rows(steps: list[int]) -> list[int]:
+    """The row of each sequence's last step."""
+    last, start = [0] * steps[0], 0
+    for t, size in enumerate(steps):
+        for b in range(steps[t + 1] if t + 1 < len(steps) else 0, size):
+            last[b] = start + b
+        start += size
+    return last
 
 
 def _state(grad: Tensor | None, state: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lstm_fast.kernels import cuda, hoisted
+from lstm_fast.kernels.uploads import upload
 from lstm_fast.precision import rnn_tf32
 
 with suppress(ImportError):  # cuda.unavailable says so
@@ -136,7 +137,7 @@ def recurrence_forward(
             c_n=c_n.data_ptr(),
             cells=0 if cells is None else cells.data_ptr(),
             **launch,
-            workspace=0 if workspace is None else workspace.data_ptr(),
+            workspace=workspace.data_ptr(),
         )
 
 
@@ -169,7 +170,7 @@ def recurrence_backward(
             dc=dc.data_ptr(),
             dgates=dgates.data_ptr(),
             **launch,
-            workspace=0 if workspace is None else workspace.data_ptr(),
+            workspace=workspace.data_ptr(),
         )
 
 
@@ -191,16 +192,15 @@ def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedul
     }
 
 
-def _workspace(launch: dict[str, Any], backward: bool, device: torch.device) -> Tensor | None:
-    """What the blocks of a grid exchange in, its flags zeroed; None for clusters."""
+def _workspace(launch: dict[str, Any], backward: bool, device: torch.device) -> Tensor:
+    """For the weights as the kernel takes them up, and what the blocks of a grid exchange in, its flags zeroed."""
     plan, directions = launch["plan"], launch["sizes"][-1]
-    if not plan.grid:
-        return None
     flags, size = _C.persistent_workspace(kind=launch["kind"], backward=backward, plan=plan, directions=directions)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         workspace.fill_(255)  # NaN, so that what is read before it was written shows
-    workspace[:flags].zero_()
+    if flags > 0:
+        workspace[:flags].zero_()
     return workspace
 
 
@@ -208,13 +208,7 @@ def _starts(steps: list[int], device: torch.device) -> Tensor | None:
     """The first row of each step, and the number of rows, on the device; None when every step has the whole batch."""
     if steps[0] == steps[-1]:
         return None
-    starts = [0, *accumulate(steps)]
-    if device.type != "cuda":
-        return torch.tensor(starts, dtype=torch.int32)
-    on_device = torch.empty(len(starts), dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    _C.upload(values=starts, to=on_device.data_ptr(), device=device.index, stream=stream)
-    return on_device
+    return upload([0, *accumulate(steps)], device)
 
 
 def _kind(dtype: torch.dtype) -> int | None:
