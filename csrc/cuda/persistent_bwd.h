@@ -10,12 +10,11 @@
 namespace lstm::persistent {
 
 // What the forward walk saved of the next item, loaded while the cluster exchanges dh.
-template <typename T>
 struct Saved {
-    T gates[4];
-    T dy;
-    float c, c_before;
-    int row;  // of [N, ...]; below 0 when the gradients pass through
+    std::uint32_t gates[4], dy;  // bits of T
+    std::uint32_t c, c_before;   // of float
+    int row;                     // of [N, ...]; below 0 when the gradients pass through
+    bool first;                  // the sequence starts here, with c0
 };
 
 // i, f, g, o of one cell: one access.
@@ -78,15 +77,32 @@ struct BackwardKernel {
     SIMT static int swapped(int group) { return group / 2 % 2; }  // whether column 2 q + 1 comes first
     SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
-    SIMT Index first_of_direction() const { return at.direction * p.sizes.all_rows * hidden(); }  // of [D, N, H]
+
     SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }
     SIMT int time_of(const Item& item, int longest) const {
         return at.direction == 0 ? count(item.slot, longest) - 1 - item.i : item.i;
     }
-    // 512 threads have no registers to keep what follows from H.
-    SIMT int hidden() const { return kMost == 8 ? simt::opaque(p.sizes.hidden) : p.sizes.hidden; }
+    // What a thread has in global memory, where registers allow found once for all items.
+    static constexpr bool kKept = kMost == 4 && !kExact;
+    struct Columns {
+        Column<const T, kKept> gates, dy;
+        Column<T, kKept> dgates;
+        Column<const float, kKept> cells;
+        int of_gate;  // bytes from one gate to the next
+    };
+    SIMT Columns columns() const {
+        const int hidden = kKept ? p.sizes.hidden : simt::opaque(p.sizes.hidden);
+        const Index before = at.direction * p.sizes.all_rows * hidden;
+        const int unit = within() ? cell.unit : 0;
+        return {{static_cast<const T*>(p.gates) + 4 * before + unit, 4 * hidden * kElement},
+                {static_cast<const T*>(p.dy) + at.direction * hidden + unit, p.sizes.directions * hidden * kElement},
+                {static_cast<T*>(p.dgates) + 4 * before + unit, 4 * hidden * kElement},
+                {static_cast<const float*>(p.cells) + before + unit, hidden * 4},
+                hidden * kElement};
+    }
+
     SIMT unsigned fill_bytes() const { return p.plan.cluster * p.plan.groups * 256; }
 
     // 16 bytes of W_hh^T: hidden unit of row lane / 4 + 8 high of a tile, the lane's share of a block of the block's
@@ -112,28 +128,24 @@ struct BackwardKernel {
     SIMT int tile_number(int j) const { return at.warp + j * 2 * p.plan.groups; }  // of this warp's j-th
     SIMT int all_tiles() const { return (p.plan.cluster * p.plan.groups + 1) / 2; }
 
-    SIMT Saved<T> fetch(const Item& item, int longest) const {
+    // Loads something in any case: without branches there is nothing to wait for.
+    SIMT Saved fetch(const Columns& columns, const Item& item, bool more, int longest) const {
         const int t = time_of(item, longest), b = sequence(item.slot);
         const Step step = step_of(p.starts, p.sizes.batch, t);
-        Saved<T> found{{}, {}, 0.0f, 0.0f, b < step.active ? step.first + b : -1};
-        if (found.row < 0 || !within()) return found;
-        const T* const gates = at_row(static_cast<const T*>(p.gates) + first_of_direction() * 4 + cell.unit, found.row,
-                                      4 * hidden() * kElement);
-        for (int k = 0; k < 4; ++k) found.gates[k] = gates[Index{k} * hidden()];
-        const float* const cells = static_cast<const float*>(p.cells) + first_of_direction() + cell.unit;
-        found.c = *at_row(cells, found.row, hidden() * 4);
-        if (p.dy != nullptr) {
-            const T* const dy = static_cast<const T*>(p.dy) + at.direction * hidden() + cell.unit;
-            found.dy = *at_row(dy, found.row, p.sizes.directions * hidden() * kElement);
-        }
+        Saved found{{}, 0, 0, 0, b < step.active ? step.first + b : -1, false};
+        const bool here = more && found.row >= 0;
+        const int row = here ? found.row : 0;
+        const T* const gates = columns.gates.row(row);
+        for (int k = 0; k < 4; ++k) found.gates[k] = simt::load_bits(at_row(gates, k, columns.of_gate));
+        found.c = simt::load_bits(columns.cells.row(row));
+        if (p.dy != nullptr) found.dy = simt::load_bits(columns.dy.row(row));
+
         const int before = at.direction == 0 ? t - 1 : t + 1;
-        bool starts_here = before < 0 || before == p.sizes.steps;
-        if (!starts_here) {
-            const Step then = step_of(p.starts, p.sizes.batch, before);
-            starts_here = b >= then.active;
-            if (!starts_here) found.c_before = *at_row(cells, then.first + b, hidden() * 4);
-        }
-        if (starts_here) found.c_before = load(static_cast<const T*>(p.c0)[in_batch(b)]);
+        Step then{0, 0};
+        if (before >= 0 && before < p.sizes.steps) then = step_of(p.starts, p.sizes.batch, before);
+        found.c_before = simt::load_bits(columns.cells.row(here && b < then.active ? then.first + b : row));
+
+        found.first = here && b >= then.active;
         return found;
     }
 
@@ -195,19 +207,21 @@ struct BackwardKernel {
             if constexpr (kGrid) return simt::collect(from + rank * stride);
             return from[rank * stride];
         };
+        constexpr int kAtOnce = kExact ? 4 : 8;  // as registers allow; past the last, it again
         float sum = 0.0f;
-        for (int first = 0; first <= last; first += 8) {  // eight loads at a time; past the last, it again
-            float some[8];
-            if (first + 7 <= last) {
+        for (int first = 0; first <= last; first += kAtOnce) {
+            float some[kAtOnce];
+            if (first + kAtOnce <= last + 1) {
 #pragma unroll
-                for (int j = 0; j < 8; ++j) some[j] = one(first + j);
+                for (int j = 0; j < kAtOnce; ++j) some[j] = one(first + j);
             } else {
 #pragma unroll
-                for (int j = 0; j < 8; ++j) some[j] = one(first + j < last ? first + j : last);
+                for (int j = 0; j < kAtOnce; ++j) some[j] = one(first + j < last ? first + j : last);
 #pragma unroll
-                for (int j = 0; j < 8; ++j) some[j] = first + j <= last ? some[j] : 0.0f;
+                for (int j = 0; j < kAtOnce; ++j) some[j] = first + j <= last ? some[j] : 0.0f;
             }
-            sum += ((some[0] + some[1]) + (some[2] + some[3])) + ((some[4] + some[5]) + (some[6] + some[7]));
+#pragma unroll
+            for (int j = 0; j < kAtOnce; j += 4) sum += (some[j] + some[j + 1]) + (some[j + 2] + some[j + 3]);
         }
         return sum;
     }
@@ -228,7 +242,9 @@ struct BackwardKernel {
         }
     }
 
-    SIMT void product(const Words (&w)[kTiles][kDeep][2], int turn, int slot, int buffer) const {
+    // Where registers allow, `meanwhile()` is called while the matrix unit is behind and before messages leave.
+    template <typename Meanwhile>
+    SIMT void product(const Words (&w)[kTiles][kDeep][2], int turn, int slot, int buffer, Meanwhile meanwhile) const {
         const auto* const own = reinterpret_cast<const Words*>(da(turn)) + at.lane;
         const auto read = [&](int block) { return block < p.layout.blocks ? own[block * 32] : Words{0, 0, 0, 0}; };
         // Tiles share what is read once, where registers allow.
@@ -251,14 +267,16 @@ struct BackwardKernel {
         };
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-            if (tile_number(j) >= all_tiles()) break;
+            const bool mine = tile_number(j) < all_tiles();
             float d[2][kChains][4] = {};  // even and odd blocks; halves of a block apart, where registers allow
 #pragma unroll
             for (int block = 0; block < kDeep; block += 2) {
-                if (block >= p.layout.blocks) break;
+                if (!mine || block >= p.layout.blocks) break;
                 add(d[0], w[j][block][0], w[j][block][1], b(block));
                 add(d[1], w[j][block + 1][0], w[j][block + 1][1], b(block + 1));
             }
+            if (kKept && j == 0) meanwhile();
+            if (!mine) break;
             sum_and_send(d, j);
         }
         for (int j = 0; j < p.layout.in_smem; ++j) {
@@ -273,17 +291,18 @@ struct BackwardKernel {
         }
     }
 
+    SIMT static float of(std::uint32_t bits) { return load(from_bits<T>(bits)); }
+
     SIMT void run() const {
         Words w[kTiles][kDeep][2];
         prepare(w);
         Item item{0, 0};
         const int longest = steps()[0];
         bool more = longest > 0;
-        Saved<T> next{};
-        if (more) next = fetch(item, longest);
+        const Columns kept = columns();
+        Saved x = fetch(kept, item, more, longest);
         for (int turn = 0; more; turn ^= 1) {
             const Item now = item;
-            const Saved<T> x = next;
             const bool active = x.row >= 0;
             float dh = dh_state(now.slot), dc = dc_state(now.slot);
             if (now.i > 0) {
@@ -292,9 +311,11 @@ struct BackwardKernel {
                     simt::arrive_expecting(full(now.slot, (now.i - 1) % 2), fill_bytes());
                 }
             }
+            float c_before = bit_cast<float>(x.c_before);
+            if (x.first && within()) c_before = load(static_cast<const T*>(p.c0)[in_batch(sequence(now.slot))]);
             const CellBackward<float> made =
-                cell_backward<speed<T, kExact>>(load(x.gates[0]), load(x.gates[1]), load(x.gates[2]), load(x.gates[3]),
-                                                x.c, x.c_before, dh + load(x.dy), dc);
+                cell_backward<speed<T, kExact>>(of(x.gates[0]), of(x.gates[1]), of(x.gates[2]), of(x.gates[3]),
+                                                bit_cast<float>(x.c), c_before, dh + of(x.dy), dc);
             const float found[4] = {made.da_i, made.da_f, made.da_g, made.da_o};
             Gates<T> da_now, b;
             for (int k = 0; k < 4; ++k) da_now.of[k] = store<T>(active ? found[k] : 0.0f);
@@ -303,15 +324,18 @@ struct BackwardKernel {
             dh_state(now.slot) = active ? 0.0f : dh;
             dc_state(now.slot) = active ? made.dc_prev : dc;
             simt::sync_threads();  // all gradients of the block's cells lie in b
-            product(w, turn, now.slot, now.i % 2);
-            if constexpr (kGrid) global().signal(now.slot);
-            if (active && within()) {
-                T* const to = at_row(static_cast<T*>(p.dgates) + first_of_direction() * 4 + cell.unit, x.row,
-                                     4 * hidden() * kElement);
-                for (int k = 0; k < 4; ++k) to[Index{k} * hidden()] = da_now.of[k];
-            }
             more = advance(item, steps(), longest, p.plan.tiles);
-            if (more) next = fetch(item, longest);
+            const auto in_memory = [&] {
+                const Columns here = kKept ? kept : columns();
+                if (active && within()) {
+                    T* const to = here.dgates.row(x.row);
+                    for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, here.of_gate), bits(da_now.of[k]));
+                }
+                x = fetch(here, item, more, longest);
+            };
+            product(w, turn, now.slot, now.i % 2, in_memory);
+            if constexpr (!kKept) in_memory();
+            if constexpr (kGrid) global().signal(now.slot);
         }
         for (int slot = 0; slot < p.plan.tiles && steps()[slot] > 0; ++slot) {
             const float dh = dh_state(slot) + received(slot, steps()[slot] - 1);

@@ -186,6 +186,17 @@ SIMT V* at_row(V* base, int row, int stride) {
     return reinterpret_cast<V*>(reinterpret_cast<Byte*>(base) + static_cast<Index>(row) * stride);
 }
 
+// What a thread reads or writes of an array: its unit's column, whose rows lie `stride` bytes apart. `kKept`: the
+// pointer stays in registers.
+template <typename V, bool kKept>
+struct Column {
+    V* first;
+    int stride;
+
+    SIMT Column(V* start, int bytes) : first(kKept ? simt::opaque(start) : start), stride(bytes) {}
+    SIMT V* row(int number) const { return at_row(first, number, stride); }
+};
+
 // A phase of a buffer's barrier: buffers take turns, fill by fill.
 SIMT unsigned parity_of(int fill) { return (static_cast<unsigned>(fill) / 2) % 2; }
 

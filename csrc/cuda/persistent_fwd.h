@@ -8,11 +8,18 @@
 
 namespace lstm::persistent {
 
-// The next item's pre-activations, loaded while the cluster exchanges h.
-template <typename T>
+// An item's pre-activations.
 struct Preactivation {
-    T a[4];
-    int row;  // of [N, ...]; below 0 when the state stays
+    std::uint32_t a[4];  // bits of T
+    int row;             // of [N, ...]; below 0 when the state stays
+};
+
+// What an item leaves in global memory.
+template <typename T>
+struct Result {
+    T gates[4], h;
+    float c;
+    int row;  // as above
 };
 
 template <typename T, bool kExact, int kMost, bool kGrid>
@@ -23,21 +30,22 @@ struct ForwardKernel {
     const Forward& p;
     const Position at;
     const Cell cell;
-    const int outgoing;  // where in a buffer of h the lane's message goes
+    const int found_outgoing;
 
     SIMT explicit ForwardKernel(const Forward& walk)
         : p(walk),
           at(position<kGrid>(walk.plan, walk.direction)),
           cell(walk.plan, at),
-          outgoing(place_of_message(walk.plan, at)) {}
+          found_outgoing(place_of_message(walk.plan, at)) {}
 
     SIMT simt::Barrier* full(int slot, int buffer) const {
         return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
     }
     SIMT int* steps() const { return reinterpret_cast<int*>(simt::shared_memory() + offset_of_steps(p.plan)); }
-    SIMT unsigned char* h(int slot, int buffer) const {
-        return simt::shared_memory() + p.layout.h + (kGrid ? 0 : 2 * slot + buffer) * p.layout.of_h;
+    SIMT int offset_of_h(int slot, int buffer) const {
+        return p.layout.h + (kGrid ? 0 : 2 * slot + buffer) * p.layout.of_h;
     }
+    SIMT unsigned char* h(int slot, int buffer) const { return simt::shared_memory() + offset_of_h(slot, buffer); }
     SIMT Global<Forward> global() const { return {p, at}; }
     // This thread's cell in a tile: c, and h as `bits`.
     SIMT float& c_state(int slot) const {
@@ -49,11 +57,22 @@ struct ForwardKernel {
     SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
     SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
-    // 512 threads have no registers to keep what follows from H.
-    SIMT int hidden() const { return kMost == 8 ? simt::opaque(p.sizes.hidden) : p.sizes.hidden; }
-    SIMT T* gates(int row) const {
-        T* const first = static_cast<T*>(p.gates) + at.direction * p.sizes.all_rows * 4 * hidden() + cell.unit;
-        return at_row(first, row, 4 * hidden() * kElement);
+    // What a thread has in global memory, where registers allow found once for all items.
+    static constexpr bool kKept = kMost == 4 && !kExact;
+    struct Columns {
+        Column<T, kKept> gates, y;
+        Column<float, kKept> cells;
+        int of_gate;  // bytes from one gate to the next
+    };
+    SIMT static int kept_here(int x) { return kKept ? simt::opaque(x) : x; }
+    SIMT Columns columns() const {
+        const int hidden = kKept ? p.sizes.hidden : simt::opaque(p.sizes.hidden);
+        const Index before = at.direction * p.sizes.all_rows * hidden;
+        const int unit = within() ? cell.unit : 0;
+        return {{static_cast<T*>(p.gates) + 4 * before + unit, 4 * hidden * kElement},
+                {static_cast<T*>(p.y) + at.direction * hidden + unit, p.sizes.directions * hidden * kElement},
+                {static_cast<float*>(p.cells) + before + unit, hidden * 4},
+                hidden * kElement};
     }
 
     // 16 bytes of W_hh: gate k of a group's unit lane / 4, the lane's share of a block of K; zero outside of W_hh.
@@ -70,13 +89,14 @@ struct ForwardKernel {
         return pack(values);
     }
 
-    SIMT Preactivation<T> fetch(const Item& item, int longest) const {
+    // Loads something in any case: without branches there is nothing to wait for.
+    SIMT Preactivation fetch(const Columns& columns, const Item& item, bool more, int longest) const {
         const int b = sequence(item.slot);
         const Step step = step_of(p.starts, p.sizes.batch, time_of(item, longest));
-        Preactivation<T> found{{}, b < step.active ? step.first + b : -1};
-        if (found.row < 0 || !within()) return found;
-        const T* from = gates(found.row);
-        for (int k = 0; k < 4; ++k) found.a[k] = from[Index{k} * hidden()];
+        Preactivation found{{}, b < step.active ? step.first + b : -1};
+        const T* const from = columns.gates.row(more && found.row >= 0 ? found.row : 0);
+        for (int k = 0; k < 4; ++k) found.a[k] = simt::load_bits(at_row(from, k, columns.of_gate));
+
         return found;
     }
     // Steps of a tile; `longest` those of the first.
@@ -174,12 +194,14 @@ struct ForwardKernel {
                                         p.layout.weights)[((at.warp * p.layout.in_smem + j) * 4 + k) * 32 + at.lane];
     }
 
-    // Row lane / 4 of the four gates, columns 2 q and 2 q + 1, over this warp's half of K: gate[k][column % 2].
-    SIMT void product(const Words (&w)[kHeld][4], const unsigned char* h_before, float (&gate)[4][2]) const {
+    // Row lane / 4 of the four gates, columns 2 q and 2 q + 1, over this warp's half of K: gate[k][column % 2]. Between
+    // parts of it, while the matrix unit is behind, `meanwhile(0)` and `meanwhile(1)`.
+    template <typename Meanwhile>
+    SIMT void product(const Words (&w)[kHeld][4], const Words* own, float (&gate)[4][2], Meanwhile meanwhile) const {
         // Gates i and f, then g and o; halves of a block of K apart, where registers allow, so that chains are short.
         float d[2][kChains][4] = {};
         const int half = p.layout.blocks / 2;
-        const auto* const own = reinterpret_cast<const Words*>(h_before) + at.half() * half * 32 + at.lane;
+
         const auto block = [&](int j) { return own[j * 32]; };
         const auto add = [&](const Words& i, const Words& f, const Words& g, const Words& o, const Words& b) {
             multiply<T, kExact>(d[0][0], {i.x, f.x, i.y, f.y}, b.x, b.y);
@@ -187,12 +209,15 @@ struct ForwardKernel {
             multiply<T, kExact>(d[0][kChains - 1], {i.z, f.z, i.w, f.w}, b.z, b.w);
             multiply<T, kExact>(d[1][kChains - 1], {g.z, o.z, g.w, o.w}, b.z, b.w);
         };
+        constexpr int kAtOnce = kKept ? 4 : kMost == 8 ? 1 : 2;  // blocks, as registers allow
 #pragma unroll
-        for (int j = 0; j < kHeld; j += 2) {
+        for (int j = 0; j < kHeld; j += kAtOnce) {
             if (j < half) {
-                add(w[j][0], w[j][1], w[j][2], w[j][3], block(j));
-                add(w[j + 1][0], w[j + 1][1], w[j + 1][2], w[j + 1][3], block(j + 1));
+                Words b[kAtOnce];  // past the last, it again: weights are zero there
+                for (int n = 0; n < kAtOnce; ++n) b[n] = block(j + n < half ? j + n : half - 1);
+                for (int n = 0; n < kAtOnce; ++n) add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
             }
+            if (j <= kAtOnce) meanwhile(j / kAtOnce);
         }
         for (int j = 0; j < p.layout.in_smem; ++j) {
             add(in_smem(j, 0), in_smem(j, 1), in_smem(j, 2), in_smem(j, 3), block(kHeld + j));
@@ -232,6 +257,12 @@ struct ForwardKernel {
         const int first = at.warp * 32 + at.lane % kMessages * kUnits, own = plan.groups * kGroup;
         return operand_byte(first / own, (at.rank * own + first % own) * kElement);
     }
+    SIMT int outgoing() const {  // where in a buffer of h the lane's message goes
+        if constexpr (kMost < 8) return found_outgoing;
+        Position again = at;
+        again.lane = simt::opaque(at.lane);
+        return place_of_message(p.plan, again);
+    }
     SIMT void send(T value, int slot, int buffer) const {
         std::uint32_t word = bits(operand<kExact>(value));
         if (kElement == 2) {
@@ -242,11 +273,12 @@ struct ForwardKernel {
         for (int j = 0; j < 4; ++j) words[j] = simt::shuffle(word, at.lane % kMessages * kUnits + j * (kUnits / 4));
         const Words values{words[0], words[1], words[2], words[3]};
         if constexpr (kGrid) {
-            if (at.lane < kMessages) simt::publish(global().buffer(slot, buffer) + outgoing, values);
+            if (at.lane < kMessages) simt::publish(global().buffer(slot, buffer) + outgoing(), values);
             global().signal(slot);
         } else {
+            unsigned char* const to = h(slot, buffer) + outgoing();
             for (int rank = at.lane / kMessages; rank < p.plan.cluster; rank += 32 / kMessages) {
-                simt::send(h(slot, buffer) + outgoing, rank, values, full(slot, buffer));
+                simt::send(to, rank, values, full(slot, buffer));
             }
         }
     }
@@ -257,21 +289,27 @@ struct ForwardKernel {
         Item item{0, 0};
         const int longest = steps()[0];
         bool more = longest > 0;
-        Preactivation<T> next{};
-        if (more) next = fetch(item, longest);
+        const Columns kept = columns();
+        Preactivation next{}, x = fetch(kept, item, more, longest);
+        Result<T> result{{}, {}, 0.0f, -1};  // of the item before: messages go first, and what isn't urgent waits
         for (int turn = 0; more; turn ^= 1) {
             const Item now = item;
-            const Preactivation<T> x = next;
             const bool active = x.row >= 0;
             const int before = now.i % 2;
+            more = advance(item, steps(), longest, p.plan.tiles);
+            const int own =
+                kept_here(offset_of_h(now.slot, before) + (at.half() * p.layout.blocks * 16 + at.lane) * 16);
             receive(now, longest);
             float gate[4][2], sum[4];
-            product(w, h(now.slot, before), gate);
+            product(w, reinterpret_cast<const Words*>(simt::shared_memory() + own), gate, [&](int part) {
+                if (kKept && part == 0) write(kept, result);
+                if (kKept && part == 1) next = fetch(kept, item, more, longest);
+            });
             float c = c_state(now.slot);
             T h_now = from_bits<T>(h_state(now.slot));
             exchange(gate, turn, sum);
-            const CellForward<float> made = cell_forward<speed<T, kExact>>(
-                load(x.a[0]) + sum[0], load(x.a[1]) + sum[1], load(x.a[2]) + sum[2], load(x.a[3]) + sum[3], c);
+            const CellForward<float> made = cell_forward<speed<T, kExact>>(of(x.a[0]) + sum[0], of(x.a[1]) + sum[1],
+                                                                           of(x.a[2]) + sum[2], of(x.a[3]) + sum[3], c);
             if (active) {
                 c = made.c;
                 h_now = store<T>(made.h);
@@ -280,28 +318,31 @@ struct ForwardKernel {
             if (!last) send(h_now, now.slot, 1 - before);
             c_state(now.slot) = c;
             h_state(now.slot) = bits(h_now);
-            if (active && within()) write(x.row, made, h_now);
+            result = {{store<T>(made.i), store<T>(made.f), store<T>(made.g), store<T>(made.o)}, h_now, c, x.row};
             if (last && sequence(now.slot) < p.sizes.batch && within()) {
                 static_cast<T*>(p.h_n)[in_batch(sequence(now.slot))] = h_now;
                 static_cast<T*>(p.c_n)[in_batch(sequence(now.slot))] = store<T>(c);
             }
-            more = advance(item, steps(), longest, p.plan.tiles);
-            if (more) next = fetch(item, longest);
+            if constexpr (kKept) {
+                x = next;
+            } else {
+                write(columns(), result);
+                x = fetch(columns(), item, more, longest);
+            }
         }
+        if (kKept) write(kept, result);
         if constexpr (!kGrid) simt::sync_cluster();  // no block ends while another may still write to it
     }
 
-    SIMT void write(int row, const CellForward<float>& made, T h_now) const {
-        T* const y = static_cast<T*>(p.y) + at.direction * hidden() + cell.unit;
-        *at_row(y, row, p.sizes.directions * hidden() * kElement) = h_now;
+    SIMT static float of(std::uint32_t bits) { return load(from_bits<T>(bits)); }
+
+    SIMT void write(const Columns& columns, const Result<T>& result) const {
+        if (result.row < 0 || !within()) return;
+        simt::store_bits(columns.y.row(result.row), bits(result.h));
         if (p.cells == nullptr) return;
-        float* const cells = static_cast<float*>(p.cells) + at.direction * p.sizes.all_rows * hidden() + cell.unit;
-        *at_row(cells, row, hidden() * 4) = made.c;
-        T* const to = gates(row);
-        to[0] = store<T>(made.i);
-        to[hidden()] = store<T>(made.f);
-        to[Index{2} * hidden()] = store<T>(made.g);
-        to[Index{3} * hidden()] = store<T>(made.o);
+        simt::store_bits(columns.cells.row(result.row), bits(result.c));
+        T* const to = columns.gates.row(result.row);
+        for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, columns.of_gate), bits(result.gates[k]));
     }
 };
 

@@ -46,10 +46,39 @@ SIMT Words read(const Words* from) {
     return value;
 }
 
-// x, whose origin the compiler no longer knows: what is computed from it is computed again at each use, not kept.
+// x, computed where the call stands and no longer known to the compiler: what follows from it is computed again at each
+// use, not kept; and it is kept itself, not computed again.
 SIMT int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
+}
+template <typename V>
+SIMT V* opaque(V* x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
+// The 2 or 4 bytes at p in global memory, in the low bits, loaded where the call stands: nothing waits for them before
+// they are used, as a conversion or a choice between two loads would.
+template <typename T>
+SIMT std::uint32_t load_bits(const T* p) {
+    std::uint32_t bits;
+    if constexpr (sizeof(T) == 2) {
+        asm volatile("ld.global.u16 %0, [%1];" : "=r"(bits) : "l"(__cvta_generic_to_global(p)) : "memory");
+    } else {
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(__cvta_generic_to_global(p)) : "memory");
+    }
+    return bits;
+}
+
+// The low bits of `bits` into the 2 or 4 bytes at p in global memory.
+template <typename T>
+SIMT void store_bits(T* p, std::uint32_t bits) {
+    if constexpr (sizeof(T) == 2) {
+        asm volatile("st.global.u16 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bits) : "memory");
+    } else {
+        asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bits) : "memory");
+    }
 }
 
 // ---- Warps and blocks -----------------------------------------------------------------------------------------------

@@ -52,7 +52,20 @@ using Barrier = std::uint64_t;
 unsigned cluster_rank();
 unsigned char* shared_memory();
 inline Words read(const Words* from) { return *from; }
-inline int opaque(int x) { return x; }
+template <typename T>
+std::uint32_t load_bits(const T* p) {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, p, sizeof(T));
+    return bits;
+}
+template <typename T>
+void store_bits(T* p, std::uint32_t bits) {
+    std::memcpy(p, &bits, sizeof(T));
+}
+template <typename V>
+V opaque(V x) {
+    return x;
+}
 
 std::uint32_t shuffle(std::uint32_t value, unsigned lane);
 void sync_warp();
