@@ -178,8 +178,8 @@ std::optional<PlanTuple> persistent_plan(int kind, bool backward, int hidden, in
                      plan.shared,  plan.grid,   plan.directions, plan.clocks};
 }
 
-double persistent_library_clocks(int kind, int hidden, int batch) {
-    return lstm::persistent::library_clocks(static_cast<Kind>(kind), hidden, batch);
+double persistent_library_clocks(int kind, int hidden, int batch, bool plain) {
+    return lstm::persistent::library_clocks(static_cast<Kind>(kind), hidden, batch, plain);
 }
 
 // Bytes of a grid's workspace: of its flags, and in all.
@@ -316,7 +316,8 @@ void bind_persistent(py::module_& m) {
           "directions"_a, "granted"_a);
     m.def("persistent_granted", persistent_granted, py::kw_only(), "kind"_a, "backward"_a, "device"_a, "grid"_a,
           "cluster"_a, "threads"_a, "shared"_a);
-    m.def("persistent_library_clocks", persistent_library_clocks, py::kw_only(), "kind"_a, "hidden"_a, "batch"_a);
+    m.def("persistent_library_clocks", persistent_library_clocks, py::kw_only(), "kind"_a, "hidden"_a, "batch"_a,
+          "plain"_a);
     m.def("persistent_workspace", persistent_workspace, py::kw_only(), "kind"_a, "backward"_a, "plan"_a,
           "directions"_a);
     m.def("persistent_forward", persistent_forward, Released(), py::kw_only(), "gates"_a, "h0"_a, "c0"_a, "w_hh"_a,

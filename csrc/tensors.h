@@ -108,8 +108,8 @@ inline Fresh new_empty(py::handle like, const TensorShape& shape, PyObject* dtyp
     return made;
 }
 
-// A tensor on the CPU as it lies; nothing where torch can't tell in this way, or it isn't contiguous.
-inline std::optional<View> view(py::handle tensor) {
+// A tensor as it lies; nothing where torch can't tell in this way, or it isn't contiguous.
+inline std::optional<View> view_anywhere(py::handle tensor) {
     const Types& known = types();
     const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
     if (known.api == nullptr || (type != known.tensor && type != known.parameter)) return std::nullopt;
@@ -118,9 +118,15 @@ inline std::optional<View> view(py::handle tensor) {
         PyErr_Clear();
         return std::nullopt;
     }
-    constexpr int cpu = 1;
-    if (found.device_type != cpu || !found.contiguous()) return std::nullopt;
+    if (!found.contiguous()) return std::nullopt;
     return found;
+}
+
+// The same of a tensor on the CPU.
+inline std::optional<View> view(py::handle tensor) {
+    constexpr int cpu = 1;
+    const auto found = view_anywhere(tensor);
+    return found && found->device_type == cpu ? found : std::nullopt;
 }
 
 // w_ih, w_hh, b_ih, b_hh, w_hr of one direction; nothing where one is absent.
@@ -129,6 +135,7 @@ using WeightViews = std::array<std::optional<View>, 5>;
 inline bool same_dtype(const View& a, const View& b) {
     return a.kind == b.kind && a.bits == b.bits && a.lanes == b.lanes;
 }
+inline bool same_device(const View& a, const View& b) { return a.device_type == b.device_type && a.device == b.device; }
 
 // Whether weights have x's dtype and the sizes of I, H and R features.
 inline bool weights_fit(const WeightViews& weights, const View& x, std::int64_t input, std::int64_t hidden,
@@ -144,23 +151,25 @@ inline bool weights_fit(const WeightViews& weights, const View& x, std::int64_t 
     return w_hr ? w_hr->has_sizes({features, hidden}) : features == hidden;
 }
 
-// Whether the 13 inputs of a layer (lstm_fast/autograd.py) lie contiguously on the CPU, in one dtype and with sizes
-// that fit each other. False says no more than that this quick look can't tell.
+// Whether the 13 inputs of a layer (lstm_fast/autograd.py) lie contiguously on one device, in one dtype and with
+// sizes that fit each other. False says no more than that this quick look can't tell.
 inline bool layer_inputs_fit(const py::sequence& inputs) {
     constexpr std::size_t states = 3, of_direction = std::tuple_size_v<WeightViews>;
     const py::object first = inputs[0];
-    const auto x = view(first), h0 = view(py::object(inputs[1])), c0 = view(py::object(inputs[2]));
+    const auto x = view_anywhere(first), h0 = view_anywhere(py::object(inputs[1])),
+               c0 = view_anywhere(py::object(inputs[2]));
     if (!x || !h0 || !c0 || x->dims < 2 || h0->dims != 3 || c0->dims != 3) return false;
     const std::int64_t directions = c0->sizes[0], batch = c0->sizes[1], hidden = c0->sizes[2], features = h0->sizes[2];
     if (directions < 1 || directions > 2 || !h0->has_sizes({directions, batch, features})) return false;
     if (!same_dtype(*h0, *x) || !same_dtype(*c0, *x)) return false;
+    if (!same_device(*h0, *x) || !same_device(*c0, *x)) return false;
     for (std::int64_t d = 0; d < directions; ++d) {
         WeightViews weights;
         for (std::size_t i = 0; i < of_direction; ++i) {
             const py::object weight = inputs[states + d * of_direction + i];
             if (weight.is_none()) continue;
-            weights[i] = view(weight);
-            if (!weights[i]) return false;
+            weights[i] = view_anywhere(weight);
+            if (!weights[i] || !same_device(*weights[i], *x)) return false;
         }
         if (!weights_fit(weights, *x, x->sizes[x->dims - 1], hidden, features)) return false;
     }

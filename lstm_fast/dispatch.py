@@ -147,7 +147,7 @@ def _torch_is_faster(
         if crowded is not None:
             return crowded
         if not measured.knows(place):
-            outweighed: str | None = persistent.outweighed(*asked)
+            outweighed: str | None = persistent.outweighed(*asked, plain=kind == "layer")
             return outweighed
     if not measured.matters(place, kind):
         return None

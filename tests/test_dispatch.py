@@ -123,7 +123,7 @@ def gpu_kernels(monkeypatch):
         lambda device, dtype, hidden: f"{hidden} hidden units don't fit" if hidden > 768 else None,
     )
     for name in ("crowded", "outweighed"):
-        monkeypatch.setattr(dispatch.persistent, name, lambda device, dtype, hidden, batch: None)
+        monkeypatch.setattr(dispatch.persistent, name, lambda *asked, plain=None: None)
 
 
 def choose_on_gpu(hidden, backend="auto", batch=4, **call):
@@ -141,7 +141,7 @@ def test_on_a_gpu_what_fits_is_persistent_and_the_rest_is_torchs(gpu_kernels):
 
 def test_on_a_gpu_nobody_measured_large_batches_go_to_torch_by_estimate(gpu_kernels, monkeypatch):
     monkeypatch.setattr(
-        dispatch.persistent, "outweighed", lambda *asked: f"slow at {asked[2:]}" if asked[3] > 9 else None
+        dispatch.persistent, "outweighed", lambda *asked, plain: f"slow at {asked[2:]}" if asked[3] > 9 else None
     )
     assert choose_on_gpu(64, batch=9).backend == "persistent"
     assert choose_on_gpu(64, batch=10) == ("torch", "persistent: slow at (64, 10)")

@@ -229,8 +229,8 @@ def test_a_card_without_clusters_serves_over_the_grid(gpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_batches_whose_arithmetic_outweighs_the_launches_are_left_to_torch(gpu, dtype):
     for hidden in (256, 512, 1024):
-        assert persistent.outweighed(gpu, dtype, hidden, 16) is None
-        why_not = persistent.outweighed(gpu, dtype, hidden, 20000)
+        assert persistent.outweighed(gpu, dtype, hidden, 16, plain=True) is None
+        why_not = persistent.outweighed(gpu, dtype, hidden, 20000, plain=True)
         assert f"a step of 20000 x {hidden} units is expected to take" in why_not
 
 

@@ -41,7 +41,12 @@ FAULTS = {
     "forward: h in one buffer": Fault(
         FORWARD, "(kGrid ? 0 : 2 * slot + buffer) * kColumns", "(kGrid ? 0 : 2 * slot) * kColumns", "bits"
     ),
-    "forward: halves of K not awaited": Fault(FORWARD, "        simt::sync_threads();\n        const Words* const own", "        const Words* const own", "bits"),
+    "forward: halves of K not awaited": Fault(
+        FORWARD,
+        "        simt::sync_threads();\n        const Words* const own",
+        "        const Words* const own",
+        "bits",
+    ),
     "forward: halves of K in one buffer": Fault(FORWARD, "(kGrid ? 0 : turn) * 2 * half", "0 * 2 * half", "bits"),
     "forward: the next fill not expected": Fault(
         FORWARD, "simt::arrive_expecting(full(now.slot, buffer), fill_bytes());", "", "deadlock"
@@ -64,7 +69,9 @@ FAULTS = {
         BACKWARD, "simt::sync_threads();  // all gradients of the block's cells lie in b", "", "bits"
     ),
     # The kernel's first draft did this: a block's own warps don't all send to their own block.
-    "backward: gates' gradients in one buffer": Fault(BACKWARD, "+ turn * kColumns * kBlock * p.layout.blocks;", ";", "bits"),
+    "backward: gates' gradients in one buffer": Fault(
+        BACKWARD, "+ turn * kColumns * kBlock * p.layout.blocks;", ";", "bits"
+    ),
     "backward: dh in one buffer": Fault(
         BACKWARD, "(2 * slot + buffer) * p.plan.cluster", "(2 * slot) * p.plan.cluster", "bits"
     ),

@@ -214,8 +214,9 @@ using Resident = std::function<int(bool grid, int cluster, int threads, int shar
 // The layout expected to be fastest for B sequences in D directions, or one with cluster = 0 if none fits.
 Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const Resident& resident);
 
-// That a step is expected to take torch's own LSTM: a library's product and gates, launched step by step.
-double library_clocks(Kind kind, int hidden, int batch);
+// That a step is expected to take torch's own LSTM: a library's product and gates, launched step by step, or a
+// persistent kernel where the call is `plain`, of one dense layer in one direction.
+double library_clocks(Kind kind, int hidden, int batch, bool plain);
 
 // The kernels' own source on the host, for tests without a GPU: empty, or what went wrong. `schedule`:
 // csrc/host/simt.h.

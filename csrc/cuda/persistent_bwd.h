@@ -311,6 +311,9 @@ struct BackwardKernel {
                     simt::arrive_expecting(full(now.slot, (now.i - 1) % 2), fill_bytes());
                 }
             }
+            more = advance(item, steps(), longest, p.plan.tiles);
+            Saved next{};  // of the next item: asked for while no messages travel, which would be in the way
+            if constexpr (kKept) next = fetch(kept, item, more, longest);
             float c_before = bit_cast<float>(x.c_before);
             if (x.first && within()) c_before = load(static_cast<const T*>(p.c0)[in_batch(sequence(now.slot))]);
             const CellBackward<float> made =
@@ -324,18 +327,18 @@ struct BackwardKernel {
             dh_state(now.slot) = active ? 0.0f : dh;
             dc_state(now.slot) = active ? made.dc_prev : dc;
             simt::sync_threads();  // all gradients of the block's cells lie in b
-            more = advance(item, steps(), longest, p.plan.tiles);
-            const auto in_memory = [&] {
-                const Columns here = kKept ? kept : columns();
-                if (active && within()) {
-                    T* const to = here.dgates.row(x.row);
-                    for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, here.of_gate), bits(da_now.of[k]));
-                }
-                x = fetch(here, item, more, longest);
+            const auto write = [&](const Columns& columns) {
+                if (!active || !within()) return;
+                T* const to = columns.dgates.row(x.row);
+                for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, columns.of_gate), bits(da_now.of[k]));
             };
-            product(w, turn, now.slot, now.i % 2, in_memory);
-            if constexpr (!kKept) in_memory();
+            product(w, turn, now.slot, now.i % 2, [&] { write(kept); });
+            if constexpr (!kKept) {
+                write(columns());
+                next = fetch(columns(), item, more, longest);
+            }
             if constexpr (kGrid) global().signal(now.slot);
+            x = next;
         }
         for (int slot = 0; slot < p.plan.tiles && steps()[slot] > 0; ++slot) {
             const float dh = dh_state(slot) + received(slot, steps()[slot] - 1);

@@ -179,11 +179,12 @@ LSTM_HD Index packed_count(const Walk& p) {
     return (p.workspace.end - p.workspace.weights) / 16;
 }
 
-// Row `row` of an array whose rows lie `stride` bytes apart.
+// Row `row` of an array whose rows lie `stride` bytes apart. Neither is below 0: one instruction multiplies and adds.
 template <typename V>
 SIMT V* at_row(V* base, int row, int stride) {
     using Byte = std::conditional_t<std::is_const_v<V>, const unsigned char, unsigned char>;
-    return reinterpret_cast<V*>(reinterpret_cast<Byte*>(base) + static_cast<Index>(row) * stride);
+    return reinterpret_cast<V*>(reinterpret_cast<Byte*>(base) +
+                                std::uint64_t{static_cast<unsigned>(row)} * static_cast<unsigned>(stride));
 }
 
 // What a thread reads or writes of an array: its unit's column, whose rows lie `stride` bytes apart. `kKept`: the

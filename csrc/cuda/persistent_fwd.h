@@ -59,6 +59,8 @@ struct ForwardKernel {
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // What a thread has in global memory, where registers allow found once for all items.
     static constexpr bool kKept = kMost == 4 && !kExact;
+    // the fastest takes a register more than 512 threads have
+    static constexpr math::Speed kSpeed = kMost == 8 && !kExact ? math::Speed::fast : speed<T, kExact>;
     struct Columns {
         Column<T, kKept> gates, y;
         Column<float, kKept> cells;
@@ -308,8 +310,8 @@ struct ForwardKernel {
             float c = c_state(now.slot);
             T h_now = from_bits<T>(h_state(now.slot));
             exchange(gate, turn, sum);
-            const CellForward<float> made = cell_forward<speed<T, kExact>>(of(x.a[0]) + sum[0], of(x.a[1]) + sum[1],
-                                                                           of(x.a[2]) + sum[2], of(x.a[3]) + sum[3], c);
+            const CellForward<float> made = cell_forward<kSpeed>(of(x.a[0]) + sum[0], of(x.a[1]) + sum[1],
+                                                                 of(x.a[2]) + sum[2], of(x.a[3]) + sum[3], c);
             if (active) {
                 c = made.c;
                 h_now = store<T>(made.h);

@@ -4,7 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <mutex>
+#include <set>
 #include <stdexcept>
+#include <tuple>
 
 #include "persistent_common.h"
 
@@ -69,15 +72,20 @@ struct Configuration {
     Configuration(const Configuration&) = delete;  // config points into it
 };
 
-// Lets launches of the kernel on this thread's device have what it has. Always all of it, since another thread may be
-// about to launch the same kernel with more than this launch takes.
+// Lets launches of the kernel on this thread's device have what it has, from the first launch on.
 inline cudaError_t prepare(const void* kernel, int cluster, int device) {
+    static std::mutex mutex;
+    static std::set<std::tuple<const void*, int, bool>> prepared;
+    const std::lock_guard<std::mutex> guard(mutex);
+    const auto asked = std::make_tuple(kernel, device, cluster > 8);
+    if (prepared.count(asked) > 0) return cudaSuccess;
     int most = 0;
     cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error == cudaSuccess && cluster > 8) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
+    if (error == cudaSuccess) prepared.insert(asked);
     return error;
 }
 

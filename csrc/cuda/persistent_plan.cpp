@@ -7,20 +7,22 @@ namespace {
 
 constexpr int kSharedLimit = 232448;  // bytes of a block: compute capability 9.0 and 10.x
 
-// Clocks, from published latencies and rates of an H100 (docs/persistent.md), not yet measured by us.
-constexpr double kExchange = 500;           // of a message and its barrier, when one tile has to wait for it
-constexpr double kCells = 350;              // gates and bookkeeping of an item
-constexpr double kProduct = 6.5;            // of one simt::mma in a quarter of a multiprocessor
-constexpr double kBytesFromSmem = 100;      // a clock
-constexpr double kBytesFromCluster = 20.0;  // a clock
-// The same through global memory: words, a flag and its waiters; and bytes past the L1 cache, when all blocks read.
-constexpr double kGridExchange = 2300;
+// Clocks, fitted to walks measured on an H100 and an H200 (docs/persistent.md).
+constexpr double kExchange = 650;           // of a message and its barrier, when one tile has to wait for it
+constexpr double kCells = 600;              // gates, global memory and bookkeeping of an item
+constexpr double kProduct = 6.0;            // of one simt::mma in a quarter of a multiprocessor
+constexpr double kBytesFromSmem = 80;       // a clock
+constexpr double kBytesFromCluster = 17.0;  // a clock
+// The same through global memory: words, a flag and its waiters, in part for each item, since all its blocks meet; and
+// bytes past the L1 cache, when all blocks read.
+constexpr double kGridExchange = 3400, kGridItem = 4000;
 constexpr double kBytesFromL2 = 30;
 
-// What others reach (design notes of FlashRNN and cuDNN on an H100): a step's launches, and flops a clock, in 16 bits
-// and in fp32, at less than half of the card's rate, as its products are thin.
-constexpr double kLibraryStep = 7000;
+// What torch's LSTM takes there: a step's launches, and flops a clock, in 16 bits and in fp32, at less than half of the
+// card's rate, as its products are thin; and cuDNN's own persistent kernel, by cells.
+constexpr double kLibraryStep = 20000;
 constexpr double kLibraryFlops = 225e3, kLibraryFlops32 = 27e3;
+constexpr double kLibraryPersistent = 3300, kLibraryCell = 0.33;
 
 double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const int element = element_size(kind);
@@ -40,7 +42,7 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     }
     const int each = kind == Kind::float32 ? 3 : 1;
     const double exchange = plan.grid ? incoming * (backward ? 2 : 1) / kBytesFromL2 : incoming / kBytesFromCluster;
-    return kCells + products / 4 * kProduct * each + smem / kBytesFromSmem + exchange;
+    return kCells + (plan.grid ? kGridItem : 0) + products / 4 * kProduct * each + smem / kBytesFromSmem + exchange;
 }
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -124,7 +126,12 @@ Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const
     return search.best;
 }
 
-double library_clocks(Kind kind, int hidden, int batch) {
+double library_clocks(Kind kind, int hidden, int batch, bool plain) {
+    // the corner where torch lets cuDNN use its persistent kernel, but for the input size
+    if (plain && kind == Kind::float16 && hidden % 128 == 0 && hidden <= 1024 && batch % 8 == 0 && batch <= 128) {
+        return kLibraryPersistent + kLibraryCell * batch * hidden;
+    }
+
     const double flops = 8.0 * batch * hidden * hidden;
     const double rate = kind == Kind::float32 ? kLibraryFlops32
                         : kind == Kind::tf32  ? kLibraryFlops / 2

@@ -47,7 +47,7 @@ def layer_backward(
     """B1 to B8; lstm_fast/kernels/__init__.py states what each tensor is, and what ``recurrence_backward`` does."""
     x, h0, c0, weights, steps = inputs
     form, x, y = x.shape, x.flatten(0, -2), y.flatten(0, -2)
-    dy, dh, dc = None if grads[0] is None else grads[0].flatten(0, -2), _state(grads[1], h0), _state(grads[2], c0)
+    dy, (dh, dc) = None if grads[0] is None else grads[0].flatten(0, -2), _states(grads[1], grads[2], c0)
     gates, cells = saved
     hidden = c0.size(2)
     dgates = torch.empty_like(gates)
@@ -120,9 +120,16 @@ def _last_rows(steps: list[int]) -> list[int]:
     return last
 
 
-def _state(grad: Tensor | None, state: Tensor) -> Tensor:
-    """The gradient of a last state as the walk back begins with it, which overwrites it."""
+def _states(dh: Tensor | None, dc: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the last states as the walk back begins with them, which overwrites them."""
     acc = reference.accumulate_dtype(state.dtype)
-    if grad is None:
-        return torch.zeros(state.shape, dtype=acc, device=state.device)
-    return grad.to(acc, copy=True, memory_format=torch.contiguous_format)
+    if dh is None and dc is None:
+        first, second = torch.zeros(2, *state.shape, dtype=acc, device=state.device).unbind()
+        return first, second
+    first, second = (
+        torch.zeros(state.shape, dtype=acc, device=state.device)
+        if grad is None
+        else grad.to(acc, copy=True, memory_format=torch.contiguous_format)
+        for grad in (dh, dc)
+    )
+    return first, second

@@ -80,13 +80,15 @@ def crowded(device: torch.device, dtype: torch.dtype, hidden: int, batch: int) -
     return f"this GPU does not hold {batch} sequences of {hidden} hidden units on chip"
 
 
-def outweighed(device: torch.device, dtype: torch.dtype, hidden: int, batch: int) -> str | None:
-    """None unless torch's own LSTM is expected to be faster, else why: by estimate, for cards nobody has measured."""
+def outweighed(device: torch.device, dtype: torch.dtype, hidden: int, batch: int, plain: bool) -> str | None:
+    """None unless torch's own LSTM is expected to be faster, else why: by estimates from an H100 and an H200.
+
+    ``plain``: the call is of dense steps without a projection, of which cuDNN has a kernel as persistent as ours."""
     kind = _kind(dtype)
     assert kind is not None
     walks = plans(device, dtype, hidden, batch, 1)[: 2 if torch.is_grad_enabled() else 1]
     ours = sum(plan.clocks for plan in walks if plan is not None)
-    theirs = len(walks) * _C.persistent_library_clocks(kind=kind, hidden=hidden, batch=batch)
+    theirs = len(walks) * _C.persistent_library_clocks(kind=kind, hidden=hidden, batch=batch, plain=plain)
     if ours <= theirs:
         return None
     return f"a step of {batch} x {hidden} units is expected to take {ours / theirs:.1f} times what torch's takes"
