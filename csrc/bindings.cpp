@@ -279,6 +279,28 @@ void persistent_backward(Address gates, Address cells, Address c0, const std::ve
     run_persistent(walk, kind, device, queue);
 }
 
+// csrc/cuda/persistent.h, Previous.
+void previous([[maybe_unused]] Address y, [[maybe_unused]] Address initial, [[maybe_unused]] Address starts,
+              [[maybe_unused]] Address before, [[maybe_unused]] std::int64_t rows, [[maybe_unused]] int steps,
+              [[maybe_unused]] int width, [[maybe_unused]] int stride, [[maybe_unused]] bool reverse,
+              [[maybe_unused]] int device, [[maybe_unused]] Address stream) {
+#ifdef LSTM_FAST_WITH_CUDA
+    const lstm::persistent::cuda::Previous asked{pointer(y),
+                                                 pointer(initial),
+                                                 static_cast<const std::int32_t*>(pointer(starts)),
+                                                 pointer(before),
+                                                 rows,
+                                                 steps,
+                                                 width,
+                                                 stride,
+                                                 reverse};
+    const std::string error = lstm::persistent::cuda::previous(asked, device, pointer(stream));
+#else
+    const std::string error = "lstm_fast._C was built without CUDA";
+#endif
+    if (!error.empty()) throw std::runtime_error("the rows of the steps before could not be copied: " + error);
+}
+
 // int32 values into the device's memory, without a wait.
 void upload([[maybe_unused]] const std::vector<std::int32_t>& values, [[maybe_unused]] Address to,
             [[maybe_unused]] int device, [[maybe_unused]] Address stream) {
@@ -328,6 +350,8 @@ void bind_persistent(py::module_& m) {
           "queue"_a);
     m.def("clusters_at_once", clusters_at_once, "device"_a);
     m.def("measure_exchange", measure_exchange, "device"_a, "report"_a);
+    m.def("previous", previous, Released(), py::kw_only(), "y"_a, "initial"_a, "starts"_a, "before"_a, "rows"_a,
+          "steps"_a, "width"_a, "stride"_a, "reverse"_a, "device"_a, "stream"_a);
     m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
 }
 

@@ -123,4 +123,18 @@ def persistent_backward(
 ) -> None: ...
 def clusters_at_once(device: int) -> list[tuple[int, int]]: ...
 def measure_exchange(device: int, report: Callable[[str, int, int, float, float], None]) -> None: ...
+def previous(
+    *,
+    y: int,
+    initial: int,
+    starts: int,
+    before: int,
+    rows: int,
+    steps: int,
+    width: int,
+    stride: int,
+    reverse: bool,
+    device: int,
+    stream: int,
+) -> None: ...
 def upload(*, values: list[int], to: int, device: int, stream: int) -> None: ...

@@ -162,7 +162,7 @@ def test_a_plan_never_asks_for_more_than_a_block_has(kind):
 
 @pytest.mark.parametrize(
     "multiprocessors, kib, largest, widest",
-    [(132, 227, 16, [1920, 1056]), (108, 163, 0, [1472, 864]), (128, 99, 0, [1024, 768])],
+    [(132, 227, 16, [1920, 1056]), (108, 163, 0, [1536, 864]), (128, 99, 0, [1024, 768])],
     ids=["H100", "A100", "RTX 4090"],
 )
 def test_the_widest_layers(multiprocessors, kib, largest, widest):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import lstm_fast
-from lstm_fast.kernels import cuda
+from lstm_fast import reference
+from lstm_fast.kernels import cuda, rows
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["persistent", "cuda", "triton"]
@@ -107,6 +108,22 @@ def test_device_that_is_not_the_current_one(backend):
         assert torch.cuda.current_device() == 0
     with torch.cuda.device(1):
         assert same_bits(found, train(module, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("hidden", [1, 7, 64])
+def test_what_packed_rows_had_a_step_before(dtype, reverse, hidden):
+    """As the reference gathers it, of both directions' columns of y."""
+    if cuda.unavailable() is not None:
+        pytest.skip(f"cuda: {cuda.unavailable()}")
+    torch.manual_seed(hidden)
+    for lengths in ([1], [5, 5, 4, 1], torch.randint(1, 90, (130,)).sort(descending=True).values.tolist()):
+        steps = [sum(n > t for n in lengths) for t in range(lengths[0])]
+        y = torch.randn(sum(steps), 2 * hidden, device="cuda", dtype=dtype)
+        columns, initial = y[:, reverse * hidden :][:, :hidden], torch.randn(len(lengths), hidden).to(y)
+        found = rows.previous(columns, initial, steps, reverse)
+        assert torch.equal(found, reference.previous(columns, initial, steps, reverse))
 
 
 def test_more_rows_than_the_grid_has_blocks():

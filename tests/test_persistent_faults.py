@@ -39,7 +39,7 @@ class Fault:
 FAULTS = {
     "forward: no wait for h": Fault(FORWARD, "simt::wait(full(now.slot, buffer), parity_of(now.i - 1));", "", "bits"),
     "forward: h in one buffer": Fault(
-        FORWARD, "(kGrid ? 0 : 2 * slot + buffer) * kColumns", "(kGrid ? 0 : 2 * slot) * kColumns", "bits"
+        FORWARD, "(kGrid ? 0 : 2 * slot + buffer) * p.layout.of_h", "(kGrid ? 0 : 2 * slot) * p.layout.of_h", "bits"
     ),
     "forward: halves of K not awaited": Fault(
         FORWARD,
@@ -77,7 +77,7 @@ FAULTS = {
     ),
     "backward: the wrong parity": Fault(BACKWARD, "parity_of(fill))", "parity_of(fill + 2))", ""),
     "backward: sent to the wrong block": Fault(
-        BACKWARD, "group / p.plan.groups;", "(group / p.plan.groups + 1) % p.plan.cluster;", "bits"
+        BACKWARD, "simt::send(to, owner, ", "simt::send(to, (owner + 1) % p.plan.cluster, ", "bits"
     ),
     "forward, grid: no wait for h": Fault(FORWARD, "global().await(now.slot, now.i);", "", "bits", grid=True),
     "forward, grid: copies not awaited": Fault(

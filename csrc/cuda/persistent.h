@@ -239,6 +239,19 @@ std::string grid_run(const Backward& walk, Kind kind, int device, void* stream);
 // Copies int32 [count] from the host, through kernel arguments: no wait, and a CUDA graph may capture it.
 std::string upload(const std::int32_t* from, int count, void* to, int device, void* stream);
 
+// For each of N packed rows the h of its sequence's step before, in the direction's order, or the initial one.
+struct Previous {
+    const void* y;               // [N, ...], rows `stride` bytes apart
+    const void* initial;         // [B, width]
+    const std::int32_t* starts;  // [T + 1], as in Forward
+    void* before;                // [N, width], written
+    Index rows;                  // N
+    int steps;                   // T
+    int width, stride;           // bytes
+    bool reverse;
+};
+std::string previous(const Previous& p, int device, void* stream);
+
 // What one step took: "message" of size bytes between two blocks, "exchange" of h with so many units in a cluster of
 // so many blocks, "grid" of the same over a grid of so many, "product" of so many multiply-adds by one warp.
 struct Latency {

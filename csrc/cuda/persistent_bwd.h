@@ -125,6 +125,13 @@ struct BackwardKernel {
         const int place = (at.warp * p.layout.in_smem + j) * p.layout.blocks + block;
         return reinterpret_cast<Words*>(simt::shared_memory() + p.layout.weights)[(place * 2 + high) * 32 + at.lane];
     }
+    SIMT decltype(auto) from_smem(int j, int block, int high) const {  // in one load where registers allow
+        if constexpr (kMost == 4) {
+            return simt::read(&in_smem(j, block, high));
+        } else {
+            return (in_smem(j, block, high));
+        }
+    }
     SIMT int tile_number(int j) const { return at.warp + j * 2 * p.plan.groups; }  // of this warp's j-th
     SIMT int all_tiles() const { return (p.plan.cluster * p.plan.groups + 1) / 2; }
 
@@ -285,7 +292,7 @@ struct BackwardKernel {
 #pragma unroll
             for (int block = 0; block < kDeep; ++block) {
                 if (block >= p.layout.blocks) break;
-                add(d[block % 2], in_smem(j, block, 0), in_smem(j, block, 1), b(block));
+                add(d[block % 2], from_smem(j, block, 0), from_smem(j, block, 1), b(block));
             }
             sum_and_send(d, kTiles + j);
         }

@@ -78,19 +78,18 @@ __global__ void __launch_bounds__(32) ping_pong(Times* times) {
 }
 
 // Every block sends its slice of h (8 sequences, `groups` times 8 units of 16 bits) to all blocks and waits for theirs,
-// in the recurrence's messages: two warps a group, a warp's lanes for 4 sequences and 8 blocks at a time.
+// in the recurrence's messages: 64 bytes a warp, of 16 each, to 8 blocks at a time.
 __global__ void __launch_bounds__(kMostThreads) exchange_steps(Times* times, int cluster, int groups) {
-    const int row = cluster * groups * 16 + 64;  // bytes; an odd number of 64, so that banks differ
     const unsigned bytes = static_cast<unsigned>(cluster * groups) * 128;
     Barrier* const full = barriers(bytes);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int first = static_cast<int>(cluster_rank()) * groups, stride = static_cast<int>(blockDim.x) / 64;
-    unsigned char* const h = shared_memory() + 128 + (2 * (lane % 4) + warp % 2) * row;
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    unsigned char* const h = shared_memory() + 128 + cluster_rank() * groups * 128 + lane % 4 * 16;
     Stopwatch watch(times);
     for (int step = 0; step < kSteps; ++step) {
         Barrier* const here = full + step % 2;
-        for (int group = warp / 2; group < groups; group += stride) {
-            unsigned char* const to = h + step % 2 * 8 * row + (first + group) * 16;
+        for (int part = warp; part < 2 * groups; part += warps) {
+            unsigned char* const to = h + step % 2 * bytes + part * 64;
             for (int rank = lane / 4; rank < cluster; rank += 8) {
                 send(to, static_cast<unsigned>(rank), Words{1, 2, 3, 4}, here);
             }
@@ -202,7 +201,7 @@ class Launcher {
     // h of 8 sequences, in a cluster.
     void measure_cluster(int cluster, int hidden) {
         const int groups = hidden / 8 / cluster, threads = std::min(64 * groups, kMostThreads);
-        const int shared = 128 + 2 * 8 * (2 * hidden + 64);
+        const int shared = 128 + 2 * 8 * 2 * hidden;
         measure("exchange", hidden, cluster, 1.0,
                 [&] { return clustered(exchange_steps, cluster, threads, shared, times(), cluster, groups); });
     }

@@ -195,6 +195,13 @@ struct ForwardKernel {
         return reinterpret_cast<Words*>(simt::shared_memory() +
                                         p.layout.weights)[((at.warp * p.layout.in_smem + j) * 4 + k) * 32 + at.lane];
     }
+    SIMT decltype(auto) from_smem(int j, int k) const {  // in one load where registers allow
+        if constexpr (kMost == 4) {
+            return simt::read(&in_smem(j, k));
+        } else {
+            return (in_smem(j, k));
+        }
+    }
 
     // Row lane / 4 of the four gates, columns 2 q and 2 q + 1, over this warp's half of K: gate[k][column % 2]. Between
     // parts of it, while the matrix unit is behind, `meanwhile(0)` and `meanwhile(1)`.
@@ -222,7 +229,7 @@ struct ForwardKernel {
             if (j <= kAtOnce) meanwhile(j / kAtOnce);
         }
         for (int j = 0; j < p.layout.in_smem; ++j) {
-            add(in_smem(j, 0), in_smem(j, 1), in_smem(j, 2), in_smem(j, 3), block(kHeld + j));
+            add(from_smem(j, 0), from_smem(j, 1), from_smem(j, 2), from_smem(j, 3), block(kHeld + j));
         }
         for (int k = 0; k < 4; ++k) {
             for (int c = 0; c < 2; ++c) {

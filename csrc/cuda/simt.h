@@ -89,11 +89,6 @@ SIMT void sync_warp() { __syncwarp(); }
 
 SIMT void sync_threads() { __syncthreads(); }
 
-// A barrier of `threads` threads of the block, whole warps, by its number (1..15; 0 is sync_threads').
-SIMT void sync_some(unsigned number, unsigned threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
 SIMT void sync_cluster() { asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory"); }
 
 // ---- Messages: 16-byte stores into another block's shared memory, counted by a barrier there ------------------------

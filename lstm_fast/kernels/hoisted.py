@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lstm_fast import reference
 from lstm_fast.kernels import LayerInputs, Saved
-from lstm_fast.kernels.uploads import upload
+from lstm_fast.kernels.rows import previous
 from lstm_fast.precision import rnn_precision
 
 
@@ -91,33 +91,6 @@ def _over_previous(da: Tensor, y: Tensor, initial: Tensor, steps: list[int], rev
         return torch.mm(da, initial)
     later, first = (da[:, :-batch], da[:, -batch:]) if reverse else (da[:, batch:], da[:, :batch])
     return torch.mm(later, y[batch:] if reverse else y[:-batch]).addmm_(first, initial)  # y is not copied
-
-
-def previous(y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
-    """``reference.previous`` of packed rows in a few launches, however many steps there are."""
-    rows, batch = y.size(0), steps[0]
-    sizes = upload(steps, y.device)
-    if not reverse:
-        before = y.new_empty(y.shape)
-        before[:batch] = initial
-        from_rows = torch.arange(batch, rows, dtype=torch.int32, device=y.device)
-        from_rows -= torch.repeat_interleave(sizes[:-1], sizes[1:], output_size=rows - batch)
-        torch.index_select(y, 0, from_rows, out=before[batch:])
-        return before
-    from_rows = torch.arange(rows, dtype=torch.int32, device=y.device)
-    from_rows += torch.repeat_interleave(sizes, sizes, output_size=rows)
-    before = y.index_select(0, from_rows.clamp_(max=rows - 1))
-    return before.index_copy_(0, upload(_last_rows(steps), y.device).long(), initial)
-
-
-def _last_rows(steps: list[int]) -> list[int]:
-    """The row of each sequence's last step."""
-    last, start = [0] * steps[0], 0
-    for t, size in enumerate(steps):
-        for b in range(steps[t + 1] if t + 1 < len(steps) else 0, size):
-            last[b] = start + b
-        start += size
-    return last
 
 
 def _states(dh: Tensor | None, dc: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import cuda, hoisted
-from lstm_fast.kernels.uploads import upload
+from lstm_fast.kernels import cuda, hoisted, rows
 from lstm_fast.precision import rnn_tf32
 
 with suppress(ImportError):  # cuda.unavailable says so
@@ -210,7 +208,7 @@ def _starts(steps: list[int], device: torch.device) -> Tensor | None:
     """The first row of each step, and the number of rows, on the device; None when every step has the whole batch."""
     if steps[0] == steps[-1]:
         return None
-    return upload([0, *accumulate(steps)], device)
+    return rows.starts(steps, device)
 
 
 def _kind(dtype: torch.dtype) -> int | None:
