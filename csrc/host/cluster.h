@@ -59,19 +59,18 @@ struct Fibre {
     ucontext_t context;
     unsigned block, thread;       // block: rank in the cluster
     const char* waits = nullptr;  // for what; null while it can run
-    const void* at = nullptr;     // the Barrier or flag it waits at, if it does
-    unsigned operand = 0;         // the parity or the signals it waits for there, or the number of its sync_some
+    const void* at = nullptr;     // the Barrier or Tagged it waits at, if it does
+    unsigned operand = 0;         // the parity or the tag it waits for there
 };
 
-// What is on its way: a message to another block's shared memory, words for the whole grid, or a signal that they came.
-enum class Means { message, words, signal };
+// What is on its way: a message to another block's shared memory, or a word for the whole grid.
+enum class Means { message, word };
 struct Message {
     Means means;
-    unsigned block;           // where a message goes; of words and signals, whose they are
+    unsigned block;           // where a message goes; of a word, whose it is
     std::size_t to, counted;  // of a message: offsets in the block's memory
-    void* global;             // of words: where they go; of a signal: its flag
-    Words value;
-    std::uint64_t number = 0;  // in the order of sending
+    simt::Tagged* global;     // of a word: where it goes
+    Words value;              // of a word: it and its tag
 };
 
 // How an adversary chooses: at random, or by fixed ranks of blocks or warps; when messages land.
@@ -227,26 +226,19 @@ class Cluster {
         end_if_complete(barrier);
     }
 
-    void await(const simt::Flag* flag, unsigned signals) {
-        check_global(flag, sizeof(*flag));
+    std::uint32_t await(const simt::Tagged* from, std::uint32_t tag) {
+        check_global(from, sizeof(*from));
         pause();
-        while (*flag < signals) {
-            fibres_[current_].at = flag;
-            fibres_[current_].operand = signals;
+        while (from->tag != tag) {
+            fibres_[current_].at = from;
+            fibres_[current_].operand = tag;
             waiting_.push_back(current_);
-            leave("await");
+            leave("collect");
         }
+        return from->word;
     }
 
-    template <typename T>
-    T collect(const T* from) {
-        check_global(from, sizeof(T));
-        pause();
-        return *from;
-    }
-
-    void send(Message message) {
-        message.number = sent_++;
+    void send(const Message& message) {
         messages_.push_back(message);
         if (landing_ == Landing::at_once) land(messages_.size() - 1);
         pause();
@@ -360,8 +352,11 @@ class Cluster {
         const Message message = messages_[which];
         messages_[which] = messages_.back();
         messages_.pop_back();
-        if (message.means == Means::words) return void(std::memcpy(message.global, &message.value, sizeof(Words)));
-        if (message.means == Means::signal) return land_signal(message);
+        if (message.means == Means::word) {
+            *message.global = {message.value.x, message.value.y};
+            return wake([&](const Fibre& fibre) { return fibre.at == message.global; });
+        }
+
         Block& target = blocks_[message.block];
         auto* barrier = reinterpret_cast<Barrier*>(target.memory + message.counted);
         auto* now = reinterpret_cast<Phase*>(barrier);
@@ -370,22 +365,6 @@ class Cluster {
         std::memcpy(target.memory + message.to, &message.value, sizeof(Words));
         now->bytes -= static_cast<std::int32_t>(sizeof(Words));
         end_if_complete(barrier);
-    }
-
-    // After all words that its block had published before it.
-    void land_signal(const Message& signal) {
-        for (std::size_t j = 0; j < messages_.size();) {
-            const Message& other = messages_[j];
-            const bool covered = other.block == signal.block && other.number < signal.number;
-            if (covered && other.means == Means::words) {
-                land(j);  // another takes its place
-            } else {
-                ++j;
-            }
-        }
-        const auto* flag = static_cast<simt::Flag*>(signal.global);
-        const unsigned count = ++*static_cast<simt::Flag*>(signal.global);
-        wake([&](const Fibre& fibre) { return fibre.at == flag && fibre.operand <= count; });
     }
 
     template <typename Matches>
@@ -418,7 +397,7 @@ class Cluster {
     std::string what(const Fibre& fibre) const {
         if (fibre.waits == std::string("sync_some")) return "sync_some " + std::to_string(fibre.operand);
         if (fibre.at == nullptr) return fibre.waits;
-        if (fibre.waits == std::string("await")) return "await of signal " + std::to_string(fibre.operand);
+        if (fibre.waits == std::string("collect")) return "collect of tag " + std::to_string(fibre.operand);
         const auto byte = reinterpret_cast<const unsigned char*>(fibre.at) - blocks_[fibre.block].memory;
         return "wait at byte " + std::to_string(byte) + " for parity " + std::to_string(fibre.operand);
     }
@@ -460,7 +439,7 @@ class Cluster {
     std::vector<unsigned> ranks_, waiting_;
     std::deque<std::pair<unsigned, unsigned>> runnable_;  // rank and thread; a heap where ranks count
     std::vector<Message> messages_;
-    std::uint64_t sent_ = 0;
+
     Meeting all_;
 };
 
