@@ -182,10 +182,12 @@ double persistent_library_clocks(int kind, int hidden, int batch, bool plain) {
     return lstm::persistent::library_clocks(static_cast<Kind>(kind), hidden, batch, plain);
 }
 
-// Bytes of a launch's workspace.
-std::int64_t persistent_workspace(int kind, bool backward, const PlanTuple& plan, int directions) {
+// Bytes of a grid's workspace: of its flags, and in all.
+std::pair<std::int64_t, std::int64_t> persistent_workspace(int kind, bool backward, const PlanTuple& plan,
+                                                           int directions) {
     const int element = lstm::persistent::element_size(static_cast<Kind>(kind));
-    return lstm::persistent::workspace(backward, element, plan_of(plan), directions).end;
+    const auto at = lstm::persistent::workspace(backward, element, plan_of(plan), directions);
+    return {at.state, at.end};
 }
 
 int persistent_granted([[maybe_unused]] int kind, [[maybe_unused]] bool backward, [[maybe_unused]] int device,

@@ -267,12 +267,14 @@ extern "C" const char* wrong(int which) {
     }));
 }
 
-// Rounds in which each of 40 blocks publishes its number in global memory, one warp each half of it, and adds up what
-// it collects: sums [blocks, rounds]. fault: 0 none, 1 one buffer instead of two, 2 one tag for all rounds.
+// Rounds in which each of 40 blocks publishes its number in global memory, one warp each half of it, signals, waits for
+// all signals and adds up what it collects: sums [blocks, rounds]. fault: 0 none, 1 one buffer instead of two, 2 nobody
+// waits, 3 a signal before the block's other warp has published.
 extern "C" const char* grid(std::uint64_t schedule, int rounds, int fault, std::int32_t* sums) {
     constexpr unsigned kBlocks = 40;
     struct alignas(16) Memory {
-        simt::Tagged words[2][kBlocks][2][4];
+        simt::Words words[2][kBlocks][2];
+        simt::Flag flag;
     } memory{};
     const host::Launch launch{{kBlocks, 1, 1}, {64, 1, 1}, kBlocks, 0, schedule, &memory, sizeof(memory)};
     return keep(host::run(launch, [&] {
@@ -280,36 +282,36 @@ extern "C" const char* grid(std::uint64_t schedule, int rounds, int fault, std::
         for (int round = 0; round < rounds; ++round) {
             auto& words = memory.words[fault == 1 ? 0 : round % 2];
             const auto value = static_cast<std::uint32_t>(round * 10 + static_cast<int>(block));
-            const auto tag = fault == 2 ? 1u : static_cast<std::uint32_t>(round + 1);
-            if (lane == 0) simt::publish(words[block][warp], {0, value, 0, 0}, tag);
+            if (lane == 0) simt::publish(&words[block][warp], {value, 0, 0, 0});
+            if (fault != 3) simt::sync_threads();
+            if (threadIdx.x == 0) {
+                simt::signal(&memory.flag);
+                if (fault != 2) simt::await(&memory.flag, kBlocks * static_cast<unsigned>(round + 1));
+            }
+            simt::sync_threads();
             if (threadIdx.x == 0) {
                 std::uint32_t sum = 0;
-                for (const auto& pair : words) {
-                    const simt::Tagged* const places[] = {pair[0], pair[0] + 2, nullptr, pair[1], pair[1] + 2};
-                    std::uint32_t found[5][2] = {};
-                    simt::collect(places, tag, found);
-                    for (const auto& two : found) sum += two[0] + two[1];
-                }
+                for (const auto& pair : words) sum += simt::collect(&pair[0]).x + simt::collect(&pair[1]).x;
                 sums[block * static_cast<unsigned>(rounds) + static_cast<unsigned>(round)] =
                     static_cast<std::int32_t>(sum);
             }
-            simt::sync_threads();
         }
     }));
 }
 
 extern "C" const char* wrong_in_a_grid(int which) {
-    alignas(16) simt::Tagged words[4] = {};
+    alignas(16) simt::Words words[2] = {};
     const host::Launch launch{{2, 1, 1}, {32, 1, 1}, 2, 256, 0, words, sizeof(words)};
     return keep(host::run(launch, [&] {
+        auto* flag = reinterpret_cast<simt::Flag*>(words);
         switch (which) {
             case 0:  // past the end
-                return simt::publish(words + 2, {}, 1);
-            case 1:  // off by 8 bytes
-                return simt::publish(words + 1, {}, 1);
-            case 2:  // of another tag
-                if (blockIdx.x == 0 && threadIdx.x == 0) simt::publish(words, {}, 1);
-                return void(simt::await(words + 3, 2));
+                return simt::publish(words + 2, {});
+            case 1:  // off by 4 bytes
+                return void(simt::collect(reinterpret_cast<simt::Words*>(flag + 1)));
+            case 2:  // only one of two signals
+                if (blockIdx.x == 0 && threadIdx.x == 0) simt::signal(flag);
+                return simt::await(flag, 2);
             case 3:
                 return simt::sync_cluster();
             case 4:

@@ -64,7 +64,7 @@ FAULTS = {
         "",
     ),
     "forward: padding of K not zeroed": Fault(FORWARD, "[j] = Words{0, 0, 0, 0};", "[j].x += 0;", "bits"),
-    "backward: no wait for dh": Fault(BACKWARD, "simt::wait(full(slot, fill % 2), parity_of(fill));", ";", "bits"),
+    "backward: no wait for dh": Fault(BACKWARD, "simt::wait(full(slot, fill % 2), parity_of(fill));", "", "bits"),
     "backward: gates' gradients not awaited": Fault(
         BACKWARD, "simt::sync_threads();  // all gradients of the block's cells lie in b", "", "bits"
     ),
@@ -77,37 +77,39 @@ FAULTS = {
     ),
     "backward: the wrong parity": Fault(BACKWARD, "parity_of(fill))", "parity_of(fill + 2))", ""),
     "backward: sent to the wrong block": Fault(
-        BACKWARD, "+ to, owner, words", "+ to, (owner + 1) % p.plan.cluster, words", "bits"
+        BACKWARD, "simt::send(to, owner, ", "simt::send(to, (owner + 1) % p.plan.cluster, ", "bits"
     ),
-    "grid: one tag for all fills": Fault(
-        COMMON, "static_cast<std::uint32_t>(fill) + 1", "static_cast<std::uint32_t>(fill * 0) + 1", "bits", grid=True
-    ),
+    "forward, grid: no wait for h": Fault(FORWARD, "global().await(now.slot, now.i);", "", "bits", grid=True),
     "forward, grid: copies not awaited": Fault(
         FORWARD, "h(now.slot, buffer));\n            simt::sync_threads();", "h(now.slot, buffer));", "bits", grid=True
     ),
     "forward, grid: h0 not published": Fault(
-        FORWARD, "if (steps()[slot] > 0) send(before, slot, 0, 0);", "", "deadlock", grid=True
+        FORWARD, "if (steps()[slot] > 0) send(before, slot, 0);", "", "deadlock", grid=True
     ),
-    "forward, grid: the tag of the next fill": Fault(
-        FORWARD, "values, tag_of(fill));", "values, tag_of(fill + 1));", "deadlock", grid=True
+    "forward, grid: a signal before all is published": Fault(
+        COMMON,
+        "simt::sync_threads();\n        if (threadIdx.x == 0) simt::signal",
+        "if (threadIdx.x == 0) simt::signal",
+        "bits",
+        grid=True,
     ),
-    "grid: one buffer": Fault(COMMON, "(2 * tile(slot) + (fill & 1))", "(2 * tile(slot))", "deadlock", grid=True),
-    "backward, grid: the tag of the fill before": Fault(
-        BACKWARD,
-        "simt::collect(places, tag_of(fill), words);",
-        "simt::collect(places, tag_of(fill - 1), words);",
-        "deadlock",
-        True,
+    "forward, grid: only one thread waits": Fault(
+        COMMON,
+        "static_cast<unsigned>(p.plan.cluster * (fill + 1)));\n        simt::sync_threads();",
+        "static_cast<unsigned>(p.plan.cluster * (fill + 1)));",
+        "bits",
+        grid=True,
     ),
-    "backward, grid: sent to the wrong block": Fault(
-        BACKWARD, "in_grid(slot, fill, at.rank, owner)", "in_grid(slot, fill, owner, at.rank)", "", grid=True
+    "forward, grid: too few signals": Fault(
+        COMMON, "p.plan.cluster * (fill + 1)", "p.plan.cluster * fill + 1", "bits", True
     ),
-    "backward, grid: not published": Fault(
-        BACKWARD,
-        "if constexpr (kGrid) {\n            simt::publish",
-        "if constexpr (kGrid) {\n            if (fill < 0) simt::publish",
-        "deadlock",
-        True,
+    "forward, grid: one buffer": Fault(COMMON, "(2 * tile(slot) + buffer)", "(2 * tile(slot))", "bits", grid=True),
+    "backward, grid: no wait for dh": Fault(BACKWARD, "global().await(slot, fill);", "", "bits", grid=True),
+    "backward, grid: one buffer": Fault(
+        BACKWARD, "global().buffer(slot, buffer)", "global().buffer(slot, 0)", "bits", True
+    ),
+    "backward, grid: no signal": Fault(
+        BACKWARD, "if constexpr (kGrid) global().signal(now.slot);", "", "deadlock", grid=True
     ),
     "backward, grid: steps read before they are known": Fault(
         BACKWARD, "simt::sync_threads();  // all know the steps", "", "", grid=True

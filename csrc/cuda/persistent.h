@@ -130,22 +130,25 @@ LSTM_HD BackwardLayout backward_layout(int element, int held_tiles, const Plan& 
 
 // ---- What a launch keeps in global memory ---------------------------------------------------------------------------
 
-// Offsets in bytes. A grid's: first the state, float [blocks, tiles, 2, threads]; then what travels, each word beside
-// its tag, for each tile of each cluster twice: forward h, as in shared memory; backward partial sums of dh,
-// [C owners, C sources, G, 64]. Tags are zero before the launch, and t + 1 for what is made at step t, h0's 1. Then, of
-// clusters too, W_hh as the lanes take it up, Words [D, C, warps, words, 32].
+// Offsets in bytes. A grid's: first a flag for each tile of each cluster, 128 bytes apart and zero before the launch;
+// then the state, float [blocks, tiles, 2, threads]; then what travels, for each tile of each cluster twice: forward h,
+// as in shared memory; backward partial sums of dh, float [C owners, C sources, G, 64]. Then, of clusters too, W_hh as
+// the lanes take it up, Words [D, C, warps, words, 32].
 struct Workspace {
     Index state, exchange, of_buffer, weights, end;  // of_buffer: bytes
     int words;                                       // of W_hh, of a lane
 };
+constexpr int kFlagBytes = 128;
 
 LSTM_HD Workspace workspace(bool backward, int element, const Plan& plan, int directions) {
     const Index clusters = Index{plan.clusters} * directions;
     const int units = plan.cluster * plan.groups * kGroup;
     Workspace at{};
-    if (plan.grid) at.exchange = clusters * plan.cluster * state_bytes(plan);
-    at.of_buffer =
-        2 * (backward ? Index{units} * plan.cluster * kColumns * 4 : round_up(units * element, kBlock) * kColumns);
+    if (plan.grid) {
+        at.state = clusters * plan.tiles * kFlagBytes;
+        at.exchange = at.state + clusters * plan.cluster * state_bytes(plan);
+    }
+    at.of_buffer = backward ? Index{units} * plan.cluster * kColumns * 4 : round_up(units * element, kBlock) * kColumns;
     at.weights = plan.grid ? at.exchange + clusters * plan.tiles * 2 * at.of_buffer : 0;
     const BackwardLayout back = backward_layout(element, 0, plan);
     at.words = backward ? back.tiles * back.blocks * 2 : forward_layout(element, 0, plan).blocks / 2 * 4;
@@ -167,8 +170,7 @@ struct Forward {
     void* cells;                 // float [D, N, H], written: the cell states; null when there will be no backward pass
     Sizes sizes;
     Plan plan;
-    void* global;  // its workspace, 16-byte aligned
-
+    void* global;          // its workspace, 16-byte aligned, flags zeroed
     ForwardLayout layout;  // of the plan, as the next two: filled by `run`
     Workspace workspace;
     int direction;  // the launch's first

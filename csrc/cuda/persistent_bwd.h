@@ -60,12 +60,13 @@ struct BackwardKernel {
     SIMT Global<Backward> global() const { return {p, at}; }
     // What block `rank` sends to block `owner`, [4, G, 4, 8] as `place` has it: in the memory of each owner at the same
     // place, or in the grid's.
-    SIMT float* from_block(int slot, int buffer, int rank) const {
+    SIMT float* from_block(int slot, int buffer, int rank, [[maybe_unused]] int owner) const {
+        if constexpr (kGrid) {
+            return reinterpret_cast<float*>(global().buffer(slot, buffer)) +
+                   Index{owner * p.plan.cluster + rank} * p.plan.groups * 64;
+        }
         return reinterpret_cast<float*>(simt::shared_memory() + p.layout.slots) +
                ((2 * slot + buffer) * p.plan.cluster + rank) * p.plan.groups * 64;
-    }
-    SIMT simt::Tagged* in_grid(int slot, int fill, int rank, int owner) const {
-        return global().buffer(slot, fill) + Index{owner * p.plan.cluster + rank} * p.plan.groups * 64;
     }
     // Where four floats of a lane lie in what a block sends to another: units r and r + 4 of group `group` of the
     // owner, columns 2 q and 2 q + 1. Lanes q and q ^ 1 make 32 bytes; and 32 units of a column, which a warp reads at
@@ -84,7 +85,7 @@ struct BackwardKernel {
         return at.direction == 0 ? count(item.slot, longest) - 1 - item.i : item.i;
     }
     // What a thread has in global memory, where registers allow found once for all items.
-    static constexpr bool kKept = kMost == 4 && !kExact && !(kGrid && kElement == 4);
+    static constexpr bool kKept = kMost == 4 && !kExact;
     struct Columns {
         Column<const T, kKept> gates, dy;
         Column<T, kKept> dgates;
@@ -201,63 +202,56 @@ struct BackwardKernel {
     // What all blocks sent for this lane's cell in fill `fill`, summed in their order.
     SIMT float received(int slot, int fill) const {
         const int group = cell.own / kGroup, high = cell.own % kGroup / 4, c = cell.column % 2;
-        const int mine = place(group, cell.own % 4, cell.column / 2) + (c ^ swapped(group)) * 2 + high;
+        const float* from = from_block(slot, fill % 2, 0, at.rank) + place(group, cell.own % 4, cell.column / 2) +
+                            (c ^ swapped(group)) * 2 + high;
         const int stride = p.plan.groups * 64, last = p.plan.cluster - 1;
-        if constexpr (!kGrid) simt::wait(full(slot, fill % 2), parity_of(fill));
-        constexpr int kAtOnce = kGrid && kElement == 4 ? 2
-                                : kExact || kGrid      ? 4
-                                                       : 8;  // as registers allow; past the last, it again
+        if constexpr (kGrid) {
+            global().await(slot, fill);
+        } else {
+            simt::wait(full(slot, fill % 2), parity_of(fill));
+        }
+        const auto one = [&](int rank) {
+            if constexpr (kGrid) return simt::collect(from + rank * stride);
+            return from[rank * stride];
+        };
+        constexpr int kAtOnce = kExact ? 4 : 8;  // as registers allow; past the last, it again
         float sum = 0.0f;
         for (int first = 0; first <= last; first += kAtOnce) {
             float some[kAtOnce];
-            if constexpr (kGrid) {
-                const simt::Tagged* places[kAtOnce];
-                std::uint32_t words[kAtOnce][1] = {};
-                const simt::Tagged* const from = in_grid(slot, fill, 0, at.rank) + mine;
+            if (first + kAtOnce <= last + 1) {
 #pragma unroll
-                for (int j = 0; j < kAtOnce; ++j) places[j] = from + (first + j < last ? first + j : last) * stride;
-                simt::collect(places, tag_of(fill), words);
-#pragma unroll
-                for (int j = 0; j < kAtOnce; ++j) some[j] = bit_cast<float>(words[j][0]);
+                for (int j = 0; j < kAtOnce; ++j) some[j] = one(first + j);
             } else {
-                const float* const from = from_block(slot, fill % 2, 0) + mine;
-                if (first + kAtOnce <= last + 1) {
 #pragma unroll
-                    for (int j = 0; j < kAtOnce; ++j) some[j] = from[(first + j) * stride];
-                } else {
-#pragma unroll
-                    for (int j = 0; j < kAtOnce; ++j) some[j] = from[(first + j < last ? first + j : last) * stride];
-                }
-            }
-            if (first + kAtOnce > last + 1) {
+                for (int j = 0; j < kAtOnce; ++j) some[j] = one(first + j < last ? first + j : last);
 #pragma unroll
                 for (int j = 0; j < kAtOnce; ++j) some[j] = first + j <= last ? some[j] : 0.0f;
             }
 #pragma unroll
-            for (int j = 0; j < kAtOnce; j += 2) sum += some[j] + some[j + 1];
+            for (int j = 0; j < kAtOnce; j += 4) sum += (some[j] + some[j + 1]) + (some[j + 2] + some[j + 3]);
         }
         return sum;
     }
 
     // The block's part of dh for this warp's tile `j`, to the blocks that own its units: a lane's four floats, units r
     // and r + 4, both columns, are one message. Tiles of a warp lie 4 G groups apart, which is 4 owners.
-    SIMT void send(const float (&d)[4], int j, int slot, int fill) const {
+    SIMT void send(const float (&d)[4], int j, int slot, int buffer) const {
         const int owner = first_owner + 4 * j;
         if (owner >= p.plan.cluster) return;
-        const int to = place(of_owner, at.lane / 4 % 4, at.lane % 4);
+        float* const to = from_block(slot, buffer, at.rank, owner) + place(of_owner, at.lane / 4 % 4, at.lane % 4);
         const int first = swapped(of_owner);
         const auto pick = [&](int unit, int column) { return bits(column == 0 ? d[2 * unit] : d[2 * unit + 1]); };
         const Words words{pick(0, first), pick(1, first), pick(0, 1 - first), pick(1, 1 - first)};
         if constexpr (kGrid) {
-            simt::publish(in_grid(slot, fill, at.rank, owner) + to, words, tag_of(fill));
+            simt::publish(to, words);
         } else {
-            simt::send(from_block(slot, fill % 2, at.rank) + to, owner, words, full(slot, fill % 2));
+            simt::send(to, owner, words, full(slot, buffer));
         }
     }
 
     // Where registers allow, `meanwhile()` is called while the matrix unit is behind and before messages leave.
     template <typename Meanwhile>
-    SIMT void product(const Words (&w)[kTiles][kDeep][2], int turn, int slot, int fill, Meanwhile meanwhile) const {
+    SIMT void product(const Words (&w)[kTiles][kDeep][2], int turn, int slot, int buffer, Meanwhile meanwhile) const {
         const auto* const own = reinterpret_cast<const Words*>(da(turn)) + at.lane;
         const auto read = [&](int block) { return block < p.layout.blocks ? own[block * 32] : Words{0, 0, 0, 0}; };
         // Tiles share what is read once, where registers allow.
@@ -272,7 +266,7 @@ struct BackwardKernel {
                 sum[j] = d[0][0][j] + d[1][0][j];
                 if (kChains == 2) sum[j] += d[0][kChains - 1][j] + d[1][kChains - 1][j];
             }
-            send(sum, tile, slot, fill);
+            send(sum, tile, slot, buffer);
         };
         const auto add = [&](float (&d)[kChains][4], const Words& low, const Words& high, const Words& x) {
             multiply<T, kExact>(d[0], {low.x, high.x, low.y, high.y}, x.x, x.y);
@@ -345,12 +339,12 @@ struct BackwardKernel {
                 T* const to = columns.dgates.row(x.row);
                 for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, columns.of_gate), bits(da_now.of[k]));
             };
-            product(w, turn, now.slot, now.i, [&] { write(kept); });
+            product(w, turn, now.slot, now.i % 2, [&] { write(kept); });
             if constexpr (!kKept) {
                 write(columns());
                 next = fetch(columns(), item, more, longest);
             }
-
+            if constexpr (kGrid) global().signal(now.slot);
             x = next;
         }
         for (int slot = 0; slot < p.plan.tiles && steps()[slot] > 0; ++slot) {

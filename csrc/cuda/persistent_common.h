@@ -132,18 +132,27 @@ struct Global {
 
     SIMT unsigned char* start() const { return static_cast<unsigned char*>(p.global); }
     SIMT Index tile(int slot) const { return Index{at.ordinal} * p.plan.tiles + slot; }
-
+    SIMT simt::Flag* flag(int slot) const { return reinterpret_cast<simt::Flag*>(start() + tile(slot) * kFlagBytes); }
     SIMT float* state(int slot) const {  // [2, threads] of this block
         const Index block = Index{at.ordinal} * p.plan.cluster + at.rank;
         return reinterpret_cast<float*>(start() + p.workspace.state + block * state_bytes(p.plan)) +
                Index{2} * slot * blockDim.x;
     }
-    SIMT simt::Tagged* buffer(int slot, int fill) const {  // of fill 0, 1, ... of a tile
-        return reinterpret_cast<simt::Tagged*>(start() + p.workspace.exchange +
-                                               (2 * tile(slot) + (fill & 1)) * p.workspace.of_buffer);
+    SIMT unsigned char* buffer(int slot, int buffer) const {
+        return start() + p.workspace.exchange + (2 * tile(slot) + buffer) * p.workspace.of_buffer;
+    }
+
+    // For the whole block: what all blocks published in `fill` (0, 1, ...) of a tile may be collected.
+    SIMT void await(int slot, int fill) const {
+        if (threadIdx.x == 0) simt::await(flag(slot), static_cast<unsigned>(p.plan.cluster * (fill + 1)));
+        simt::sync_threads();
+    }
+    // For the whole block: all that it had to publish of a fill is published.
+    SIMT void signal(int slot) const {
+        simt::sync_threads();
+        if (threadIdx.x == 0) simt::signal(flag(slot));
     }
 };
-SIMT std::uint32_t tag_of(int fill) { return static_cast<std::uint32_t>(fill) + 1; }
 
 // W_hh as lanes take it up: of the workspace, by direction, block, warp, word of the lane, and lane.
 struct PackedAt {
@@ -164,15 +173,6 @@ template <typename Walk>
 SIMT const Words* packed(const Walk& p, const Position& at) {
     const int warp = (at.direction * p.plan.cluster + at.rank) * 2 * p.plan.groups + at.warp;
     return packed(p) + Index{warp} * p.workspace.words * 32 + at.lane;
-}
-// What the launch before this one zeroes, for the tags: 16-byte words from `exchange` on.
-template <typename Walk>
-LSTM_HD Index zeroed_count(const Walk& p) {
-    return (p.workspace.weights - p.workspace.exchange) / 16;
-}
-template <typename Walk>
-SIMT Words* zeroed(const Walk& p) {
-    return reinterpret_cast<Words*>(static_cast<unsigned char*>(p.global) + p.workspace.exchange);
 }
 template <typename Walk>
 LSTM_HD Index packed_count(const Walk& p) {

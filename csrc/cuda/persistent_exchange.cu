@@ -12,7 +12,7 @@ namespace {
 
 using namespace lstm::simt;
 
-constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512, kScratch = 1 << 17;
+constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512, kScratch = 1 << 16;
 
 void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
@@ -102,29 +102,32 @@ __global__ void __launch_bounds__(kMostThreads) exchange_steps(Times* times, int
     sync_cluster();
 }
 
-// The same over a grid: every block publishes its share of h and collects the whole, 16 bytes of it a unit.
-__global__ void __launch_bounds__(kThreads, 1) grid_steps(Times* times, unsigned char* global, unsigned units) {
-    auto* const here = reinterpret_cast<std::uint32_t*>(shared_memory());
-    const unsigned share = (units + gridDim.x - 1) / gridDim.x, pairs = 2 * units;
+// The same over a grid: every block publishes its share of h, signals, awaits all signals and collects the whole.
+__global__ void __launch_bounds__(kThreads, 1) grid_steps(Times* times, unsigned char* global, unsigned words) {
+    auto* const flag = reinterpret_cast<Flag*>(global);
+    auto* const here = reinterpret_cast<Words*>(shared_memory());
+    const unsigned share = (words + gridDim.x - 1) / gridDim.x;
     Stopwatch watch(times);
     for (unsigned step = 0; step < kSteps; ++step) {
-        auto* const h = reinterpret_cast<Tagged*>(global) + step % 2 * 4 * units;
-        for (unsigned j = threadIdx.x; j < share && blockIdx.x * share + j < units; j += kThreads) {
-            publish(h + 4 * (blockIdx.x * share + j), Words{1, 2, 3, 4}, step + 1);
+        auto* const h = reinterpret_cast<Words*>(global + 128) + step % 2 * words;
+        for (unsigned j = threadIdx.x; j < share && blockIdx.x * share + j < words; j += kThreads) {
+            publish(h + blockIdx.x * share + j, Words{1, 2, 3, 4});
         }
-        for (unsigned first = threadIdx.x; first < pairs; first += 4 * kThreads) {
-            const Tagged* places[4];
-            std::uint32_t words[4][2] = {};
+        sync_threads();
+        if (threadIdx.x == 0) {
+            signal(flag);
+            await(flag, (step + 1) * gridDim.x);
+        }
+        sync_threads();
+        for (unsigned first = threadIdx.x; first < words; first += 4 * kThreads) {  // four loads at a time
+            Words some[4];
 #pragma unroll
             for (unsigned j = 0; j < 4; ++j) {
-                places[j] = first + j * kThreads < pairs ? h + 2 * (first + j * kThreads) : nullptr;
+                if (first + j * kThreads < words) some[j] = collect(h + first + j * kThreads);
             }
-            collect(places, step + 1, words);
 #pragma unroll
             for (unsigned j = 0; j < 4; ++j) {
-                if (places[j] == nullptr) continue;
-                here[2 * (first + j * kThreads)] = words[j][0];
-                here[2 * (first + j * kThreads) + 1] = words[j][1];
+                if (first + j * kThreads < words) here[first + j * kThreads] = some[j];
             }
         }
         sync_threads();
@@ -205,13 +208,13 @@ class Launcher {
 
     // The same over a grid.
     void measure_grid(int blocks, int hidden) {
-        auto units = static_cast<unsigned>(hidden);
+        auto words = static_cast<unsigned>(hidden);  // of 16 bits: 16 bytes a unit
         measure("grid", hidden, blocks, 1.0, [&] {
             Times* to = times();
             void* global = scratch();
-            void* arguments[] = {&to, &global, &units};
+            void* arguments[] = {&to, &global, &words};
             const auto grid = dim3(static_cast<unsigned>(blocks));
-            return cudaLaunchCooperativeKernel(grid_steps, grid, dim3(kThreads), arguments, 16 * units, nullptr);
+            return cudaLaunchCooperativeKernel(grid_steps, grid, dim3(kThreads), arguments, 16 * words, nullptr);
         });
     }
 

@@ -141,7 +141,7 @@ struct ForwardKernel {
             c_state(slot) = mine ? load(static_cast<const T*>(p.c0)[in_batch(b)]) : 0.0f;
             h_state(slot) = bits(before);
             if constexpr (kGrid) {
-                if (steps()[slot] > 0) send(before, slot, 0, 0);
+                if (steps()[slot] > 0) send(before, slot, 0);
                 continue;
             }
             const int first = tile_of(p.plan, at, slot) * kColumns, warps = 2 * p.plan.groups;
@@ -160,7 +160,8 @@ struct ForwardKernel {
     SIMT void receive(const Item& now, int longest) const {
         const int buffer = now.i % 2;
         if constexpr (kGrid) {
-            collect(global().buffer(now.slot, now.i), tag_of(now.i), h(now.slot, buffer));
+            global().await(now.slot, now.i);
+            collect(global().buffer(now.slot, buffer), h(now.slot, buffer));
             simt::sync_threads();
         } else if (now.i > 0) {
             simt::wait(full(now.slot, buffer), parity_of(now.i - 1));
@@ -171,24 +172,19 @@ struct ForwardKernel {
         }
     }
 
-    // A tile's h into the block's own copy, 8 bytes at a time, four of them asked for at once. It serves all tiles: all
-    // warps have passed the barrier of the item before, after their last product.
-    SIMT void collect(const simt::Tagged* from, std::uint32_t tag, unsigned char* to) const {
-        struct alignas(8) Pair {
-            std::uint32_t a, b;
-        };
-        auto* const target = reinterpret_cast<Pair*>(to);
-        const int threads = static_cast<int>(blockDim.x), pairs = static_cast<int>(p.workspace.of_buffer / 16);
-        const auto sent = [&](int j) { return j < pairs && j / 64 * kBlock + j % 8 * 8 < column_bytes(); };
-        for (int first = static_cast<int>(threadIdx.x); first < pairs; first += 4 * threads) {
-            const simt::Tagged* places[4];
-            std::uint32_t words[4][2] = {};
+    // A tile's h into the block's own copy, four loads at a time.
+    SIMT void collect(const unsigned char* from, unsigned char* to) const {
+        const auto* const source = reinterpret_cast<const Words*>(from);
+        auto* const target = reinterpret_cast<Words*>(to);
+        const int threads = static_cast<int>(blockDim.x), words = static_cast<int>(p.workspace.of_buffer / 16);
+        const auto sent = [&](int j) { return j < words && j / 32 * kBlock + j % 4 * 16 < column_bytes(); };
+        for (int first = static_cast<int>(threadIdx.x); first < words; first += 4 * threads) {
+            Words some[4];
             for (int j = 0; j < 4; ++j) {
-                places[j] = sent(first + j * threads) ? from + 2 * (first + j * threads) : nullptr;
+                if (sent(first + j * threads)) some[j] = simt::collect(source + first + j * threads);
             }
-            simt::collect(places, tag, words);
             for (int j = 0; j < 4; ++j) {
-                if (places[j] != nullptr) target[first + j * threads] = Pair{words[j][0], words[j][1]};
+                if (sent(first + j * threads)) target[first + j * threads] = some[j];
             }
         }
     }
@@ -263,8 +259,8 @@ struct ForwardKernel {
         sum[3] = bit_cast<float>(a.w) + bit_cast<float>(b.w);
     }
 
-    // The warp's new h, for the item `fill` of the tile, to every block, or into the grid's memory: lanes side by side
-    // hold units side by side, kUnits of them a message.
+    // The warp's new h into buffer `buffer` of every block, or of the grid: lanes side by side hold units side by side,
+    // kUnits of them a message.
     static constexpr int kUnits = 16 / kElement, kMessages = 32 / kUnits;  // of a warp
     SIMT static int place_of_message(const Plan& plan, const Position& at) {
         const int first = at.warp * 32 + at.lane % kMessages * kUnits, own = plan.groups * kGroup;
@@ -276,7 +272,7 @@ struct ForwardKernel {
         again.lane = simt::opaque(at.lane);
         return place_of_message(p.plan, again);
     }
-    SIMT void send(T value, int slot, int fill, int buffer) const {
+    SIMT void send(T value, int slot, int buffer) const {
         std::uint32_t word = bits(operand<kExact>(value));
         if (kElement == 2) {
             const std::uint32_t other = simt::shuffle(word, at.lane ^ 1);
@@ -286,9 +282,8 @@ struct ForwardKernel {
         for (int j = 0; j < 4; ++j) words[j] = simt::shuffle(word, at.lane % kMessages * kUnits + j * (kUnits / 4));
         const Words values{words[0], words[1], words[2], words[3]};
         if constexpr (kGrid) {
-            if (at.lane < kMessages) {
-                simt::publish(global().buffer(slot, fill) + outgoing() / 4, values, tag_of(fill));
-            }
+            if (at.lane < kMessages) simt::publish(global().buffer(slot, buffer) + outgoing(), values);
+            global().signal(slot);
         } else {
             unsigned char* const to = h(slot, buffer) + outgoing();
             for (int rank = at.lane / kMessages; rank < p.plan.cluster; rank += 32 / kMessages) {
@@ -329,7 +324,7 @@ struct ForwardKernel {
                 h_now = store<T>(made.h);
             }
             const bool last = now.i + 1 == count(now.slot, longest);
-            if (!last) send(h_now, now.slot, now.i + 1, 1 - before);
+            if (!last) send(h_now, now.slot, 1 - before);
             c_state(now.slot) = c;
             h_state(now.slot) = bits(h_now);
             result = {{store<T>(made.i), store<T>(made.f), store<T>(made.g), store<T>(made.o)}, h_now, c, x.row};

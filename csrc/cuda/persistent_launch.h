@@ -19,16 +19,13 @@ __global__ void __launch_bounds__(64 * kMost, 1) persistent_kernel(const __grid_
     Kernel<T, kExact, kMost, kGrid>(walk).run();
 }
 
-// W_hh into the workspace, as the kernel's lanes take it up; and zeros for the tags.
+// W_hh into the workspace, as the kernel's lanes take it up.
 template <template <typename, bool, int, bool> class Kernel, typename Walk, typename T, bool kExact, int kMost,
           bool kGrid>
 __global__ void __launch_bounds__(256) pack_kernel(const __grid_constant__ Walk walk) {
     const Index count = packed_count(walk), stride = Index{gridDim.x} * blockDim.x;
     for (Index j = Index{blockIdx.x} * blockDim.x + threadIdx.x; j < count; j += stride) {
         packed(walk)[j] = Kernel<T, kExact, kMost, kGrid>::word_of_weights(walk, j);
-    }
-    for (Index j = Index{blockIdx.x} * blockDim.x + threadIdx.x; j < zeroed_count(walk); j += stride) {
-        zeroed(walk)[j] = Words{0, 0, 0, 0};
     }
 }
 

@@ -158,58 +158,44 @@ SIMT void send(void* to, unsigned rank, Words value, Barrier* barrier) {
         : "memory");
 }
 
-// ---- Words for the whole grid: in global memory, each beside a tag that tells who looks whether it has come
-// ----------
+// ---- Words for the whole grid: in global memory, counted by a flag there --------------------------------------------
 
-// All blocks that wait for one another have to be resident at the same time. The 8 bytes are written and read as one,
-// whatever else a store or load moves (as NCCL's LL protocol has it): no fence, no flag, one way through the L2 cache.
-struct alignas(8) Tagged {
-    std::uint32_t word, tag;
-};
+// All blocks that wait for one another have to be resident at the same time.
+using Flag = std::uint32_t;  // in global memory, 0 before the launch
 
-// Four words and their tag into global memory, 16-byte aligned.
-SIMT void publish(Tagged* to, Words value, std::uint32_t tag) {
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %3, %2, %3};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(tag)
-                 : "memory");
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %3, %2, %3};" ::"l"(to + 2), "r"(value.z), "r"(value.w),
-                 "r"(tag)
+// Stores 16 bytes in global memory, for whoever awaits this block's next signal.
+SIMT void publish(void* to, Words value) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
                  : "memory");
 }
 
-// One or two words as they are now, past the L1 cache, which never hears of them.
-SIMT void peek(const Tagged* from, Tagged (&found)[1]) {
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(found[0].word), "=r"(found[0].tag)
-                 : "l"(from)
-                 : "memory");
-}
-SIMT void peek(const Tagged* from, Tagged (&found)[2]) {
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(found[0].word), "=r"(found[0].tag), "=r"(found[1].word), "=r"(found[1].tag)
-                 : "l"(from)
-                 : "memory");
-}
+// One thread for its block, after sync_threads: all that the block has published is there, and the flag counts one
+// more.
+SIMT void signal(Flag* flag) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory"); }
 
-// Returns once kWords (1 or 2) words at each place have this tag; nothing is read at null. All are asked for before the
-// first is waited for. Traps like `wait`.
-template <int kPlaces, int kWords>
-SIMT void collect(const Tagged* const (&from)[kPlaces], std::uint32_t tag, std::uint32_t (&words)[kPlaces][kWords]) {
-    Tagged found[kPlaces][kWords];
-#pragma unroll
-    for (int j = 0; j < kPlaces; ++j) {
-        if (from[j] != nullptr) peek(from[j], found[j]);
-    }
+// One thread for its block, before sync_threads: returns once the flag has counted so many signals. Traps like `wait`.
+SIMT void await(const Flag* flag, unsigned signals) {
     const std::uint64_t start = nanoseconds();
-#pragma unroll
-    for (int j = 0; j < kPlaces; ++j) {
-        if (from[j] == nullptr) continue;
-        while (found[j][0].tag != tag || found[j][kWords - 1].tag != tag) {
-            if (waited_since(start) > kPatience) __trap();
-            peek(from[j], found[j]);
-        }
-#pragma unroll
-        for (int k = 0; k < kWords; ++k) words[j][k] = found[j][k].word;
+    for (unsigned seen = 0;;) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+        if (seen >= signals) return;
+        if (waited_since(start) > kPatience) __trap();
     }
+}
+
+// What another block has published, past the L1 cache, which never hears of it.
+SIMT Words collect(const Words* from) {
+    Words value;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from));
+    return value;
+}
+SIMT float collect(const float* from) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
 }
 
 // ---- Matrix product, warp-wide --------------------------------------------------------------------------------------

@@ -59,18 +59,19 @@ struct Fibre {
     ucontext_t context;
     unsigned block, thread;       // block: rank in the cluster
     const char* waits = nullptr;  // for what; null while it can run
-    const void* at = nullptr;     // the Barrier or Tagged it waits at, if it does
-    unsigned operand = 0;         // the parity or the tag it waits for there
+    const void* at = nullptr;     // the Barrier or flag it waits at, if it does
+    unsigned operand = 0;         // the parity or the signals it waits for there, or the number of its sync_some
 };
 
-// What is on its way: a message to another block's shared memory, or a word for the whole grid.
-enum class Means { message, word };
+// What is on its way: a message to another block's shared memory, words for the whole grid, or a signal that they came.
+enum class Means { message, words, signal };
 struct Message {
     Means means;
-    unsigned block;           // where a message goes; of a word, whose it is
+    unsigned block;           // where a message goes; of words and signals, whose they are
     std::size_t to, counted;  // of a message: offsets in the block's memory
-    simt::Tagged* global;     // of a word: where it goes
-    Words value;              // of a word: it and its tag
+    void* global;             // of words: where they go; of a signal: its flag
+    Words value;
+    std::uint64_t number = 0;  // in the order of sending
 };
 
 // How an adversary chooses: at random, or by fixed ranks of blocks or warps; when messages land.
@@ -226,19 +227,26 @@ class Cluster {
         end_if_complete(barrier);
     }
 
-    std::uint32_t await(const simt::Tagged* from, std::uint32_t tag) {
-        check_global(from, sizeof(*from));
+    void await(const simt::Flag* flag, unsigned signals) {
+        check_global(flag, sizeof(*flag));
         pause();
-        while (from->tag != tag) {
-            fibres_[current_].at = from;
-            fibres_[current_].operand = tag;
+        while (*flag < signals) {
+            fibres_[current_].at = flag;
+            fibres_[current_].operand = signals;
             waiting_.push_back(current_);
-            leave("collect");
+            leave("await");
         }
-        return from->word;
     }
 
-    void send(const Message& message) {
+    template <typename T>
+    T collect(const T* from) {
+        check_global(from, sizeof(T));
+        pause();
+        return *from;
+    }
+
+    void send(Message message) {
+        message.number = sent_++;
         messages_.push_back(message);
         if (landing_ == Landing::at_once) land(messages_.size() - 1);
         pause();
@@ -352,11 +360,8 @@ class Cluster {
         const Message message = messages_[which];
         messages_[which] = messages_.back();
         messages_.pop_back();
-        if (message.means == Means::word) {
-            *message.global = {message.value.x, message.value.y};
-            return wake([&](const Fibre& fibre) { return fibre.at == message.global; });
-        }
-
+        if (message.means == Means::words) return void(std::memcpy(message.global, &message.value, sizeof(Words)));
+        if (message.means == Means::signal) return land_signal(message);
         Block& target = blocks_[message.block];
         auto* barrier = reinterpret_cast<Barrier*>(target.memory + message.counted);
         auto* now = reinterpret_cast<Phase*>(barrier);
@@ -365,6 +370,22 @@ class Cluster {
         std::memcpy(target.memory + message.to, &message.value, sizeof(Words));
         now->bytes -= static_cast<std::int32_t>(sizeof(Words));
         end_if_complete(barrier);
+    }
+
+    // After all words that its block had published before it.
+    void land_signal(const Message& signal) {
+        for (std::size_t j = 0; j < messages_.size();) {
+            const Message& other = messages_[j];
+            const bool covered = other.block == signal.block && other.number < signal.number;
+            if (covered && other.means == Means::words) {
+                land(j);  // another takes its place
+            } else {
+                ++j;
+            }
+        }
+        const auto* flag = static_cast<simt::Flag*>(signal.global);
+        const unsigned count = ++*static_cast<simt::Flag*>(signal.global);
+        wake([&](const Fibre& fibre) { return fibre.at == flag && fibre.operand <= count; });
     }
 
     template <typename Matches>
@@ -397,7 +418,7 @@ class Cluster {
     std::string what(const Fibre& fibre) const {
         if (fibre.waits == std::string("sync_some")) return "sync_some " + std::to_string(fibre.operand);
         if (fibre.at == nullptr) return fibre.waits;
-        if (fibre.waits == std::string("collect")) return "collect of tag " + std::to_string(fibre.operand);
+        if (fibre.waits == std::string("await")) return "await of signal " + std::to_string(fibre.operand);
         const auto byte = reinterpret_cast<const unsigned char*>(fibre.at) - blocks_[fibre.block].memory;
         return "wait at byte " + std::to_string(byte) + " for parity " + std::to_string(fibre.operand);
     }
@@ -439,7 +460,7 @@ class Cluster {
     std::vector<unsigned> ranks_, waiting_;
     std::deque<std::pair<unsigned, unsigned>> runnable_;  // rank and thread; a heap where ranks count
     std::vector<Message> messages_;
-
+    std::uint64_t sent_ = 0;
     Meeting all_;
 };
 

@@ -1,7 +1,6 @@
 // Runs one persistent kernel's own source on the host, one fibre a thread.
 #pragma once
 
-#include <algorithm>
 #include <string>
 
 #include "../cuda/persistent_common.h"
@@ -22,7 +21,6 @@ std::string launch(Walk walk, std::uint64_t schedule) {
         launch.global = walk.global;
         launch.global_bytes = static_cast<std::size_t>(walk.workspace.end);
     }
-    std::fill_n(zeroed(walk), zeroed_count(walk), simt::Words{0, 0, 0, 0});
     for (Index j = 0; j < packed_count(walk); ++j) {
         packed(walk)[j] =
             Kernel<typename Instance::T, Instance::kExact, Instance::kMost, Instance::kGrid>::word_of_weights(walk, j);

@@ -123,15 +123,17 @@ void send(void* to, unsigned rank, Words value, Barrier* barrier) {
                            Cluster::active->offset(barrier, sizeof(Barrier), "a barrier"), nullptr, value});
 }
 
-void publish(Tagged* to, Words value, std::uint32_t tag) {
+void publish(void* to, Words value) {
     Cluster::active->check_global(to, sizeof(Words));
-    Cluster::active->check_global(to + 3, sizeof(Tagged));
-    const std::uint32_t words[4] = {value.x, value.y, value.z, value.w};
-    for (int j = 0; j < 4; ++j) {
-        Cluster::active->send({Means::word, Cluster::active->rank(), 0, 0, to + j, {words[j], tag, 0, 0}});
-    }
+    Cluster::active->send({Means::words, Cluster::active->rank(), 0, 0, to, value});
 }
-std::uint32_t await(const Tagged* from, std::uint32_t tag) { return Cluster::active->await(from, tag); }
+void signal(Flag* flag) {
+    Cluster::active->check_global(flag, sizeof(Flag));
+    Cluster::active->send({Means::signal, Cluster::active->rank(), 0, 0, flag, {}});
+}
+void await(const Flag* flag, unsigned signals) { Cluster::active->await(flag, signals); }
+Words collect(const Words* from) { return Cluster::active->collect(from); }
+float collect(const float* from) { return Cluster::active->collect(from); }
 
 template <typename T>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {

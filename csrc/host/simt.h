@@ -79,18 +79,13 @@ void arrive_expecting(Barrier* barrier, unsigned bytes);
 void wait(Barrier* barrier, unsigned parity);
 void send(void* to, unsigned rank, Words value, Barrier* barrier);
 
-struct alignas(8) Tagged {
-    std::uint32_t word, tag;
-};
+using Flag = std::uint32_t;
 
-void publish(Tagged* to, Words value, std::uint32_t tag);
-std::uint32_t await(const Tagged* from, std::uint32_t tag);  // the word, once it has the tag
-template <int kPlaces, int kWords>
-void collect(const Tagged* const (&from)[kPlaces], std::uint32_t tag, std::uint32_t (&words)[kPlaces][kWords]) {
-    for (int j = 0; j < kPlaces; ++j) {
-        for (int k = 0; k < kWords && from[j] != nullptr; ++k) words[j][k] = await(from[j] + k, tag);
-    }
-}
+void publish(void* to, Words value);
+void signal(Flag* flag);
+void await(const Flag* flag, unsigned signals);
+Words collect(const Words* from);
+float collect(const float* from);
 
 // Adds up exactly, then rounds towards zero: the products' sum is what tensor cores are at their worst.
 template <typename T>

@@ -193,12 +193,14 @@ def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedul
 
 
 def _workspace(launch: dict[str, Any], backward: bool, device: torch.device) -> Tensor:
-    """For the weights as the kernel takes them up, and what the blocks of a grid exchange in."""
+    """For the weights as the kernel takes them up, and what the blocks of a grid exchange in, its flags zeroed."""
     plan, directions = launch["plan"], launch["sizes"][-1]
-    size = _C.persistent_workspace(kind=launch["kind"], backward=backward, plan=plan, directions=directions)
+    flags, size = _C.persistent_workspace(kind=launch["kind"], backward=backward, plan=plan, directions=directions)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         workspace.fill_(255)  # NaN, so that what is read before it was written shows
+    if flags > 0:
+        workspace[:flags].zero_()
     return workspace
 
 
