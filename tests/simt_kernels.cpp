@@ -93,8 +93,8 @@ extern "C" const char* ring(std::uint64_t schedule, int rounds, int buffers, std
     }));
 }
 
-// Pairs of warps that exchange numbers through shared memory, group by group, at a barrier of their own (1) or at none
-// (0): sums [128] of what each thread got in all rounds.
+// Pairs of warps that exchange numbers through shared memory, at the block's barrier (1) or at none (0): sums [128] of
+// what each thread got in all rounds.
 extern "C" const char* exchange(std::uint64_t schedule, int barriers, std::int32_t* sums) {
     constexpr int kRounds = 4;
     const host::Launch launch{{1, 1, 1}, {128, 1, 1}, 1, 2 * 128 * sizeof(std::int32_t), schedule};
@@ -104,7 +104,7 @@ extern "C" const char* exchange(std::uint64_t schedule, int barriers, std::int32
         for (int round = 0; round < kRounds; ++round) {
             auto* buffer = reinterpret_cast<std::int32_t*>(simt::shared_memory()) + round % 2 * 128;
             buffer[thread] = 1000 * round + thread;
-            if (barriers != 0) simt::sync_some(1 + threadIdx.x / 64, 64);
+            if (barriers != 0) simt::sync_threads();
             simt::sync_warp();
             sum += buffer[thread ^ 32];
         }
@@ -186,7 +186,7 @@ extern "C" const char* launch(unsigned blocks, unsigned threads, unsigned cluste
 
 // What goes wrong, by number.
 extern "C" const char* wrong(int which) {
-    const std::uint64_t schedule = which == 13 ? 1 : 0;  // 1: messages land as late as they can
+    const std::uint64_t schedule = which == 12 ? 1 : 0;  // 1: messages land as late as they can
     const host::Launch launch{{2, 1, 1}, {64, 1, 1}, which == 7 ? 1u : 2u, 256, schedule};
     return keep(host::run(launch, [&] {
         auto* barrier = reinterpret_cast<simt::Barrier*>(simt::shared_memory());
@@ -194,7 +194,7 @@ extern "C" const char* wrong(int which) {
         const unsigned thread = threadIdx.x;
         const bool first = thread == 0 && simt::cluster_rank() == 0;
         float d[4];
-        if (thread == 0 && which != 1 && which != 20) simt::init(barrier, 1);
+        if (thread == 0 && which != 1 && which != 18) simt::init(barrier, 1);
         simt::sync_threads();
         switch (which) {
             case 0:  // nobody arrives
@@ -230,37 +230,33 @@ extern "C" const char* wrong(int which) {
                 if (first) simt::send(words, 1, {}, barrier);
                 return;
             case 11:  // half of the block waits for the other half
-                if (thread < 32) simt::sync_some(1, 64);
+                if (thread < 32) simt::sync_threads();
                 return;
-            case 12:  // no such barrier
-                return simt::sync_some(16, 64);
-            case 13:  // sent, and nobody stays for it
+            case 12:  // sent, and nobody stays for it
                 if (first) simt::send(words, 1, {}, barrier);
                 return;
-            case 14:  // the cluster's very last thread sends to a block that has ended
+            case 13:  // the cluster's very last thread sends to a block that has ended
                 if (thread == 63 && simt::cluster_rank() == 1) simt::send(words, 0, {}, barrier);
                 return;
-            case 15:  // just before shared memory
+            case 14:  // just before shared memory
                 return simt::send(simt::shared_memory() - 16, 1, {}, barrier);
-            case 16:  // two counts at one barrier
-                return simt::sync_some(1, thread < 32 ? 64 : 32);
-            case 17:  // lanes multiply different types
+            case 15:  // lanes multiply different types
                 if (thread % 2 == 0) return simt::mma<BFloat16>(d, {0, 0, 0, 0}, 0, 0);
                 return simt::mma<Float16>(d, {0, 0, 0, 0}, 0, 0);
-            case 18:  // a barrier that nobody arrives at
+            case 16:  // a barrier that nobody arrives at
                 if (first) simt::init(barrier + 1, 0);
                 return;
-            case 19:  // a barrier in a thread's own memory
+            case 17:  // a barrier in a thread's own memory
                 simt::Barrier own;
                 return simt::wait(&own, 0);
-            case 20:  // counted at no barrier
+            case 18:  // counted at no barrier
                 if (first) simt::send(words, 1, {}, barrier);
                 return simt::sync_cluster();
-            case 21:  // two phases end before those who wait look again
+            case 19:  // two phases end before those who wait look again
                 if (thread != 63) return simt::wait(barrier, 0);
                 simt::arrive_expecting(barrier, 0);
                 return simt::arrive_expecting(barrier, 0);
-            case 22:  // one thread leaves before a product
+            case 20:  // one thread leaves before a product
                 if (thread % 32 != 5) simt::sync_warp();
                 return;
         }

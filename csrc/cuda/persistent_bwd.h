@@ -85,7 +85,7 @@ struct BackwardKernel {
         return at.direction == 0 ? count(item.slot, longest) - 1 - item.i : item.i;
     }
     // What a thread has in global memory, where registers allow found once for all items.
-    static constexpr bool kKept = kMost == 4 && !kExact;
+    static constexpr bool kKept = kMost == 4 && !kExact && !(kGrid && kElement == 4);
     struct Columns {
         Column<const T, kKept> gates, dy;
         Column<T, kKept> dgates;

@@ -10,19 +10,20 @@ constexpr int kSharedLimit = 232448;  // bytes of a block: compute capability 9.
 // Clocks, fitted to walks measured on an H100 and an H200 (docs/persistent.md).
 constexpr double kExchange = 650;           // of a message and its barrier, when one tile has to wait for it
 constexpr double kCells = 600;              // gates, global memory and bookkeeping of an item
+constexpr double kCellsOfMany = 600;        // more of it where threads have no registers to keep pointers in
 constexpr double kProduct = 6.0;            // of one simt::mma in a quarter of a multiprocessor
-constexpr double kBytesFromSmem = 80;       // a clock
+constexpr double kBytesFromSmem = 70;       // a clock
 constexpr double kBytesFromCluster = 17.0;  // a clock
 // The same through global memory: words, a flag and its waiters, in part for each item, since all its blocks meet; and
 // bytes past the L1 cache, when all blocks read.
-constexpr double kGridExchange = 3400, kGridItem = 4000;
+constexpr double kGridExchange = 1400, kGridItem = 6000;
 constexpr double kBytesFromL2 = 30;
 
 // What torch's LSTM takes there: a step's launches, and flops a clock, in 16 bits and in fp32, at less than half of the
 // card's rate, as its products are thin; and cuDNN's own persistent kernel, by cells.
 constexpr double kLibraryStep = 20000;
 constexpr double kLibraryFlops = 225e3, kLibraryFlops32 = 27e3;
-constexpr double kLibraryPersistent = 3300, kLibraryCell = 0.33;
+constexpr double kLibraryPersistent = 2400, kLibraryCell = 0.26;
 
 double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const int element = element_size(kind);
@@ -42,7 +43,8 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     }
     const int each = kind == Kind::float32 ? 3 : 1;
     const double exchange = plan.grid ? incoming * (backward ? 2 : 1) / kBytesFromL2 : incoming / kBytesFromCluster;
-    return kCells + (plan.grid ? kGridItem : 0) + products / 4 * kProduct * each + smem / kBytesFromSmem + exchange;
+    return kCells + (plan.groups > 4 ? kCellsOfMany : 0) + (plan.grid ? kGridItem : 0) +
+           products / 4 * kProduct * each + smem / kBytesFromSmem + exchange;
 }
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -57,14 +59,18 @@ class Search {
           directions_(directions),
           resident_(resident) {}
 
-    // Clusters beyond those that run at once follow when others have ended.
+    // Clusters beyond those that run at once follow when others have ended. Those that run at once, but not on
+    // multiprocessors of their own, take each other's time.
     void clusters_of(int cluster) {
         Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), false, directions_);
+        if (most_groups(kind_, candidate.groups, false) == 0) return;
+        const int alone = resident_(false, cluster, 64 * candidate.groups, kSharedLimit);
         for (int tiles = 1; tiles <= all_tiles_ && lay_out(candidate, tiles); ++tiles) {
             const int at_once = resident_(false, cluster, 64 * candidate.groups, candidate.shared);
             if (at_once == 0) return;
             const int rounds = divide_up(candidate.clusters * directions_, at_once);
-            offer(candidate, rounds, kExchange);
+            const bool share = alone > 0 && std::min(candidate.clusters * directions_, at_once) > alone;
+            offer(candidate, share ? 2 * rounds : rounds, kExchange);
             if (rounds == 1) return;  // more tiles a cluster would only wait for one another
         }
     }

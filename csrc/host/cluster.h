@@ -20,7 +20,7 @@ namespace lstm::host {
 using simt::Barrier;
 using simt::Words;
 
-constexpr unsigned kLanes = 32, kBarriers = 16;
+constexpr unsigned kLanes = 32;
 constexpr std::size_t kStack = 64 * 1024;
 
 struct Failure {
@@ -39,7 +39,6 @@ static_assert(sizeof(Phase) == sizeof(Barrier), "a phase is what a barrier holds
 // Threads that wait for one another.
 struct Meeting {
     std::vector<unsigned> waiting;
-    std::size_t count = 0;  // threads that those who wait ask for
 };
 
 struct Warp {
@@ -52,7 +51,7 @@ struct Block {
     unsigned char* memory;  // of the launch's arena
     unsigned alive;
     std::vector<Warp> warps;
-    Meeting barriers[kBarriers];
+    Meeting barrier;
 };
 
 struct Fibre {
@@ -60,7 +59,7 @@ struct Fibre {
     unsigned block, thread;       // block: rank in the cluster
     const char* waits = nullptr;  // for what; null while it can run
     const void* at = nullptr;     // the Barrier or flag it waits at, if it does
-    unsigned operand = 0;         // the parity or the signals it waits for there, or the number of its sync_some
+    unsigned operand = 0;         // the parity or the signals it waits for there
 };
 
 // What is on its way: a message to another block's shared memory, words for the whole grid, or a signal that they came.
@@ -144,12 +143,6 @@ class Cluster {
     // Waits until `count` threads have come; the last one to come goes through `act` first, for all.
     template <typename Act>
     void meet(Meeting& meeting, std::size_t count, const char* what, Act act) {
-        if (meeting.waiting.empty()) {
-            meeting.count = count;
-        } else if (meeting.count != count) {
-            fail("threads bring different counts to one barrier: " + std::to_string(meeting.count) + " and " +
-                 std::to_string(count));
-        }
         if (meeting.waiting.size() + 1 == count) {
             act();
             for (const unsigned other : meeting.waiting) ready(other);
@@ -175,15 +168,7 @@ class Cluster {
     }
 
     void sync_block() {
-        meet(block().barriers[0], threads_, "sync_threads", [] {});
-    }
-
-    void sync_some(unsigned number, unsigned count) {
-        if (number == 0 || number >= kBarriers || count == 0 || count > threads_ || count % kLanes != 0) {
-            fail("sync_some takes a number from 1 to 15 and whole warps of the block");
-        }
-        fibres_[current_].operand = number;
-        meet(block().barriers[number], count, "sync_some", [] {});
+        meet(block().barrier, threads_, "sync_threads", [] {});
     }
 
     void sync_cluster() {
@@ -416,7 +401,6 @@ class Cluster {
     }
 
     std::string what(const Fibre& fibre) const {
-        if (fibre.waits == std::string("sync_some")) return "sync_some " + std::to_string(fibre.operand);
         if (fibre.at == nullptr) return fibre.waits;
         if (fibre.waits == std::string("await")) return "await of signal " + std::to_string(fibre.operand);
         const auto byte = reinterpret_cast<const unsigned char*>(fibre.at) - blocks_[fibre.block].memory;

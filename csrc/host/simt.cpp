@@ -110,7 +110,7 @@ void sync_warp() {
     Cluster::active->warp_wide("sync_warp", nullptr, [](void* const*) {});
 }
 void sync_threads() { Cluster::active->sync_block(); }
-void sync_some(unsigned number, unsigned threads) { Cluster::active->sync_some(number, threads); }
+
 void sync_cluster() { Cluster::active->sync_cluster(); }
 
 void init(Barrier* barrier, unsigned arrivals) { Cluster::active->init(barrier, arrivals); }

@@ -70,7 +70,7 @@ V opaque(V x) {
 std::uint32_t shuffle(std::uint32_t value, unsigned lane);
 void sync_warp();
 void sync_threads();
-void sync_some(unsigned number, unsigned threads);
+
 void sync_cluster();
 
 void init(Barrier* barrier, unsigned arrivals);
