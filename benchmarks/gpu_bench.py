@@ -276,6 +276,32 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def readme_table(record: dict[str, Any]) -> str:
+    """The README's table of a recorded gpu-check: a line for each group of which something is asked, and inference."""
+    found, modules = record["bench"], record["bench"]["modules"]
+    step = ", ".join(
+        f"{name} {modules[name]['us_per_step']:.2f} µs ({modules[name]['ratio']:.1f}×)"
+        for name in ("inference", "forward", "backward")
+    )
+    place = f"T = {modules['T']}, B = {modules['B']}, H = {modules['H']}, {modules['dtype']}"
+    lines = [
+        "How many times as long torch.nn.LSTM takes with cuDNN as the persistent kernels, even where `auto` would not "
+        "take them, input product included: the geometric mean, and the least and the most of a group's shapes "
+        "(T 256 to 2048, B 2 to 128, H 256 to 1024), each the median of interleaved pairs. "
+        f"{record['gpu']}, torch {record['torch']}, driver {record['driver']}, commit {record['commit'][:9]}. "
+        f"A step at {place}: {step}.",
+        "",
+        "| | nn.LSTM's time / ours |",
+        "| --- | --- |",
+    ]
+    for name, group in GROUPS.items():
+        ratios = [row["ratio"] for row in found["rows"] if row["group"] == name and "ratio" in row]
+        if ratios and (group.floor is not None or name == "inference"):
+            mean, least, most = statistics.geometric_mean(ratios), min(ratios), max(ratios)
+            lines.append(f"| {group.what} | {mean:.2f}× ({least:.2f}..{most:.2f}) |")
+    return "\n".join(lines) + "\n"
+
+
 def steps(record: dict[str, Any]) -> str:
     """The time of a step beside what is asked of it: of the modules, then of the kernels without the input product."""
     lines = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -25,6 +26,7 @@ import lstm_fast
 from benchmarks import gpu_bench
 from lstm_fast.bench import exchange
 from lstm_fast.bench.process import run
+from lstm_fast.bench.report import put_between
 from lstm_fast.bench.runner import describe, write
 from lstm_fast.kernels import persistent
 
@@ -35,6 +37,7 @@ SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120}  # nine minutes in all, 
 LAST_ROW = 40  # seconds that the bench has for the row that it is in when its time ends
 ONE_TEST = 40  # seconds
 MOST_FAILED = 40  # tests: if each hangs until its kernel gives up, there is no time for more
+MARKERS = ("<!-- gpu table: begin -->", "<!-- gpu table: end -->")  # of the README
 USUAL = 512  # hidden units that every card holds which the persistent kernels are for
 
 # Odd and vectorised sizes, both directions, two layers, several tiles.
@@ -170,7 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=parts, default=list(PARTS), help=f"default: {','.join(PARTS)}")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
+    parser.add_argument("--readme", type=Path, help="only write this README's table anew, from the JSON at --output")
     args = parser.parse_args(arguments)
+    if args.readme is not None:
+        if args.output is None:
+            parser.error("--readme needs --output, the JSON of a run")
+        put_between(args.readme, MARKERS, gpu_bench.readme_table(json.loads(args.output.read_text())))
+        return 0
     if not torch.cuda.is_available():
         print(f"gpu-check needs an NVIDIA GPU, and torch {torch.__version__} finds none", file=sys.stderr)
         return 2

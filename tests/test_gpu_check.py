@@ -177,6 +177,29 @@ def test_a_bench_that_lost_the_card_is_taken_up_again(monkeypatch, tmp_path):
     assert "lost" in gpu_check.run_bench(tmp_path / "result.json")["summary"]
 
 
+def test_the_readmes_table_comes_from_a_record(tmp_path):
+    about = {"gpu": "NVIDIA H1", "torch": "2.1", "driver": "5.8", "commit": "abcdef0123456789"}
+    modules = {**SIZES, **{name: {**TIMES, "us_per_step": 1.5} for name in ("inference", "forward", "backward")}}
+    refused, grid = {**ROW, "refused": "no"}, {**FULL_ROW, "group": "grid"}
+    rows = [FULL_ROW, {**FULL_ROW, "ratio": 8.0}, refused, grid]
+    record, readme = tmp_path / "gpu.json", tmp_path / "README.md"
+    record.write_text(json.dumps({**about, "bench": {"rows": rows, "modules": modules}}))
+    readme.write_text("above\n{}\nold\n{}\nbelow\n".format(*gpu_check.MARKERS))
+    assert gpu_check.main(["--readme", str(readme), "--output", str(record)]) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
+    assert "NVIDIA H1, torch 2.1, driver 5.8, commit abcdef012. A step at T = 1000, B = 16, H = 512, bf16" in text
+    assert "forward 1.50 µs (2.0×)" in text
+    table = [line for line in text.splitlines() if line.startswith("| bf16")]
+    assert table == ["| bf16 against nn.LSTM in bf16, forward+backward | 4.00× (2.00..8.00) |"]
+
+
+def test_a_readmes_table_needs_a_record(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--readme", str(tmp_path / "README.md")])
+    assert "--readme needs --output, the JSON of a run" in capsys.readouterr().err
+
+
 def test_a_table_row_names_case_and_figures():
     line = gpu_bench.table([FULL_ROW]).splitlines()[0]
     parts = (

@@ -114,13 +114,22 @@ def write_readme(readme: Path, runs: Sequence[Run]) -> None:
     Raises:
         ReportError: the runs don't go together, or a marker is missing.
     """
+    put_between(readme, MARKERS, readme_table(runs))
+
+
+def put_between(readme: Path, markers: tuple[str, str], table: str) -> None:
+    """``table`` in place of what lies between the markers, each a line of ``readme``; or the file stays as it is.
+
+    Raises:
+        ReportError: a marker is missing.
+    """
     text = readme.read_bytes().decode()
-    before, begin, rest = text.partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
+    before, begin, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ReportError(f"{readme} has no table to replace: a line {MARKERS[0]} and, below it, a line {MARKERS[1]}")
+        raise ReportError(f"{readme} has no table to replace: a line {markers[0]} and, below it, a line {markers[1]}")
     part = readme.with_name(readme.name + ".part")
-    part.write_bytes(f"{before}{begin}\n{readme_table(runs)}{end}{after}".encode())
+    part.write_bytes(f"{before}{begin}\n{table}{end}{after}".encode())
     part.replace(readme)
 
 
