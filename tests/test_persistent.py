@@ -234,6 +234,31 @@ def test_batches_whose_arithmetic_outweighs_the_launches_are_left_to_torch(gpu, 
         assert f"a step of 20000 x {hidden} units is expected to take" in why_not
 
 
+def test_fp16_goes_to_torch_where_its_own_persistent_kernel_is_expected_to_be_faster(gpu):
+    for hidden in (256, 512):
+        assert persistent.outweighed(gpu, torch.float16, hidden, 16, plain=True) is None
+    assert "a step of 16 x 1024 units" in persistent.outweighed(gpu, torch.float16, 1024, 16, plain=True)
+    for what in ({"hidden": 1024, "batch": 12}, {"hidden": 960, "batch": 16}, {"hidden": 1024, "batch": 16}):
+        plain = what != {"hidden": 1024, "batch": 16}  # cuDNN's kernel takes neither
+        assert persistent.outweighed(gpu, torch.float16, **what, plain=plain) is None
+    assert persistent.outweighed(gpu, torch.bfloat16, 1024, 16, plain=True) is None
+
+
+def test_clusters_that_would_share_multiprocessors_are_no_bargain():
+    """Of 16 blocks as many run at once as of 8, but only half of them on multiprocessors of their own."""
+
+    def planned(shared_by: int) -> int:
+        def granted(grid: bool, cluster: int, threads: int, shared: int) -> int:
+            alone = {8: 16, 16: 8}.get(cluster, 0)
+            return 0 if grid else alone * (1 if shared > 100_000 else shared_by)
+
+        found = _C.persistent_plan(kind=0, backward=False, hidden=256, batch=128, directions=1, granted=granted)
+        assert found is not None
+        return found[0]
+
+    assert planned(1) == planned(2) == 8
+
+
 def test_batches_that_no_plan_holds_are_left_to_torch(gpu):
     assert persistent.crowded(gpu, torch.bfloat16, 1024, 20000) is None
     why_not = persistent.crowded(gpu, torch.bfloat16, 1856, 65536)

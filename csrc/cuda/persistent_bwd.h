@@ -31,8 +31,8 @@ struct BackwardKernel {
     const Backward& p;
     const Position at;
     const Cell cell;
-    const int first_owner,
-        of_owner;  // of the units that this lane sends for its warp's first tile, and their group there
+    // Of the units that this lane sends of its warp's first tile: their block, and their group there.
+    const int first_owner, of_owner;
 
     SIMT explicit BackwardKernel(const Backward& walk)
         : p(walk),
@@ -77,7 +77,6 @@ struct BackwardKernel {
     SIMT static int swapped(int group) { return group / 2 % 2; }  // whether column 2 q + 1 comes first
     SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
-
     SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }

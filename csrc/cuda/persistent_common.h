@@ -60,9 +60,8 @@ struct Position {
     int ordinal;  // of the cluster among those of all directions
     int warp, lane;
 
-    SIMT int group() const {
-        return warp / 2;
-    }  // of the rows that the warp multiplies; a group of 8 units has two warps
+    // Of the rows that the warp multiplies: a group of 8 units has two warps.
+    SIMT int group() const { return warp / 2; }
     SIMT int half() const { return warp % 2; }
 };
 

@@ -30,7 +30,7 @@ struct ForwardKernel {
     const Forward& p;
     const Position at;
     const Cell cell;
-    const int found_outgoing;
+    const int found_outgoing;  // see `outgoing`
 
     SIMT explicit ForwardKernel(const Forward& walk)
         : p(walk),
@@ -59,7 +59,7 @@ struct ForwardKernel {
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // What a thread has in global memory, where registers allow found once for all items.
     static constexpr bool kKept = kMost == 4 && !kExact;
-    // the fastest takes a register more than 512 threads have
+    // The fastest takes a register more than 512 threads have.
     static constexpr math::Speed kSpeed = kMost == 8 && !kExact ? math::Speed::fast : speed<T, kExact>;
     struct Columns {
         Column<T, kKept> gates, y;
@@ -98,7 +98,6 @@ struct ForwardKernel {
         Preactivation found{{}, b < step.active ? step.first + b : -1};
         const T* const from = columns.gates.row(more && found.row >= 0 ? found.row : 0);
         for (int k = 0; k < 4; ++k) found.a[k] = simt::load_bits(at_row(from, k, columns.of_gate));
-
         return found;
     }
     // Steps of a tile; `longest` those of the first.

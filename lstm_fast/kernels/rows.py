@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lstm_fast import reference
 
+_C: Any = None
 with suppress(ImportError):  # cuda.unavailable says so
     from lstm_fast import _C
 
@@ -31,7 +33,7 @@ def starts(steps: list[int], device: torch.device) -> Tensor:
 
 def previous(y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
     """``reference.previous``; on a GPU where the extension has CUDA in one launch, however many steps there are."""
-    if not y.is_cuda or "_C" not in globals() or not _C.build_info()["cuda"]:
+    if not y.is_cuda or _C is None or not _C.build_info()["cuda"]:
         return reference.previous(y, initial, steps, reverse)
     before = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     first, size = starts(steps, y.device), y.element_size()
