@@ -194,17 +194,19 @@ def test_fp32_uses_tf32_only_where_torch_allows_it(monkeypatch, hidden):
     assert strict < 2e-6 < 2e-5 < allowed < 2e-3
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch", [16, 128])
-def test_no_more_memory_than_nn_lstm(exchange, batch):
+def test_no_more_memory_than_nn_lstm(exchange, batch, packed):
     ours, theirs = pair(512, 512, torch.bfloat16)
     x = torch.randn(256, batch, 512, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.randint(1, 257, (batch,)) if packed else None
     peaks = []
     for module in (ours, theirs):
-        results(module, x)
+        results(module, x, lengths)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        results(module, x)
+        results(module, x, lengths)
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] <= peaks[1]

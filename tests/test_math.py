@@ -26,8 +26,8 @@ using namespace lstm::cpu;
     }
 MAP(tanh_float, float, float, math::tanh(x))
 MAP(sigmoid_float, float, float, math::sigmoid(x))
-MAP(tanh_fast, float, float, math::tanh<true>(x))
-MAP(sigmoid_fast, float, float, math::sigmoid<true>(x))
+MAP(tanh_fast, float, float, math::tanh<math::Speed::fast>(x))
+MAP(sigmoid_fast, float, float, math::sigmoid<math::Speed::fast>(x))
 MAP(tanh_double, double, double, math::tanh(x))
 MAP(sigmoid_double, double, double, math::sigmoid(x))
 MAP(load_bfloat16, BFloat16, float, load(x))

@@ -12,6 +12,8 @@ from lstm_fast.kernels import LayerInputs, Saved
 from lstm_fast.kernels.rows import previous
 from lstm_fast.precision import rnn_precision
 
+_STATES = 3  # x, h0 and c0 come before the weights
+
 
 def layer_forward(
     recurrence_forward: Callable[..., None], inputs: LayerInputs, save: bool
@@ -54,18 +56,10 @@ def layer_backward(
     with rnn_precision(x):
         w_hh = [direction[1] for direction in weights]
         recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)
-        dx = None
-        if needs[0]:
-            parts = [torch.mm(da, direction[0]) for da, direction in zip(dgates, weights, strict=True)]  # B7
-            dx = (parts[0] if len(parts) == 1 else parts[0].add_(parts[1])).view(form)
-        gradients: list[Tensor | None] = [
-            dx,
-            dh.to(h0.dtype) if needs[1] else None,
-            dc.to(c0.dtype) if needs[2] else None,
-        ]
-        for d, (_, _, b_ih, b_hh, _) in enumerate(weights):  # B8
+        of_weights: list[Tensor | None] = []
+        for d, (_, _, b_ih, b_hh, _) in enumerate(weights):  # B8, before dx: what packed rows need of y takes its place
             da = dgates[d].t()
-            of_w_ih, of_w_hh, of_b_ih, of_b_hh, _ = needs[len(gradients) : len(gradients) + 5]
+            of_w_ih, of_w_hh, of_b_ih, of_b_hh, _ = needs[_STATES + len(of_weights) :][:5]
             dw_ih, dw_hh, db, same = torch.mm(da, x) if of_w_ih else None, None, None, None
             if of_w_hh:
                 dw_hh = _over_previous(da, y[:, d * hidden : (d + 1) * hidden], h0[d], steps, d == 1)
@@ -73,8 +67,12 @@ def layer_backward(
                 db = _over_rows(da)
             if b_hh is not None and of_b_hh:
                 same = _over_rows(da) if db is None else db.clone()
-            gradients += [dw_ih, dw_hh, db, same, None]
-    return gradients
+            of_weights += [dw_ih, dw_hh, db, same, None]
+        dx = None
+        if needs[0]:
+            parts = [torch.mm(da, direction[0]) for da, direction in zip(dgates, weights, strict=True)]  # B7
+            dx = (parts[0] if len(parts) == 1 else parts[0].add_(parts[1])).view(form)
+    return [dx, dh.to(h0.dtype) if needs[1] else None, dc.to(c0.dtype) if needs[2] else None, *of_weights]
 
 
 def _over_rows(da: Tensor) -> Tensor:
