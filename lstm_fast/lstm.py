@@ -128,7 +128,7 @@ class LSTM(_Fused, nn.RNNBase):
         bidirectional: a second direction, from the last step to the first; D = 2, else 1.
         proj_size: P > 0 projects h to P features (R = P, else R = H).
         device, dtype: of the parameters.
-        backend: "auto", or one that must serve: "cuda", "triton", "cpu", "reference". "auto" takes what
+        backend: "auto", or one that must serve: "persistent", "cuda", "triton", "cpu", "reference". "auto" takes what
             ``LSTM_FAST_BACKEND`` names, if set.
 
     Inputs: ``input`` (T, B, I), (B, T, I) with ``batch_first``, (T, I) or a PackedSequence; ``hx`` None for zeros, or
