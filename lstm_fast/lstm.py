@@ -58,7 +58,7 @@ class _Fused(nn.Module):
     def _infer(self, x: Any, hx: Any, names: list[list[str]], sizes: tuple[int, int, int, int, bool, bool]) -> Any:
         """The results if the call is plain inference on a CPU; None if it isn't, or if its arguments need more than a
         quick look. A single step of a small layer takes half the time this way."""
-        if type(x) is not Tensor or _followed():
+        if type(x) is not Tensor or not x.is_cpu or _followed():
             return None
         if not surely_cpu(self.backend, x.dtype, self.hidden_size, self._kind(x), lambda: self._shape(x)):
             return None
