@@ -24,40 +24,29 @@ struct alignas(4 * sizeof(T)) Gates {
 };
 
 template <typename T, bool kExact, int kMost, bool kGrid>
-struct BackwardKernel {
+struct BackwardKernel : Walker<Backward, kGrid> {
+    using Base = Walker<Backward, kGrid>;
+    using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
+    using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kTiles = held(kElement, kMost).tiles, kDeep = held(kElement, kMost).deep;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
 
-    const Backward& p;
-    const Position at;
-    const Cell cell;
     // Of the units that this lane sends of its warp's first tile: their block, and their group there.
     const int first_owner, of_owner;
 
     SIMT explicit BackwardKernel(const Backward& walk)
-        : p(walk),
-          at(position<kGrid>(walk.plan, walk.direction)),
-          cell(walk.plan, at),
+        : Base(walk),
           first_owner((2 * at.warp + at.lane / 16) / walk.plan.groups),
           of_owner((2 * at.warp + at.lane / 16) % walk.plan.groups) {}
 
-    SIMT simt::Barrier* full(int slot, int buffer) const {
-        return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
-    }
-    SIMT int* steps() const { return reinterpret_cast<int*>(simt::shared_memory() + offset_of_steps(p.plan)); }
-    // This thread's cell in a tile: the gradient of h that passes by steps it takes no part in, and of c.
-    SIMT float& dh_state(int slot) const {
-        if constexpr (kGrid) return global().state(slot)[threadIdx.x];
-        return reinterpret_cast<float*>(simt::shared_memory() +
-                                        offset_of_state(p.plan))[2 * slot * blockDim.x + threadIdx.x];
-    }
-    SIMT float& dc_state(int slot) const { return (&dh_state(slot))[blockDim.x]; }
+    // The gradient of this thread's h that passes by steps it takes no part in, and of its c.
+    SIMT float& dh_state(int slot) const { return state(slot); }
+    SIMT float& dc_state(int slot) const { return (&state(slot))[blockDim.x]; }
     // The gates' gradients of an item. Two take turns: a warp that writes the next but one has passed the barrier of
     // the next, which all warps reach only after this one's product.
     SIMT unsigned char* da(int turn) const {
         return simt::shared_memory() + p.layout.da + turn * kColumns * kBlock * p.layout.blocks;
     }
-    SIMT Global<Backward> global() const { return {p, at}; }
     // What block `rank` sends to block `owner`, [4, G, 4, 8] as `place` has it: in the memory of each owner at the same
     // place, or in the grid's.
     SIMT float* from_block(int slot, int buffer, int rank, [[maybe_unused]] int owner) const {
@@ -75,11 +64,6 @@ struct BackwardKernel {
         return q / 2 * p.plan.groups * 32 + group * 32 + r * 8 + (q + group) % 2 * 4;
     }
     SIMT static int swapped(int group) { return group / 2 % 2; }  // whether column 2 q + 1 comes first
-    SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
-    SIMT bool within() const { return cell.unit < p.sizes.hidden; }
-    SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
-    // Steps of a tile; `longest` those of the first.
-    SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }
     SIMT int time_of(const Item& item, int longest) const {
         return at.direction == 0 ? count(item.slot, longest) - 1 - item.i : item.i;
     }

@@ -197,6 +197,34 @@ struct Column {
     SIMT V* row(int number) const { return at_row(first, number, stride); }
 };
 
+// What a thread of either walk knows of its place, its cells and its tiles.
+template <typename Walk, bool kGrid>
+struct Walker {
+    const Walk& p;
+    const Position at;
+    const Cell cell;
+
+    SIMT explicit Walker(const Walk& walk)
+        : p(walk), at(position<kGrid>(walk.plan, walk.direction)), cell(walk.plan, at) {}
+
+    SIMT simt::Barrier* full(int slot, int buffer) const {
+        return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
+    }
+    SIMT int* steps() const { return reinterpret_cast<int*>(simt::shared_memory() + offset_of_steps(p.plan)); }
+    SIMT Global<Walk> global() const { return {p, at}; }
+    // This thread's cell in a tile: the first of its two numbers; the other lies a block's threads further.
+    SIMT float& state(int slot) const {
+        if constexpr (kGrid) return global().state(slot)[threadIdx.x];
+        return reinterpret_cast<float*>(simt::shared_memory() +
+                                        offset_of_state(p.plan))[2 * slot * blockDim.x + threadIdx.x];
+    }
+    SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
+    SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
+    SIMT bool within() const { return cell.unit < p.sizes.hidden; }
+    // Steps of a tile; `longest` those of the first.
+    SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }
+};
+
 // A phase of a buffer's barrier: buffers take turns, fill by fill.
 SIMT unsigned parity_of(int fill) { return (static_cast<unsigned>(fill) / 2) % 2; }
 

@@ -23,40 +23,25 @@ struct Result {
 };
 
 template <typename T, bool kExact, int kMost, bool kGrid>
-struct ForwardKernel {
+struct ForwardKernel : Walker<Forward, kGrid> {
+    using Base = Walker<Forward, kGrid>;
+    using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
+    using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kHeld = held(kElement, kMost).blocks;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
 
-    const Forward& p;
-    const Position at;
-    const Cell cell;
     const int found_outgoing;  // see `outgoing`
 
-    SIMT explicit ForwardKernel(const Forward& walk)
-        : p(walk),
-          at(position<kGrid>(walk.plan, walk.direction)),
-          cell(walk.plan, at),
-          found_outgoing(place_of_message(walk.plan, at)) {}
+    SIMT explicit ForwardKernel(const Forward& walk) : Base(walk), found_outgoing(place_of_message(walk.plan, at)) {}
 
-    SIMT simt::Barrier* full(int slot, int buffer) const {
-        return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
-    }
-    SIMT int* steps() const { return reinterpret_cast<int*>(simt::shared_memory() + offset_of_steps(p.plan)); }
     SIMT int offset_of_h(int slot, int buffer) const {
         return p.layout.h + (kGrid ? 0 : 2 * slot + buffer) * p.layout.of_h;
     }
     SIMT unsigned char* h(int slot, int buffer) const { return simt::shared_memory() + offset_of_h(slot, buffer); }
-    SIMT Global<Forward> global() const { return {p, at}; }
-    // This thread's cell in a tile: c, and h as `bits`.
-    SIMT float& c_state(int slot) const {
-        if constexpr (kGrid) return global().state(slot)[threadIdx.x];
-        return reinterpret_cast<float*>(simt::shared_memory() +
-                                        offset_of_state(p.plan))[2 * slot * blockDim.x + threadIdx.x];
+    SIMT float& c_state(int slot) const { return state(slot); }
+    SIMT std::uint32_t& h_state(int slot) const {  // as `bits`
+        return reinterpret_cast<std::uint32_t*>(&state(slot))[blockDim.x];
     }
-    SIMT std::uint32_t& h_state(int slot) const { return reinterpret_cast<std::uint32_t*>(&c_state(slot))[blockDim.x]; }
-    SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
-    SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
-    SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // What a thread has in global memory, where registers allow found once for all items.
     static constexpr bool kKept = kMost == 4 && !kExact;
     // The fastest takes a register more than 512 threads have.
@@ -100,8 +85,6 @@ struct ForwardKernel {
         for (int k = 0; k < 4; ++k) found.a[k] = simt::load_bits(at_row(from, k, columns.of_gate));
         return found;
     }
-    // Steps of a tile; `longest` those of the first.
-    SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }
     SIMT int time_of(const Item& item, int longest) const {
         return at.direction == 0 ? item.i : count(item.slot, longest) - 1 - item.i;
     }
