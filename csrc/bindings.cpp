@@ -185,8 +185,7 @@ double persistent_library_clocks(int kind, int hidden, int batch, bool plain) {
 // Bytes of a grid's workspace: of its flags, and in all.
 std::pair<std::int64_t, std::int64_t> persistent_workspace(int kind, bool backward, const PlanTuple& plan,
                                                            int directions) {
-    const int element = lstm::persistent::element_size(static_cast<Kind>(kind));
-    const auto at = lstm::persistent::workspace(backward, element, plan_of(plan), directions);
+    const auto at = lstm::persistent::workspace(backward, static_cast<Kind>(kind), plan_of(plan), directions);
     return {at.state, at.end};
 }
 

@@ -234,6 +234,17 @@ def test_batches_whose_arithmetic_outweighs_the_launches_are_left_to_torch(gpu, 
         assert f"a step of 20000 x {hidden} units is expected to take" in why_not
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize("hidden", [40, 100, 250])
+def test_an_infinite_state_saturates_gates(exchange, kind, hidden):
+    """No zero that stands for a unit past H, nor for what a warp has no weights for, is multiplied by it."""
+    case = Case(kind, hidden, [3, 2])
+    case.h0[0, 0, hidden - 1] = float("inf")
+    exact, found = case.exact(), case.forward(save=False)
+    for name in ("y", "h_n", "c_n"):
+        assert exact[name].isfinite().all() and error(found[name], exact[name]) <= 2.0**-7, name
+
+
 def test_fp16_goes_to_torch_where_its_own_persistent_kernel_is_expected_to_be_faster(gpu):
     for hidden in (256, 512):
         assert persistent.outweighed(gpu, torch.float16, hidden, 16, plain=True) is None

@@ -61,16 +61,21 @@ LSTM_HD int element_size(Kind kind) { return kind == Kind::bfloat16 || kind == K
 // The weights that a warp keeps in registers, of a kernel for up to this many groups; the rest lies in shared memory.
 struct Held {
     int blocks;       // forward: of K, 16 registers each
+    int at_once;      // of those, how many are multiplied in one go
     int tiles, deep;  // backward: tiles of 16 rows, each `deep` blocks of K, 8 registers each
 };
 constexpr Held held(int element, int most_groups) {
-    if (element == 2) return most_groups == 4 ? Held{8, 4, 4} : most_groups == 6 ? Held{6, 2, 6} : Held{4, 1, 8};
-    return most_groups == 4 ? Held{8, 2, 8} : Held{6, 1, 12};
+    if (element == 2)
+        return most_groups == 4 ? Held{8, 4, 4, 4} : most_groups == 6 ? Held{6, 2, 2, 6} : Held{4, 1, 1, 8};
+    return most_groups == 4 ? Held{8, 4, 2, 8} : Held{6, 2, 1, 12};
 }
 // The kernel that serves G groups, by the most it serves; 0 if none does. fp32's three products leave fewer registers.
 LSTM_HD int most_groups(Kind kind, int groups, bool grid) {
     const int widest = grid || kind == Kind::float32 ? 4 : kind == Kind::tf32 ? 6 : 8;
     return groups > widest ? 0 : groups <= 4 ? 4 : groups <= 6 ? 6 : 8;
+}
+LSTM_HD Held held_by(Kind kind, const Plan& plan) {
+    return held(element_size(kind), most_groups(kind, plan.groups, plan.grid));
 }
 
 LSTM_HD int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -79,7 +84,7 @@ LSTM_HD int most(int a, int b) { return a > b ? a : b; }
 // Offsets in bytes. Both start with the barriers, 2 a tile; then int [tiles], the steps of each tile; then the state,
 // float [tiles, 2, threads], which a grid keeps in global memory.
 struct ForwardLayout {
-    int blocks;   // of K: all hidden units, padded so that each warp of a pair has an even number
+    int blocks;   // of K: all hidden units, padded by zeros so that each warp of a pair has as many as it takes at once
     int in_smem;  // of those, how many of each warp's lie in shared memory
     int of_h;     // bytes of a tile's h
     // Words [2, 2, 8, U + 1], of a grid [2, 8, U + 1]; Words [warps, in_smem, 4, 32]; T [tiles, 2, blocks, 8, 64
@@ -102,11 +107,14 @@ LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan
 // Both halves of K of the gates of a block's cells, with a word between columns so that banks differ.
 LSTM_HD int partial_bytes(const Plan& plan) { return 2 * kColumns * (plan.groups * kGroup + 1) * 16; }
 
-LSTM_HD ForwardLayout forward_layout(int element, int held_blocks, const Plan& plan) {
+LSTM_HD ForwardLayout forward_layout(Kind kind, const Plan& plan) {
+    const Held kept = held_by(kind, plan);
+    const int element = element_size(kind);
     const int warps = 2 * plan.groups;
+    const int half = round_up(plan.cluster * plan.groups * kGroup * element, 4 * kBlock) / kBlock / 2;
     ForwardLayout at{};
-    at.blocks = round_up(plan.cluster * plan.groups * kGroup * element, 4 * kBlock) / kBlock;
-    at.in_smem = most(0, at.blocks / 2 - held_blocks);
+    at.blocks = 2 * (half < kept.blocks ? round_up(half, kept.at_once) : half);
+    at.in_smem = most(0, at.blocks / 2 - kept.blocks);
     at.partial = after_state(plan);
     at.weights = at.partial + partial_bytes(plan) * (plan.grid ? 1 : 2);
     at.h = at.weights + warps * at.in_smem * 2048;
@@ -115,12 +123,12 @@ LSTM_HD ForwardLayout forward_layout(int element, int held_blocks, const Plan& p
     return at;
 }
 
-LSTM_HD BackwardLayout backward_layout(int element, int held_tiles, const Plan& plan) {
+LSTM_HD BackwardLayout backward_layout(Kind kind, const Plan& plan) {
     const int warps = 2 * plan.groups, all_tiles = (plan.cluster * plan.groups + 1) / 2;
     BackwardLayout at{};
-    at.blocks = plan.groups * kGroup * 4 * element / kBlock;
+    at.blocks = plan.groups * kGroup * 4 * element_size(kind) / kBlock;
     at.tiles = (all_tiles + warps - 1) / warps;
-    at.in_smem = most(0, at.tiles - held_tiles);
+    at.in_smem = most(0, at.tiles - held_by(kind, plan).tiles);
     at.weights = after_state(plan);
     at.da = at.weights + warps * at.in_smem * at.blocks * 1024;
     at.slots = at.da + 2 * kColumns * kBlock * at.blocks;
@@ -140,7 +148,8 @@ struct Workspace {
 };
 constexpr int kFlagBytes = 128;
 
-LSTM_HD Workspace workspace(bool backward, int element, const Plan& plan, int directions) {
+LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int directions) {
+    const int element = element_size(kind);
     const Index clusters = Index{plan.clusters} * directions;
     const int units = plan.cluster * plan.groups * kGroup;
     Workspace at{};
@@ -150,8 +159,8 @@ LSTM_HD Workspace workspace(bool backward, int element, const Plan& plan, int di
     }
     at.of_buffer = backward ? Index{units} * plan.cluster * kColumns * 4 : round_up(units * element, kBlock) * kColumns;
     at.weights = plan.grid ? at.exchange + clusters * plan.tiles * 2 * at.of_buffer : 0;
-    const BackwardLayout back = backward_layout(element, 0, plan);
-    at.words = backward ? back.tiles * back.blocks * 2 : forward_layout(element, 0, plan).blocks / 2 * 4;
+    const BackwardLayout back = backward_layout(kind, plan);
+    at.words = backward ? back.tiles * back.blocks * 2 : forward_layout(kind, plan).blocks / 2 * 4;
     at.end = at.weights + Index{directions} * plan.cluster * 2 * plan.groups * at.words * 512;
     return at;
 }
@@ -195,14 +204,12 @@ struct Backward {
 };
 
 inline void lay_out(Forward& walk, Kind kind) {
-    const int element = element_size(kind), most = most_groups(kind, walk.plan.groups, walk.plan.grid);
-    walk.layout = forward_layout(element, held(element, most).blocks, walk.plan);
-    walk.workspace = workspace(false, element, walk.plan, walk.sizes.directions);
+    walk.layout = forward_layout(kind, walk.plan);
+    walk.workspace = workspace(false, kind, walk.plan, walk.sizes.directions);
 }
 inline void lay_out(Backward& walk, Kind kind) {
-    const int element = element_size(kind), most = most_groups(kind, walk.plan.groups, walk.plan.grid);
-    walk.layout = backward_layout(element, held(element, most).tiles, walk.plan);
-    walk.workspace = workspace(true, element, walk.plan, walk.sizes.directions);
+    walk.layout = backward_layout(kind, walk.plan);
+    walk.workspace = workspace(true, kind, walk.plan, walk.sizes.directions);
 }
 
 // ---- Who calls what -------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kHeld = held(kElement, kMost).blocks;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
+    static constexpr int kAtOnce = kExact ? 2 : held(kElement, kMost).at_once;  // blocks, as registers allow
+    static_assert(kHeld % kAtOnce == 0 && kHeld > kAtOnce);                     // `meanwhile` has its two places
 
     const int found_outgoing;  // see `outgoing`
 
@@ -193,25 +195,23 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         float d[2][kChains][4] = {};
         const int half = p.layout.blocks / 2;
 
-        const auto block = [&](int j) { return own[j * 32]; };
         const auto add = [&](const Words& i, const Words& f, const Words& g, const Words& o, const Words& b) {
             multiply<T, kExact>(d[0][0], {i.x, f.x, i.y, f.y}, b.x, b.y);
             multiply<T, kExact>(d[1][0], {g.x, o.x, g.y, o.y}, b.x, b.y);
             multiply<T, kExact>(d[0][kChains - 1], {i.z, f.z, i.w, f.w}, b.z, b.w);
             multiply<T, kExact>(d[1][kChains - 1], {g.z, o.z, g.w, o.w}, b.z, b.w);
         };
-        constexpr int kAtOnce = kKept ? 4 : kMost == 8 ? 1 : 2;  // blocks, as registers allow
 #pragma unroll
         for (int j = 0; j < kHeld; j += kAtOnce) {
             if (j < half) {
-                Words b[kAtOnce];  // past the last, it again: weights are zero there
-                for (int n = 0; n < kAtOnce; ++n) b[n] = block(j + n < half ? j + n : half - 1);
+                Words b[kAtOnce];
+                for (int n = 0; n < kAtOnce; ++n) b[n] = own[(j + n) * 32];
                 for (int n = 0; n < kAtOnce; ++n) add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
             }
             if (j <= kAtOnce) meanwhile(j / kAtOnce);
         }
         for (int j = 0; j < p.layout.in_smem; ++j) {
-            add(from_smem(j, 0), from_smem(j, 1), from_smem(j, 2), from_smem(j, 3), block(kHeld + j));
+            add(from_smem(j, 0), from_smem(j, 1), from_smem(j, 2), from_smem(j, 3), own[(kHeld + j) * 32]);
         }
         for (int k = 0; k < 4; ++k) {
             for (int c = 0; c < 2; ++c) {
@@ -285,7 +285,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         Result<T> result{{}, {}, 0.0f, -1};  // of the item before: messages go first, and what isn't urgent waits
         for (int turn = 0; more; turn ^= 1) {
             const Item now = item;
-            const bool active = x.row >= 0;
+            const bool active = x.row >= 0 && within();  // units past H stay 0
             const int before = now.i % 2;
             more = advance(item, steps(), longest, p.plan.tiles);
             const int own =

@@ -27,16 +27,15 @@ constexpr double kLibraryPersistent = 2400, kLibraryCell = 0.26;
 
 double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const int element = element_size(kind);
-    const Held kept = held(element, most_groups(kind, plan.groups, plan.grid));
     const int warps = 2 * plan.groups, hidden = plan.cluster * plan.groups * kGroup;
     double products, smem, incoming;
     if (backward) {
-        const BackwardLayout at = backward_layout(element, kept.tiles, plan);
+        const BackwardLayout at = backward_layout(kind, plan);
         products = at.tiles * at.blocks * 2.0 * warps;
         smem = warps * at.blocks * (at.in_smem * 1024.0 + 512);
         incoming = hidden * kColumns * 4.0;
     } else {
-        const ForwardLayout at = forward_layout(element, kept.blocks, plan);
+        const ForwardLayout at = forward_layout(kind, plan);
         products = at.blocks / 2 * 4.0 * warps;
         smem = warps * (at.in_smem * 2048.0 + at.blocks / 2 * 512.0);
         incoming = hidden * kColumns * element;
@@ -97,13 +96,10 @@ class Search {
 
     // False if no kernel serves the candidate or it needs more memory than a block has.
     bool lay_out(Plan& candidate, int tiles) const {
-        const int serves = most_groups(kind_, candidate.groups, candidate.grid), element = element_size(kind_);
-        if (serves == 0) return false;
+        if (most_groups(kind_, candidate.groups, candidate.grid) == 0) return false;
         candidate.tiles = tiles;
         candidate.clusters = divide_up(all_tiles_, tiles);
-        const Held kept = held(element, serves);
-        candidate.shared = backward_ ? backward_layout(element, kept.tiles, candidate).end
-                                     : forward_layout(element, kept.blocks, candidate).end;
+        candidate.shared = backward_ ? backward_layout(kind_, candidate).end : forward_layout(kind_, candidate).end;
         return candidate.shared <= kSharedLimit;
     }
 
