@@ -228,14 +228,13 @@ def run_kernels(device: str = "cuda") -> dict[str, Any]:
     start = torch.randn(1, T * B, 4 * H, **place)
     y, dy, dgates = torch.empty(T * B, H, **place), torch.randn(T * B, H, **place), torch.empty_like(start)
     cells = torch.empty(1, T * B, H, device=device)
-    dh, dc = torch.zeros(1, B, H, device=device), torch.zeros(1, B, H, device=device)
     gates, steps = start.clone(), [B] * T
 
     def forward(saved: Tensor | None) -> None:
         persistent.recurrence_forward(gates, state[0], state[1], w, steps, y, state[2], state[3], saved)
 
     def backward() -> None:
-        persistent.recurrence_backward(gates, cells, state[1], w, steps, dy, dh, dc, dgates)
+        persistent.recurrence_backward(gates, cells, state[1], w, steps, dy, None, None, dgates, None, None)
 
     found: dict[str, Any] = {"T": T, "B": B, "H": H, "dtype": "bf16"}
     for name, call in (

@@ -234,44 +234,51 @@ lstm::persistent::Sizes persistent_sizes(const std::array<std::int64_t, 5>& size
             static_cast<int>(sizes[4])};
 }
 
-void persistent_forward(Address gates, Address h0, Address c0, const std::vector<Address>& w_hh, Address starts,
-                        Address y, Address h_n, Address c_n, Address cells, const std::array<std::int64_t, 5>& sizes,
-                        const PlanTuple& plan, Address workspace, int kind, std::optional<int> device,
+using Tensor = lstm::tensors::Data;  // None for null
+
+// On tensors of csrc/cuda/persistent.h.
+void persistent_forward(Tensor gates, Tensor h0, Tensor c0, const std::vector<Tensor>& w_hh, Tensor starts, Tensor y,
+                        Tensor h_n, Tensor c_n, Tensor cells, const std::array<std::int64_t, 5>& sizes,
+                        const PlanTuple& plan, Tensor workspace, int kind, std::optional<int> device,
                         std::uint64_t queue) {
-    const lstm::persistent::Forward walk{pointer(gates),
-                                         pointer(h0),
-                                         pointer(c0),
-                                         {pointer(w_hh.front()), pointer(w_hh.back())},
-                                         static_cast<const std::int32_t*>(pointer(starts)),
-                                         pointer(y),
-                                         pointer(h_n),
-                                         pointer(c_n),
-                                         pointer(cells),
+    const py::gil_scoped_release released;
+    const lstm::persistent::Forward walk{gates.address,
+                                         h0.address,
+                                         c0.address,
+                                         {w_hh.front().address, w_hh.back().address},
+                                         static_cast<const std::int32_t*>(starts.address),
+                                         y.address,
+                                         h_n.address,
+                                         c_n.address,
+                                         cells.address,
                                          persistent_sizes(sizes),
                                          plan_of(plan),
-                                         pointer(workspace),
+                                         workspace.address,
                                          {},
                                          {},
                                          0};
     run_persistent(walk, kind, device, queue);
 }
 
-void persistent_backward(Address gates, Address cells, Address c0, const std::vector<Address>& w_hh, Address starts,
-                         Address dy, Address dh, Address dc, Address dgates, const std::array<std::int64_t, 5>& sizes,
-                         const PlanTuple& plan, Address workspace, int kind, std::optional<int> device,
-                         std::uint64_t queue) {
-    const lstm::persistent::Backward walk{pointer(gates),
-                                          pointer(cells),
-                                          pointer(c0),
-                                          {pointer(w_hh.front()), pointer(w_hh.back())},
-                                          static_cast<const std::int32_t*>(pointer(starts)),
-                                          pointer(dy),
-                                          pointer(dh),
-                                          pointer(dc),
-                                          pointer(dgates),
+void persistent_backward(Tensor gates, Tensor cells, Tensor c0, const std::vector<Tensor>& w_hh, Tensor starts,
+                         Tensor dy, Tensor dh_n, Tensor dc_n, Tensor dgates, Tensor dh0, Tensor dc0,
+                         const std::array<std::int64_t, 5>& sizes, const PlanTuple& plan, Tensor workspace, int kind,
+                         std::optional<int> device, std::uint64_t queue) {
+    const py::gil_scoped_release released;
+    const lstm::persistent::Backward walk{gates.address,
+                                          cells.address,
+                                          c0.address,
+                                          {w_hh.front().address, w_hh.back().address},
+                                          static_cast<const std::int32_t*>(starts.address),
+                                          dy.address,
+                                          dh_n.address,
+                                          dc_n.address,
+                                          dgates.address,
+                                          dh0.address,
+                                          dc0.address,
                                           persistent_sizes(sizes),
                                           plan_of(plan),
-                                          pointer(workspace),
+                                          workspace.address,
                                           {},
                                           {},
                                           0};
@@ -298,6 +305,19 @@ void previous([[maybe_unused]] Address y, [[maybe_unused]] Address initial, [[ma
     const std::string error = "lstm_fast._C was built without CUDA";
 #endif
     if (!error.empty()) throw std::runtime_error("the rows of the steps before could not be copied: " + error);
+}
+
+// csrc/cuda/persistent.h, Sums.
+void row_sums([[maybe_unused]] Tensor rows, [[maybe_unused]] std::int64_t count, [[maybe_unused]] int width,
+              [[maybe_unused]] Tensor to, [[maybe_unused]] Tensor again, [[maybe_unused]] int kind,
+              [[maybe_unused]] int device, [[maybe_unused]] Address stream) {
+#ifdef LSTM_FAST_WITH_CUDA
+    const std::string error = lstm::persistent::cuda::sum({rows.address, count, width, to.address, again.address},
+                                                          static_cast<Kind>(kind), device, pointer(stream));
+#else
+    const std::string error = "lstm_fast._C was built without CUDA";
+#endif
+    if (!error.empty()) throw std::runtime_error("the gradients of the biases could not be summed: " + error);
 }
 
 // int32 values into the device's memory, without a wait.
@@ -341,16 +361,16 @@ void bind_persistent(py::module_& m) {
           "plain"_a);
     m.def("persistent_workspace", persistent_workspace, py::kw_only(), "kind"_a, "backward"_a, "plan"_a,
           "directions"_a);
-    m.def("persistent_forward", persistent_forward, Released(), py::kw_only(), "gates"_a, "h0"_a, "c0"_a, "w_hh"_a,
-          "starts"_a, "y"_a, "h_n"_a, "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a,
-          "queue"_a);
-    m.def("persistent_backward", persistent_backward, Released(), py::kw_only(), "gates"_a, "cells"_a, "c0"_a, "w_hh"_a,
-          "starts"_a, "dy"_a, "dh"_a, "dc"_a, "dgates"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a,
+    m.def("persistent_forward", persistent_forward, "gates"_a, "h0"_a, "c0"_a, "w_hh"_a, "starts"_a, "y"_a, "h_n"_a,
+          "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a, "queue"_a);
+    m.def("persistent_backward", persistent_backward, "gates"_a, "cells"_a, "c0"_a, "w_hh"_a, "starts"_a, "dy"_a,
+          "dh_n"_a, "dc_n"_a, "dgates"_a, "dh0"_a, "dc0"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a,
           "queue"_a);
     m.def("clusters_at_once", clusters_at_once, "device"_a);
     m.def("measure_exchange", measure_exchange, "device"_a, "report"_a);
     m.def("previous", previous, Released(), py::kw_only(), "y"_a, "initial"_a, "starts"_a, "before"_a, "rows"_a,
           "steps"_a, "width"_a, "stride"_a, "reverse"_a, "device"_a, "stream"_a);
+    m.def("row_sums", row_sums, "rows"_a, "count"_a, "width"_a, "to"_a, "again"_a, "kind"_a, "device"_a, "stream"_a);
     m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
 }
 

@@ -94,12 +94,14 @@ class Case:
 
     def backward(self, saved: dict[str, Tensor], schedule: int = 0, dy: bool = True) -> dict[str, Tensor]:
         """The kernel's gradients, after ``forward``."""
-        dh, dc = (t.to(torch.float32, copy=True) for t in (self.dh_n, self.dc_n))
-        found = {"dh": dh, "dc": dc, "dgates": torch.full_like(self.gates, float("nan"))}
+        found = {
+            "dgates": torch.full_like(self.gates, float("nan")),
+            **{name: torch.full_like(self.c0, float("nan")) for name in ("dh", "dc")},
+        }
         with precision(self.kind):
             persistent.recurrence_backward(
                 *(saved["gates"], saved["cells"], self.c0, self.w_hh, self.steps, self.dy if dy else None),
-                *(found["dh"], found["dc"], found["dgates"]),
+                *(self.dh_n, self.dc_n, *found.values()),
                 schedule=schedule,
             )
         return found

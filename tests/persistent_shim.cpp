@@ -38,10 +38,10 @@ extern "C" const char* forward(void* const* p, const std::int64_t* n, std::uint6
     return run<ForwardKernel>(walk, schedule);
 }
 
-// p: gates, cells, c0, w_hh of both directions, starts, dy, dh, dc, dgates, workspace.
+// p: gates, cells, c0, w_hh of both directions, starts, dy, dh_n, dc_n, dgates, dh0, dc0, workspace.
 extern "C" const char* backward(void* const* p, const std::int64_t* n, std::uint64_t schedule) {
     const auto* starts = static_cast<const std::int32_t*>(p[5]);
-    const Backward walk{p[0], p[1],     p[2],    {p[3], p[4]}, starts, p[6], p[7], p[8],
-                        p[9], sizes(n), plan(n), p[10],        {},     {},   0};
+    const Backward walk{p[0],  p[1],  p[2],     {p[3], p[4]}, starts, p[6], p[7], p[8], p[9],
+                        p[10], p[11], sizes(n), plan(n),      p[12],  {},   {},   0};
     return run<BackwardKernel>(walk, schedule);
 }

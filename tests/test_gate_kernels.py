@@ -302,13 +302,14 @@ def run_stepwise(module: ModuleType, device: str, layer: nn.LSTM, x, h0, c0, ste
     y, h_n, c_n = fresh(rows, directions * hidden), fresh(*c0.shape), fresh(*c0.shape)
     cells = fresh(directions, rows, hidden, dtype=acc_of(dtype))
     stepwise.recurrence_forward(module.bind_forward, gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)
-    dh, dc = (t.to(device, acc_of(dtype), copy=True) for t in (dh, dc))
-    dgates = fresh(directions, rows, 4 * hidden)
-    saved = [t.clone() for t in (gates, cells, c0)]
-    stepwise.recurrence_backward(module.bind_backward, gates, cells, c0, w_hh, steps, dy.to(device), dh, dc, dgates)
-    assert all(torch.equal(a, b) for a, b in zip(saved, (gates, cells, c0), strict=True))
+    grads = [t.to(device) for t in (dy, dh, dc)]
+    dgates, dh_0, dc_0 = fresh(directions, rows, 4 * hidden), fresh(*c0.shape), fresh(*c0.shape)
+    read = [gates, cells, c0, *grads]
+    before = [t.clone() for t in read]
+    stepwise.recurrence_backward(module.bind_backward, gates, cells, c0, w_hh, steps, *grads, dgates, dh_0, dc_0)
+    assert all(torch.equal(a, b) for a, b in zip(before, read, strict=True))
     dx = sum(dgates[d].cpu().double() @ weights[d][0].double() for d in range(directions))
-    found = {"y": y, "h_n": h_n, "c_n": c_n, "dh_0": dh, "dc_0": dc, "dx": dx}
+    found = {"y": y, "h_n": h_n, "c_n": c_n, "dh_0": dh_0, "dc_0": dc_0, "dx": dx}
     return {name: t.cpu().double() for name, t in found.items()}
 
 

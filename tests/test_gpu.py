@@ -141,3 +141,27 @@ def test_more_rows_than_the_grid_has_blocks():
     torch.testing.assert_close(state.flatten().double(), c, rtol=0, atol=1e-5)
     torch.testing.assert_close(y.flatten().double(), h, rtol=0, atol=1e-5)
     assert torch.equal(y.flatten(), h_n.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [4, 7, 28, 2048])
+@pytest.mark.parametrize("count", [1, 5, 1000])
+def test_sums_of_rows(dtype, width, count):
+    """Exact but for rounding, where torch would add 16-bit numbers, and the same in both places."""
+    if cuda.unavailable() is not None:
+        pytest.skip(f"cuda: {cuda.unavailable()}")
+    values = torch.randn(count, width, device="cuda", dtype=dtype)
+    for of in (values, values.flatten()[1 : -width + 1].view(-1, width) if count > 1 else values):  # and unaligned
+        exact = of.double().sum(0)
+        allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * of.double().abs().sum(0)
+        first, second = rows.sums(of, True, True)
+        alone, none = rows.sums(of, False, True)[::-1]
+        assert ((first.double() - exact).abs() <= allowed).all()
+        assert torch.equal(first, second) and torch.equal(first, alone) and none is None
+
+
+def test_a_state_on_another_device_is_refused():
+    module = lstm_fast.LSTM(4, 8, device="cuda")
+    x, state = torch.randn(3, 2, 4, device="cuda"), torch.zeros(1, 2, 8)
+    with pytest.raises(RuntimeError, match="found input tensor at cuda:0 and hidden tensor at cpu"):
+        module(x, (state, state))

@@ -143,9 +143,8 @@ def call(function, tensors: list[Tensor | None], case: Case, backward: bool, sch
     directions, batch, hidden = case.c0.shape
     plan = persistent._plan(BF16, backward, hidden, batch, directions, None)
     numbers = [case.gates.size(1), len(case.steps), batch, hidden, directions, *plan]
-    launch = {"plan": plan, "kind": BF16, "sizes": numbers[:5]}
-    tensors = [*tensors, persistent._workspace(launch, backward, torch.device("cpu"))]
-    pointers = (ctypes.c_void_p * 11)(*(None if t is None else t.data_ptr() for t in tensors))
+    tensors = [*tensors, persistent._workspace(BF16, backward, plan, directions, torch.device("cpu"))]
+    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     return function(pointers, (ctypes.c_int64 * 13)(*numbers), ctypes.c_uint64(schedule)).decode()
 
 
@@ -167,8 +166,9 @@ def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
             error = call(library.forward, tensors, case, False, schedule)
             wanted = whole
         else:
-            found = {"dh": case.dh_n.float(), "dc": case.dc_n.float(), "dgates": torch.full_like(case.gates, 9)}
-            tensors = [whole["gates"], whole["cells"], case.c0, *weights, starts, case.dy, *found.values()]
+            found = {name: torch.full_like(gradients[name], 9) for name in ("dgates", "dh", "dc")}
+            grads = [case.dy, case.dh_n, case.dc_n]
+            tensors = [whole["gates"], whole["cells"], case.c0, *weights, starts, *grads, *found.values()]
             error = call(library.backward, tensors, case, True, schedule)
             wanted = gradients
         if error:

@@ -192,9 +192,11 @@ struct Backward {
     const void* w_hh[2];         // of each direction, T [4H, H]
     const std::int32_t* starts;  // as in Forward
     const void* dy;              // T [N, D * H], null when zero
-    void* dh;                    // float [D, B, H], gradient of h_n on entry, of h0 on return
-    void* dc;                    // float [D, B, H], gradient of c_n on entry, of c0 on return
+    const void* dh_n;            // T [D, B, H], null when zero
+    const void* dc_n;            // T [D, B, H], null when zero
     void* dgates;                // T [D, N, 4H], written: gradient of the pre-activations
+    void* dh0;                   // T [D, B, H], written; null when nobody asks
+    void* dc0;                   // T [D, B, H], written; null when nobody asks
     Sizes sizes;
     Plan plan;
     void* global;  // as in Forward, as all that follows
@@ -258,6 +260,16 @@ struct Previous {
     bool reverse;
 };
 std::string previous(const Previous& p, int device, void* stream);
+
+// Sums over rows, in fp32 and in the same order on every run.
+struct Sums {
+    const void* rows;  // T [N, width], contiguous
+    Index count;       // N
+    int width;
+    void* to;     // T [width], written
+    void* again;  // the same once more, or null
+};
+std::string sum(const Sums& sums, Kind kind, int device, void* stream);
 
 // What one step took: "message" of size bytes between two blocks, "exchange" of h with so many units in a cluster of
 // so many blocks, "grid" of the same over a grid of so many, "product" of so many multiply-adds by one warp.

@@ -172,8 +172,8 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         for (int slot = 0; slot < p.plan.tiles; ++slot) {
             const int b = sequence(slot);
             const bool mine = b < p.sizes.batch && within();
-            dh_state(slot) = mine ? static_cast<const float*>(p.dh)[in_batch(b)] : 0.0f;
-            dc_state(slot) = mine ? static_cast<const float*>(p.dc)[in_batch(b)] : 0.0f;
+            dh_state(slot) = mine && p.dh_n != nullptr ? load(static_cast<const T*>(p.dh_n)[in_batch(b)]) : 0.0f;
+            dc_state(slot) = mine && p.dc_n != nullptr ? load(static_cast<const T*>(p.dc_n)[in_batch(b)]) : 0.0f;
         }
         if constexpr (kGrid) {
             simt::sync_threads();  // all know the steps
@@ -334,8 +334,8 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             const float dh = dh_state(slot) + received(slot, steps()[slot] - 1);
             const int b = sequence(slot);
             if (b >= p.sizes.batch || !within()) continue;
-            static_cast<float*>(p.dh)[in_batch(b)] = dh;
-            static_cast<float*>(p.dc)[in_batch(b)] = dc_state(slot);
+            if (p.dh0 != nullptr) static_cast<T*>(p.dh0)[in_batch(b)] = store<T>(dh);
+            if (p.dc0 != nullptr) static_cast<T*>(p.dc0)[in_batch(b)] = store<T>(dc_state(slot));
         }
         if constexpr (!kGrid) simt::sync_cluster();  // no block ends while another may still write to it
     }

@@ -1,9 +1,10 @@
-// Rows of packed sequences, on a GPU.
+// What a layer needs of its rows beside the walk, on a GPU.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "persistent.h"
+#include "../gates.h"
+#include "persistent_common.h"
 
 namespace lstm::persistent::cuda {
 namespace {
@@ -41,7 +42,71 @@ void copy_previous(const Previous& p, cudaStream_t stream) {
     previous_kernel<T><<<static_cast<unsigned>(p.rows), 128, 0, stream>>>(p, p.width / size, p.stride / size);
 }
 
+// A block sums 32 bytes of each row, V at once: first each thread its own rows, then a sixteenth of the block's threads
+// what all have found.
+constexpr int kStripe = 32, kThreads = 256, kParts = 16;
+
+template <typename T, typename V>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const Sums sums) {
+    constexpr int own = sizeof(V) / sizeof(T), across = kStripe / sizeof(V), down = kThreads / across;
+    constexpr int columns = kStripe / sizeof(T);
+    const int thread = static_cast<int>(threadIdx.x), place = thread % across, first = thread / across;
+    const Index column = Index{blockIdx.x} * columns + place * own;
+    float found[own] = {};
+    if (column < sums.width) {
+        const T* const from = static_cast<const T*>(sums.rows) + column;
+#pragma unroll 4
+        for (Index row = first; row < sums.count; row += down) {
+            const V some = *reinterpret_cast<const V*>(from + row * sums.width);
+            T values[own];
+            std::memcpy(values, &some, sizeof(V));
+            for (int j = 0; j < own; ++j) found[j] += load(values[j]);
+        }
+    }
+    __shared__ float of_rows[down][columns], of_parts[kParts][columns];
+    for (int j = 0; j < own; ++j) of_rows[first][place * own + j] = found[j];
+    __syncthreads();
+    if (thread < kParts * columns) {
+        float sum = 0.0f;
+        for (int j = thread / columns; j < down; j += kParts) sum += of_rows[j][thread % columns];
+        of_parts[thread / columns][thread % columns] = sum;
+    }
+    __syncthreads();
+    const Index to = Index{blockIdx.x} * columns + thread;
+    if (thread >= columns || to >= sums.width) return;
+    float sum = 0.0f;
+    for (int j = 0; j < kParts; ++j) sum += of_parts[j][thread];
+    static_cast<T*>(sums.to)[to] = store<T>(sum);
+    if (sums.again != nullptr) static_cast<T*>(sums.again)[to] = store<T>(sum);
+}
+
+template <typename T>
+void sum_of(const Sums& sums, cudaStream_t stream) {
+    const Index bytes = Index{sums.width} * static_cast<Index>(sizeof(T));
+    const auto blocks = static_cast<unsigned>((bytes + kStripe - 1) / kStripe);
+    if ((reinterpret_cast<std::uintptr_t>(sums.rows) | static_cast<std::uintptr_t>(bytes)) % sizeof(uint4) == 0) {
+        sum_kernel<T, uint4><<<blocks, kThreads, 0, stream>>>(sums);
+    } else {
+        sum_kernel<T, T><<<blocks, kThreads, 0, stream>>>(sums);
+    }
+}
+
 }  // namespace
+
+std::string sum(const Sums& sums, Kind kind, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    if (kind == Kind::bfloat16) {
+        sum_of<Bf16>(sums, queue);
+    } else if (kind == Kind::float16) {
+        sum_of<Fp16>(sums, queue);
+    } else {
+        sum_of<float>(sums, queue);
+    }
+    error = cudaGetLastError();
+    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+}
 
 std::string previous(const Previous& p, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);

@@ -19,17 +19,15 @@ Each backend has:
     h0, c0, and of each direction's w_ih, w_hh, b_ih, b_hh and w_hr, T; None where ``needs``, a flag for each in the
     same order, is false, or where there is no such input. No two share memory.
 
-Those but the CPU's know the recurrence alone, without projection, and leave the other products to ``hoisted.py``;
-x, y and dy are [N, ..] there:
+Those but the CPU's know the recurrence alone, without projection, and leave the other products to ``hoisted.py``:
 
 ``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
     F1-F6 over all steps. ``gates`` [D, N, 4H] T: on entry the input product with both biases; on return the activated
     gates, unless ``cells`` is None. ``w_hh``: D tensors [4H, H] T. Written: ``y``, ``h_n``, ``c_n``, and ``cells``
     [D, N, H] Acc, or None for inference.
-``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh, dc, dgates)``
-    B1-B7 over all steps. ``dy`` [N, D*R] T, or None for zero. ``dh``, ``dc``, shaped as ``h0`` and ``c0``, Acc: on
-    entry the gradients of h_n and c_n, on return those of h0 and c0. Written: ``dgates`` [D, N, 4H] T, the gradient of
-    the pre-activations.
+``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh_n, dc_n, dgates, dh0, dc0)``
+    B1-B7 over all steps. ``dy``, ``dh_n``, ``dc_n``: T, shaped as y, h_n and c_n, or None for zero. Written:
+    ``dgates`` [D, N, 4H] T, the gradient of the pre-activations, and ``dh0`` and ``dc0`` T unless they are None.
 
 All tensors are contiguous, nothing but what is named as written is written, and results are the same bits
 on every run.

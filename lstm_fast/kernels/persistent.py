@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lstm_fast.kernels import cuda, hoisted, rows
+from lstm_fast.kernels.queue import on_device_of, stream_of
 from lstm_fast.precision import rnn_tf32
 
 with suppress(ImportError):  # cuda.unavailable says so
@@ -122,23 +123,9 @@ def recurrence_forward(
 
     ``schedule`` orders the fibres of a host run (csrc/host/simt.h), and means nothing on a GPU.
     """
-    with torch.cuda.device(gates.get_device()):  # the extension's runtime changes the thread's device
-        starts = _starts(steps, gates.device)
-        launch = _launch(gates, c0, steps, False, schedule)
-        workspace = _workspace(launch, False, gates.device)
-        _C.persistent_forward(
-            gates=gates.data_ptr(),
-            h0=h0.data_ptr(),
-            c0=c0.data_ptr(),
-            w_hh=[w.data_ptr() for w in w_hh],
-            starts=0 if starts is None else starts.data_ptr(),
-            y=y.data_ptr(),
-            h_n=h_n.data_ptr(),
-            c_n=c_n.data_ptr(),
-            cells=0 if cells is None else cells.data_ptr(),
-            **launch,
-            workspace=workspace.data_ptr(),
-        )
+    launch = _launch(gates, c0, steps, False, schedule)
+    with on_device_of(gates):
+        _C.persistent_forward(gates, h0, c0, w_hh, _starts(steps, gates.device), y, h_n, c_n, cells, *launch)
 
 
 def recurrence_backward(
@@ -148,60 +135,51 @@ def recurrence_backward(
     w_hh: list[Tensor],
     steps: list[int],
     dy: Tensor | None,
-    dh: Tensor,
-    dc: Tensor,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
     dgates: Tensor,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
     *,
     schedule: int = 0,
 ) -> None:
     """B1-B7 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
-    with torch.cuda.device(gates.get_device()):
-        starts = _starts(steps, gates.device)
-        launch = _launch(gates, c0, steps, True, schedule)
-        workspace = _workspace(launch, True, gates.device)
-        _C.persistent_backward(
-            gates=gates.data_ptr(),
-            cells=cells.data_ptr(),
-            c0=c0.data_ptr(),
-            w_hh=[w.data_ptr() for w in w_hh],
-            starts=0 if starts is None else starts.data_ptr(),
-            dy=0 if dy is None else dy.data_ptr(),
-            dh=dh.data_ptr(),
-            dc=dc.data_ptr(),
-            dgates=dgates.data_ptr(),
-            **launch,
-            workspace=workspace.data_ptr(),
-        )
+    launch = _launch(gates, c0, steps, True, schedule)
+    starts = _starts(steps, gates.device)
+    with on_device_of(gates):
+        _C.persistent_backward(gates, cells, c0, w_hh, starts, dy, dh_n, dc_n, dgates, dh0, dc0, *launch)
 
 
-def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedule: int) -> dict[str, Any]:
-    """What both kernels' calls share: sizes, plan, kind, and where to run."""
+def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedule: int) -> tuple[Any, ...]:
+    """What both kernels' calls end with: sizes, plan, workspace, kind, and where to run."""
     directions, batch, hidden = c0.shape
     kind = _kind(gates.dtype)
     assert kind is not None
-    device = gates.device.index if gates.is_cuda else None
+    device = gates.get_device() if gates.is_cuda else None
     plan = _plan(kind, backward, hidden, batch, directions, device)
     if plan is None:
         raise RuntimeError(f"this device does not hold the weights of {hidden} hidden units on chip")
-    return {
-        "sizes": (gates.size(1), len(steps), batch, hidden, directions),
-        "plan": plan,
-        "kind": kind,
-        "device": device,
-        "queue": torch.cuda.current_stream(gates.device).cuda_stream if gates.is_cuda else schedule,
-    }
+    sizes = (gates.size(1), len(steps), batch, hidden, directions)
+    workspace = _workspace(kind, backward, plan, directions, gates.device)
+    return sizes, plan, workspace, kind, device, stream_of(gates) if gates.is_cuda else schedule
 
 
-def _workspace(launch: dict[str, Any], backward: bool, device: torch.device) -> Tensor:
+def _workspace(kind: int, backward: bool, plan: Plan, directions: int, device: torch.device) -> Tensor:
     """For the weights as the kernel takes them up, and what the blocks of a grid exchange in, its flags zeroed."""
-    plan, directions = launch["plan"], launch["sizes"][-1]
-    flags, size = _C.persistent_workspace(kind=launch["kind"], backward=backward, plan=plan, directions=directions)
+    flags, size = _workspace_bytes(kind, backward, plan, directions)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         workspace.fill_(255)  # NaN, so that what is read before it was written shows
     if flags > 0:
         workspace[:flags].zero_()
     return workspace
+
+
+@cache
+def _workspace_bytes(kind: int, backward: bool, plan: Plan, directions: int) -> tuple[int, int]:
+    """Of a grid's flags, and in all."""
+    found: tuple[int, int] = _C.persistent_workspace(kind=kind, backward=backward, plan=plan, directions=directions)
+    return found
 
 
 def _starts(steps: list[int], device: torch.device) -> Tensor | None:

@@ -1,8 +1,9 @@
-"""Rows of packed sequences on their device: where steps start, and what each row's sequence had a step before."""
+"""Rows of all steps on their device: where steps start, what each row's sequence had a step before, their sums."""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -10,10 +11,21 @@ import torch
 from torch import Tensor
 
 from lstm_fast import reference
+from lstm_fast.kernels.queue import on_device_of, stream_of
 
 _C: Any = None
 with suppress(ImportError):  # cuda.unavailable says so
     from lstm_fast import _C
+
+
+@cache
+def _built_with_cuda() -> bool:
+    return _C is not None and _C.build_info()["cuda"]
+
+
+def flat(rows: Tensor) -> Tensor:
+    """[N, ..] of contiguous [.., ..]."""
+    return rows if rows.dim() == 2 else rows.view(-1, rows.size(-1))
 
 
 def starts(steps: list[int], device: torch.device) -> Tensor:
@@ -25,19 +37,18 @@ def starts(steps: list[int], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int32)
     found = torch.empty(len(values), dtype=torch.int32, device=device)
-    with torch.cuda.device(device):  # the extension's runtime changes the thread's device
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _C.upload(values=values, to=found.data_ptr(), device=found.device.index, stream=stream)
+    with on_device_of(found):
+        _C.upload(values=values, to=found.data_ptr(), device=found.get_device(), stream=stream_of(found))
     return found
 
 
 def previous(y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
     """``reference.previous``; on a GPU where the extension has CUDA in one launch, however many steps there are."""
-    if not y.is_cuda or _C is None or not _C.build_info()["cuda"]:
+    if not (y.is_cuda and _built_with_cuda()):
         return reference.previous(y, initial, steps, reverse)
     before = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     first, size = starts(steps, y.device), y.element_size()
-    with torch.cuda.device(y.device):
+    with on_device_of(y):
         _C.previous(
             y=y.data_ptr(),
             initial=initial.data_ptr(),
@@ -48,7 +59,29 @@ def previous(y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Ten
             width=size * y.size(1),
             stride=size * y.stride(0),
             reverse=reverse,
-            device=y.device.index,
-            stream=torch.cuda.current_stream(y.device).cuda_stream,
+            device=y.get_device(),
+            stream=stream_of(y),
         )
     return before
+
+
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/cuda/persistent.h, Kind
+
+
+def sums(rows: Tensor, wanted: bool, again: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The sums of ``rows`` [N, W] over N, if wanted, and once more if wanted again.
+
+    In one launch on a GPU: Tensor.sum would take as much memory again as the rows.
+    """
+    if not (wanted or again):
+        return None, None
+    if rows.is_cuda and rows.dtype in _KINDS and _built_with_cuda():
+        first, second = (rows.new_empty(rows.size(1)) if asked else None for asked in (wanted, again))
+        to, copy = (second, None) if first is None else (first, second)
+        with on_device_of(rows):
+            _C.row_sums(
+                rows, rows.size(0), rows.size(1), to, copy, _KINDS[rows.dtype], rows.get_device(), stream_of(rows)
+            )
+        return first, second
+    found = torch.mv(rows.t(), rows.new_ones(rows.size(0)))
+    return found if wanted else None, (found.clone() if wanted else found) if again else None

@@ -32,10 +32,10 @@ class BindForward(Protocol):
 class BindBackward(Protocol):
     """A backend's backward gate kernel, B1-B6, with all but the step bound.
 
-    The tensors are those of ``recurrence_backward``; ``dh`` [D, B, H] Acc: the gradient of h without dy. The kernel is
-    then called with (direction, first row, rows, previous first row, previous rows): sequences below ``previous rows``
-    have their c' in ``cells`` at the walk's previous step, the others start here, from ``c0``. It may hold addresses
-    alone: its caller keeps the tensors alive.
+    The tensors are those of ``recurrence_backward``; ``dh`` and ``dc`` [D, B, H] Acc: the gradients of h without dy,
+    and of c, in place. The kernel is then called with (direction, first row, rows, previous first row, previous rows):
+    sequences below ``previous rows`` have their c' in ``cells`` at the walk's previous step, the others start here,
+    from ``c0``. It may hold addresses alone: its caller keeps the tensors alive.
     """
 
     def __call__(
@@ -78,12 +78,15 @@ def recurrence_backward(
     w_hh: list[Tensor],
     steps: list[int],
     dy: Tensor | None,
-    dh: Tensor,
-    dc: Tensor,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
     dgates: Tensor,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
 ) -> None:
-    """B1-B7 over all steps; ``dh`` and ``dc`` are the state of the walk back."""
+    """B1-B7 over all steps."""
     with torch.cuda.device(gates.get_device()):
+        dh, dc = _initial(dh_n, c0), _initial(dc_n, c0)
         kernel = bind(gates, cells, c0, dy, dh, dc, dgates)
         for d, w in enumerate(w_hh):
             multiply = _multiply(w, dh.dtype)
@@ -92,6 +95,15 @@ def recurrence_backward(
             for (first, rows), before in zip(order[::-1], previous[::-1], strict=True):
                 kernel(d, first, rows, *before)
                 multiply(dgates[d, first : first + rows], dh[d, :rows])  # B7
+        for to, found in ((dh0, dh), (dc0, dc)):
+            if to is not None:
+                to.copy_(found)
+
+
+def _initial(grad: Tensor | None, state: Tensor) -> Tensor:
+    """A state's gradient in Acc as the walk back begins with it and overwrites it."""
+    acc = accumulate_dtype(state.dtype)
+    return torch.zeros_like(state, dtype=acc) if grad is None else grad.to(acc, copy=True)
 
 
 def _multiply(w: Tensor, acc: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
