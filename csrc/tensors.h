@@ -151,18 +151,23 @@ inline bool weights_fit(const WeightViews& weights, const View& x, std::int64_t 
     return w_hr ? w_hr->has_sizes({features, hidden}) : features == hidden;
 }
 
-// Whether the 13 inputs of a layer (lstm_fast/autograd.py) lie contiguously on one device, in one dtype and with
-// sizes that fit each other. False says no more than that this quick look can't tell.
+// Whether the 13 inputs of a layer (lstm_fast/autograd.py), states or none, lie contiguously on one device, in one
+// dtype and with sizes that fit each other. False says no more than that this quick look can't tell.
 inline bool layer_inputs_fit(const py::sequence& inputs) {
     constexpr std::size_t states = 3, of_direction = std::tuple_size_v<WeightViews>;
-    const py::object first = inputs[0];
-    const auto x = view_anywhere(first), h0 = view_anywhere(py::object(inputs[1])),
-               c0 = view_anywhere(py::object(inputs[2]));
-    if (!x || !h0 || !c0 || x->dims < 2 || h0->dims != 3 || c0->dims != 3) return false;
-    const std::int64_t directions = c0->sizes[0], batch = c0->sizes[1], hidden = c0->sizes[2], features = h0->sizes[2];
-    if (directions < 1 || directions > 2 || !h0->has_sizes({directions, batch, features})) return false;
-    if (!same_dtype(*h0, *x) || !same_dtype(*c0, *x)) return false;
-    if (!same_device(*h0, *x) || !same_device(*c0, *x)) return false;
+    const py::object first = inputs[0], h = inputs[1], c = inputs[2];
+    const auto x = view_anywhere(first), one = view_anywhere(py::object(inputs[states + 1]));  // w_hh
+    if (!x || !one || x->dims < 2 || one->dims != 2) return false;
+    std::int64_t directions = py::object(inputs[states + of_direction]).is_none() ? 1 : 2;
+    std::int64_t features = one->sizes[1], hidden = features;
+    if (!h.is_none() || !c.is_none()) {
+        const auto h0 = view_anywhere(h), c0 = view_anywhere(c);
+        if (!h0 || !c0 || h0->dims != 3 || c0->dims != 3) return false;
+        directions = c0->sizes[0], hidden = c0->sizes[2], features = h0->sizes[2];
+        if (directions < 1 || directions > 2 || !h0->has_sizes({directions, c0->sizes[1], features})) return false;
+        if (!same_dtype(*h0, *x) || !same_dtype(*c0, *x)) return false;
+        if (!same_device(*h0, *x) || !same_device(*c0, *x)) return false;
+    }
     for (std::int64_t d = 0; d < directions; ++d) {
         WeightViews weights;
         for (std::size_t i = 0; i < of_direction; ++i) {

@@ -87,8 +87,8 @@ def persistent_workspace(
 ) -> tuple[int, int]: ...
 def persistent_forward(
     gates: Tensor,
-    h0: Tensor,
-    c0: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
     w_hh: list[Tensor],
     starts: Tensor | None,
     y: Tensor,
@@ -105,7 +105,7 @@ def persistent_forward(
 def persistent_backward(
     gates: Tensor,
     cells: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     w_hh: list[Tensor],
     starts: Tensor | None,
     dy: Tensor | None,

@@ -38,6 +38,7 @@ _PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 _STATES = 3  # x, h0, c0
 _INPUTS = _STATES + 2 * _PER_DIRECTION
 _NOTHING = nullcontext()
+_TAKE_NO_STATES = ("persistent",)  # backends for which None stands for zeros
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
@@ -52,13 +53,18 @@ def _watched(x: Tensor) -> bool:
 
 
 def layer(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Weights], batch_sizes: Tensor | None, backend: str
+    x: Tensor,
+    h0: Tensor | int,
+    c0: Tensor | int,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, all its directions.
 
     Args:
         x: rows of all steps, [N, I] or with more dimensions in place of N; row (t, b) is ``start(t) + b``.
-        h0, c0: [D, B, R] and [D, B, H].
+        h0, c0: [D, B, R] and [D, B, H]; or R and H for zeros, then x is [.., B, I] unless ``batch_sizes`` says B.
         weights: for each direction w_ih [4H, I], w_hh [4H, R], b_ih [4H], b_hh [4H], w_hr [P, H].
         batch_sizes: active sequences of each step, int64 [T] on the CPU, never growing; None when dense.
         backend: a key of ``dispatch.KERNELS``, or "reference".
@@ -68,27 +74,51 @@ def layer(
         RuntimeError: a shape, dtype, device or ``batch_sizes`` that doesn't fit the others.
     """
     absent = (None,) * (_PER_DIRECTION * (2 - len(weights)))
-    inputs = (x, h0, c0, *(t for direction in weights for t in direction), *absent)
+    rest = (*(t for direction in weights for t in direction), *absent)
+    seen_by_others = torch.compiler.is_compiling() or transforms_active() or _watched(x)
+    inputs: tuple[Any, ...] = (x, h0, c0, *rest)
+    zeros = isinstance(c0, int)
+    if zeros:
+        inputs = (x, None, None, *rest)
+    fits = not seen_by_others and layer_inputs_fit(inputs)
+    if zeros and not (fits and backend in _TAKE_NO_STATES and x.numel() > 0):
+        inputs = (x, *_zero_states(x, batch_sizes, len(weights), h0, c0), *rest)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     result: tuple[Any, ...]
-    if torch.compiler.is_compiling():
-        result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
-    elif transforms_active():
-        _check(inputs)
-        result = _differentiable_forward(inputs, _steps(batch_sizes, x, c0))
-    elif _watched(x):
-        result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
-    else:
-        if not layer_inputs_fit(inputs):
+    if not seen_by_others:
+        if not fits:
             inputs = unwrap_dead_wrappers(inputs)  # tensors that outlived the transform which made them
         result = (_apply if save else _forward)(*inputs, batch_sizes, backend, save)
+    elif not torch.compiler.is_compiling() and transforms_active():
+        _check(inputs)
+        result = _differentiable_forward(inputs, _steps(batch_sizes, x, inputs[2]))
+    else:
+        result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
     return result[0], result[1], result[2]
 
 
-def _ready(inputs: list[Any]) -> list[Any]:
+def _zero_states(x: Tensor, batch_sizes: Tensor | None, directions: int, *sizes: Any) -> tuple[Tensor, Tensor]:
+    """h0 and c0 of R and H features."""
+    batch = x.size(-2) if batch_sizes is None else int(batch_sizes[0])
+    features, hidden = sizes
+    c0 = x.new_zeros(directions, batch, hidden)
+    return c0 if features == hidden else x.new_zeros(directions, batch, features), c0
+
+
+def _with_states(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
+    """The inputs, with zeros for states that are None."""
+    if inputs[2] is not None:
+        return inputs
+    x, _, _, _, w_hh, *_ = inputs
+    hidden = w_hh.size(1)
+    return [x, *_zero_states(x, batch_sizes, len(_directions(inputs)), hidden, hidden), *inputs[_STATES:]]
+
+
+def _ready(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
     """The inputs, checked and contiguous."""
     if layer_inputs_fit(inputs):
         return inputs
+    inputs = _with_states(inputs, batch_sizes)
     _check(inputs)
     return [None if t is None else t.contiguous() for t in inputs]
 
@@ -136,9 +166,10 @@ def _wrong_kind(name: str, tensor: Tensor, x: Tensor) -> RuntimeError:
     )
 
 
-def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor) -> list[int]:
+def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor | None) -> list[int]:
     """Active sequences of each step; [] for an empty batch."""
-    rows, batch = x.shape[:-1].numel(), c0.size(1)
+    rows = x.shape[:-1].numel()
+    batch = c0.size(1) if c0 is not None else x.size(-2) if batch_sizes is None else int(batch_sizes[0])
     if batch_sizes is None:
         return [batch] * (rows // batch) if batch > 0 else []
     if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
@@ -162,8 +193,8 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """y, h_n, c_n, and with ``save`` gates [D, N, 4H] and cells [D, N, H] for backward."""
-    *inputs, batch_sizes, backend, save = args
-    inputs = _ready(inputs)
+    *given, batch_sizes, backend, save = args
+    inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:_STATES]
     steps = _steps(batch_sizes, x, c0)
     saved: Saved | None
@@ -185,8 +216,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
 
 def _backward(*args: Any) -> Sequence[Tensor | None]:
     """The gradients of the 13 inputs, or at least of those that ``needs`` asks for."""
-    dy, dh_n, dc_n, *inputs, batch_sizes, y, gates, cells, backend, needs = args
-    inputs = _ready(inputs)
+    dy, dh_n, dc_n, *given, batch_sizes, y, gates, cells, backend, needs = args
+    inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:_STATES]
     steps = _steps(batch_sizes, x, c0)
     grads: list[Tensor | None]
@@ -213,7 +244,9 @@ def _no_steps_backward(grads: Sequence[Tensor | None], inputs: Sequence[Any]) ->
 
 
 def _directions(inputs: Sequence[Any]) -> list[Weights]:
-    return [tuple(inputs[_STATES + d * _PER_DIRECTION :][:_PER_DIRECTION]) for d in range(inputs[2].size(0))]
+    """Each direction's weights; the second has none where there is one."""
+    directions = [tuple(inputs[first : first + _PER_DIRECTION]) for first in (_STATES, _STATES + _PER_DIRECTION)]
+    return directions if directions[1][0] is not None else directions[:1]
 
 
 def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -271,10 +304,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, batch_sizes, y, gates, cells = ctx.saved_tensors
+    *saved, batch_sizes, y, gates, cells = ctx.saved_tensors
+    inputs: Sequence[Any] = saved
     grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled() or transforms_active() or _batched(grads):
+        inputs = _with_states(inputs, batch_sizes)
         steps = _steps(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):
             y, _, _, gates, cells = _differentiable_forward(inputs, steps)

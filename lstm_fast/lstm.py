@@ -230,7 +230,6 @@ class LSTM(_Fused, nn.RNNBase):
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         if hx is None:
             self.check_input(x, None)
-            hx = self._zero_state(x, x.size(0) if self.batch_first else x.size(1))
         else:
             self.check_forward_args(x, hx, None)
         x = x.transpose(0, 1) if self.batch_first else x  # [T, B, I]
@@ -245,29 +244,33 @@ class LSTM(_Fused, nn.RNNBase):
         self, input: PackedSequence, hx: Any, dtype: torch.dtype, choice: Choice
     ) -> tuple[PackedSequence, State]:
         x, batch_sizes, sorted_indices, unsorted_indices = input
-        hx = self._zero_state(x, int(batch_sizes[0])) if hx is None else self._batched_state(hx, True)
-        self.check_forward_args(x, hx, batch_sizes)
-        hx = self.permute_hidden(hx, sorted_indices)
+        if hx is None:
+            self.check_input(x, batch_sizes)
+        else:
+            hx = self._batched_state(hx, True)
+            self.check_forward_args(x, hx, batch_sizes)
+            hx = self.permute_hidden(hx, sorted_indices)
         y, h_n, c_n = self._layers(x, hx, batch_sizes, dtype, choice.backend)
         output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         return output, self.permute_hidden((h_n, c_n), unsorted_indices)
 
     def _layers(
-        self, x: Tensor, hx: State, batch_sizes: Tensor | None, dtype: torch.dtype, backend: str
+        self, x: Tensor, hx: State | None, batch_sizes: Tensor | None, dtype: torch.dtype, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Every layer over x [T, B, I], or packed [N, I]: y in x's form, h_n [D*L, B, R], c_n [D*L, B, H]."""
         directions = 2 if self.bidirectional else 1
-        h_0, c_0 = hx
+        h_0, c_0 = (self.proj_size or self.hidden_size, self.hidden_size) if hx is None else hx
         cell_dtype = dtype
         if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
             if self.proj_size > 0 and x.device.type == "cpu":
-                cell_dtype = c_0.dtype  # as torch has it
-            x, h_0, c_0 = x.to(dtype), h_0.to(dtype), c_0.to(dtype)
+                cell_dtype = (x if hx is None else hx[1]).dtype  # as torch has it
+            x = x.to(dtype)
+            h_0, c_0 = (s if isinstance(s, int) else s.to(dtype) for s in (h_0, c_0))
         states = []
         for k in range(self.num_layers):
             rows = slice(k * directions, (k + 1) * directions)
             weights = [self._weights(names, dtype) for names in self._all_weights[rows]]
-            h, c = (h_0, c_0) if self.num_layers == 1 else (h_0[rows], c_0[rows])
+            h, c = (s if isinstance(s, int) or self.num_layers == 1 else s[rows] for s in (h_0, c_0))
             x, h_n, c_n = layer(x, h, c, weights, batch_sizes, backend)
             states.append((h_n, c_n if cell_dtype == dtype else c_n.to(cell_dtype)))
             if self._drops() and k < self.num_layers - 1:
@@ -280,11 +283,6 @@ class LSTM(_Fused, nn.RNNBase):
         return self._under_autocast(
             self._parameter("weight_ih_l0").dtype, x, hx, stepwise=packed and self.proj_size == 0
         )
-
-    def _zero_state(self, x: Tensor, batch: int) -> State:
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        c_0 = x.new_zeros(count, batch, self.hidden_size)
-        return x.new_zeros(count, batch, self.proj_size) if self.proj_size > 0 else c_0, c_0
 
     def _batched_state(self, hx: Sequence[Tensor], batched: bool) -> State:
         """h_0 and c_0 with their batch dimension; the errors are torch.nn.LSTM's."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fast import _C
-from lstm_fast.kernels import persistent
-from tests.persistent_case import Case, error, granted
+from lstm_fast.kernels import LayerInputs, persistent
+from tests.persistent_case import Case, error, granted, precision
 
 KINDS = ["bf16", "fp16", "tf32", "fp32"]
 # nn.LSTM on a CPU has no TF32 to compare with: its 11 bits of operands, summed.
@@ -232,6 +234,33 @@ def test_batches_whose_arithmetic_outweighs_the_launches_are_left_to_torch(gpu, 
         assert persistent.outweighed(gpu, dtype, hidden, 16, plain=True) is None
         why_not = persistent.outweighed(gpu, dtype, hidden, 20000, plain=True)
         assert f"a step of 20000 x {hidden} units is expected to take" in why_not
+
+
+@pytest.mark.parametrize("states", [True, False], ids=["states", "zeros"])
+@pytest.mark.parametrize("lengths", [[3, 3], [1, 1], [5, 3, 3, 1]], ids=["dense", "one step", "packed"])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_whole_layer(exchange, directions, lengths, states):
+    """All gradients, of states that are given or of none, which stand for zeros, against nn.LSTM in fp64."""
+    case = Case("fp32", 24, lengths, directions)
+    batch_sizes = torch.tensor(case.steps)
+    weights = [(*(w.detach() for w in direction), None) for direction in case.theirs.all_weights]
+    inputs = LayerInputs(case.x, *((case.h0, case.c0) if states else (None, None)), weights, case.steps)
+    needs = [True, states, states] + [True] * 4 + [False] + [True] * 4 + [False]
+    grads = (case.dy, None, case.dc_n)
+    with precision("fp32"):
+        y, h_n, c_n, saved = persistent.layer_forward(inputs, True)
+        found = persistent.layer_backward(inputs, y, saved, grads, needs)
+
+    twin = copy.deepcopy(case.theirs).double()
+    leaves = [case.x.double().requires_grad_(), *(t.double().requires_grad_() for t in (case.h0, case.c0))]
+    hx = (leaves[1], leaves[2]) if states else None
+    packed, (h, c) = twin(PackedSequence(leaves[0], batch_sizes), hx)
+    wanted = leaves[: 3 if states else 1] + [w for direction in twin.all_weights for w in direction]
+    exact = torch.autograd.grad([packed.data, c], wanted, [case.dy.double(), case.dc_n.double()])
+    assert all(t is None for t, need in zip(found, needs, strict=False) if not need)
+    results = [y, h_n, c_n, *(t for t in found if t is not None)]
+    for value, right in zip(results, [packed.data, h, c, *exact], strict=True):
+        assert (value.double() - right).norm() <= 1e-6 * right.norm()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32"])

@@ -169,8 +169,8 @@ LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int dire
 
 struct Forward {
     void* gates;                 // T [D, N, 4H], on entry x W_ih^T + b_ih + b_hh; with cells activated in place
-    const void* h0;              // T [D, B, H]
-    const void* c0;              // T [D, B, H]
+    const void* h0;              // T [D, B, H], null for zeros
+    const void* c0;              // T [D, B, H], null for zeros
     const void* w_hh[2];         // of each direction, T [4H, H]
     const std::int32_t* starts;  // [T + 1], first row of each step, and N; null when every step has B rows
     void* y;                     // T [N, D * H], written
@@ -188,7 +188,7 @@ struct Forward {
 struct Backward {
     const void* gates;           // T [D, N, 4H], activated
     const void* cells;           // float [D, N, H]
-    const void* c0;              // T [D, B, H]
+    const void* c0;              // T [D, B, H], null for zeros
     const void* w_hh[2];         // of each direction, T [4H, H]
     const std::int32_t* starts;  // as in Forward
     const void* dy;              // T [N, D * H], null when zero
@@ -251,7 +251,7 @@ std::string upload(const std::int32_t* from, int count, void* to, int device, vo
 // For each of N packed rows the h of its sequence's step before, in the direction's order, or the initial one.
 struct Previous {
     const void* y;               // [N, ...], rows `stride` bytes apart
-    const void* initial;         // [B, width]
+    const void* initial;         // [B, width], null for zeros
     const std::int32_t* starts;  // [T + 1], as in Forward
     void* before;                // [N, width], written
     Index rows;                  // N

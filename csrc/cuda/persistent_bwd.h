@@ -305,7 +305,10 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             Saved next{};  // of the next item: asked for while no messages travel, which would be in the way
             if constexpr (kKept) next = fetch(kept, item, more, longest);
             float c_before = bit_cast<float>(x.c_before);
-            if (x.first && within()) c_before = load(static_cast<const T*>(p.c0)[in_batch(sequence(now.slot))]);
+            if (x.first && within()) {
+                const auto* const c0 = static_cast<const T*>(p.c0);
+                c_before = c0 == nullptr ? 0.0f : load(c0[in_batch(sequence(now.slot))]);
+            }
             const CellBackward<float> made =
                 cell_backward<speed<T, kExact>>(of(x.gates[0]), of(x.gates[1]), of(x.gates[2]), of(x.gates[3]),
                                                 bit_cast<float>(x.c), c_before, dh + of(x.dy), dc);

@@ -121,13 +121,14 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         for (int slot = 0; slot < p.plan.tiles; ++slot) {
             const int b = sequence(slot);
             const bool mine = b < p.sizes.batch && within();
-            const T before = mine ? static_cast<const T*>(p.h0)[in_batch(b)] : T{};
-            c_state(slot) = mine ? load(static_cast<const T*>(p.c0)[in_batch(b)]) : 0.0f;
+            const T before = mine && p.h0 != nullptr ? static_cast<const T*>(p.h0)[in_batch(b)] : T{};
+            c_state(slot) = mine && p.c0 != nullptr ? load(static_cast<const T*>(p.c0)[in_batch(b)]) : 0.0f;
             h_state(slot) = bits(before);
             if constexpr (kGrid) {
                 if (steps()[slot] > 0) send(before, slot, 0);
                 continue;
             }
+            if (p.h0 == nullptr) continue;
             const int first = tile_of(p.plan, at, slot) * kColumns, warps = 2 * p.plan.groups;
             for (int row = at.warp; row < kColumns && first + row < p.sizes.batch; row += warps) {
                 const T* from =

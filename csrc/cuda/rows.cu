@@ -30,10 +30,11 @@ __global__ void __launch_bounds__(128) previous_kernel(const Previous p, int wid
     }
     const int b = row - p.starts[t], before = p.reverse ? t + 1 : t - 1;
     const bool known = before >= 0 && before < p.steps && b < p.starts[before + 1] - p.starts[before];
-    const T* const from = known ? static_cast<const T*>(p.y) + Index{p.starts[before] + b} * stride
-                                : static_cast<const T*>(p.initial) + Index{b} * width;
+    const T* const from = known                  ? static_cast<const T*>(p.y) + Index{p.starts[before] + b} * stride
+                          : p.initial == nullptr ? nullptr
+                                                 : static_cast<const T*>(p.initial) + Index{b} * width;
     T* const to = static_cast<T*>(p.before) + Index{row} * width;
-    for (int j = static_cast<int>(threadIdx.x); j < width; j += 128) to[j] = from[j];
+    for (int j = static_cast<int>(threadIdx.x); j < width; j += 128) to[j] = from == nullptr ? T{} : from[j];
 }
 
 template <typename T>

@@ -22,9 +22,9 @@ Each backend has:
 Those but the CPU's know the recurrence alone, without projection, and leave the other products to ``hoisted.py``:
 
 ``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
-    F1-F6 over all steps. ``gates`` [D, N, 4H] T: on entry the input product with both biases; on return the activated
-    gates, unless ``cells`` is None. ``w_hh``: D tensors [4H, H] T. Written: ``y``, ``h_n``, ``c_n``, and ``cells``
-    [D, N, H] Acc, or None for inference.
+    F1-F6 over all steps. ``h0`` and ``c0``: as in ``LayerInputs``. ``gates`` [D, N, 4H] T: on entry the input product
+    with both biases; on return the activated gates, unless ``cells`` is None. ``w_hh``: D tensors [4H, H] T. Written:
+    ``y``, ``h_n``, ``c_n``, and ``cells`` [D, N, H] Acc, or None for inference.
 ``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh_n, dc_n, dgates, dh0, dc0)``
     B1-B7 over all steps. ``dy``, ``dh_n``, ``dc_n``: T, shaped as y, h_n and c_n, or None for zero. Written:
     ``dgates`` [D, N, 4H] T, the gradient of the pre-activations, and ``dh0`` and ``dc0`` T unless they are None.
@@ -51,11 +51,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class LayerInputs(NamedTuple):
-    """``x`` [.., I] with N rows in all, ``h0`` [D, B, R], ``c0`` [D, B, H]; of each direction w_ih [4H, I],
-    w_hh [4H, R], b_ih and b_hh [4H] or None, w_hr [R, H] or None; ``steps``, the active sequences of each step."""
+    """``x`` [.., I] with N rows in all, ``h0`` [D, B, R], ``c0`` [D, B, H], None for zeros where a backend says so; of
+    each direction w_ih [4H, I], w_hh [4H, R], b_ih and b_hh [4H] or None, w_hr [R, H] or None; ``steps``, the active
+    sequences of each step."""
 
     x: Tensor
-    h0: Tensor
-    c0: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
     weights: Sequence[Weights]
     steps: list[int]

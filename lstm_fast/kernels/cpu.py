@@ -58,5 +58,6 @@ def layer_backward(
 def _sizes(inputs: LayerInputs) -> tuple[int, int, int, int, int, int]:
     """I, H, R, the dtype's code, threads, and the best instruction set."""
     x, h0, c0, _, _ = inputs
+    assert h0 is not None and c0 is not None
     threads, best = torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
     return x.size(-1), c0.size(2), h0.size(2), _CODES[x.dtype], threads, best

@@ -23,7 +23,7 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """F1 to F6; lstm_fast/kernels/__init__.py states what each tensor is, and what ``recurrence_forward`` does."""
     x, h0, c0, weights, steps = inputs
-    directions, hidden = len(weights), c0.size(2)
+    directions, hidden = len(weights), weights[0][1].size(1)
     with rnn_precision(x):
         products = []
         for w_ih, _, b_ih, b_hh, _ in weights:
@@ -32,7 +32,7 @@ def layer_forward(
         gates = products[0] if directions == 1 else torch.stack(products)
         gates = gates.view(directions, -1, 4 * hidden)  # [D, N, 4H]
         y = x.new_empty(*x.shape[:-1], directions * hidden)
-        h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+        h_n, c_n = (x.new_empty(directions, steps[0], hidden) for _ in range(2))
         cells = None
         if save:
             cells = x.new_empty(directions, gates.size(1), hidden, dtype=reference.accumulate_dtype(x.dtype))
@@ -54,8 +54,9 @@ def layer_backward(
     dy, dh_n, dc_n = grads
     gates, cells = saved
     dgates = torch.empty_like(gates)
-    dh0 = torch.empty_like(h0) if needs[1] else None
-    dc0 = torch.empty_like(c0) if needs[2] else None
+    dh0, dc0 = (
+        None if s is None or not need else torch.empty_like(s) for s, need in zip((h0, c0), needs[1:3], strict=True)
+    )
     with rnn_precision(x):
         w_hh = [direction[1] for direction in weights]
         recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh_n, dc_n, dgates, dh0, dc0)
@@ -67,7 +68,7 @@ def layer_backward(
             dw_ih, dw_hh = torch.mm(da, of_x) if of_w_ih else None, None
             if of_w_hh:
                 h = rows if len(weights) == 1 else rows.chunk(2, 1)[d]
-                dw_hh = _over_previous(da, h, h0[d], steps, d == 1)
+                dw_hh = _over_previous(da, h, None if h0 is None else h0[d], steps, d == 1)
             db_ih, db_hh = sums(dgates[d], b_ih is not None and of_b_ih, b_hh is not None and of_b_hh)
             of_weights += [dw_ih, dw_hh, db_ih, db_hh, None]
         dx = None
@@ -77,12 +78,16 @@ def layer_backward(
     return [dx, dh0, dc0, *of_weights]
 
 
-def _over_previous(da: Tensor, y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
-    """``da`` [4H, N] times h [N, H] of the step before in the direction's order, ``initial`` [B, H] where it starts."""
-    rows, batch = y.size(0), steps[0]
+def _over_previous(da: Tensor, y: Tensor, initial: Tensor | None, steps: list[int], reverse: bool) -> Tensor:
+    """``da`` [4H, N] times h [N, H] of the step before in the direction's order, ``initial`` [B, H], None for zeros,
+    where it starts."""
+    batch = steps[0]
     if steps[-1] != batch:
         return torch.mm(da, previous(y, initial, steps, reverse))
-    if rows == batch:
-        return torch.mm(da, initial)
-    later, first = (da[:, :-batch], da[:, -batch:]) if reverse else (da[:, batch:], da[:, :batch])
-    return torch.mm(later, y[batch:] if reverse else y[:-batch]).addmm_(first, initial)  # y is not copied
+    if len(steps) == 1:
+        return da.new_zeros(da.size(0), y.size(1)) if initial is None else torch.mm(da, initial)
+    later, before = (da[:, :-batch], y[batch:]) if reverse else (da[:, batch:], y[:-batch])
+    product = torch.mm(later, before)  # y is not copied
+    if initial is None:
+        return product
+    return product.addmm_(da[:, -batch:] if reverse else da[:, :batch], initial)

@@ -108,8 +108,8 @@ def over_the_grid() -> Iterator[None]:
 
 def recurrence_forward(
     gates: Tensor,
-    h0: Tensor,
-    c0: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
     w_hh: list[Tensor],
     steps: list[int],
     y: Tensor,
@@ -123,7 +123,7 @@ def recurrence_forward(
 
     ``schedule`` orders the fibres of a host run (csrc/host/simt.h), and means nothing on a GPU.
     """
-    launch = _launch(gates, c0, steps, False, schedule)
+    launch = _launch(gates, steps, False, schedule)
     with on_device_of(gates):
         _C.persistent_forward(gates, h0, c0, w_hh, _starts(steps, gates.device), y, h_n, c_n, cells, *launch)
 
@@ -131,7 +131,7 @@ def recurrence_forward(
 def recurrence_backward(
     gates: Tensor,
     cells: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     w_hh: list[Tensor],
     steps: list[int],
     dy: Tensor | None,
@@ -144,22 +144,22 @@ def recurrence_backward(
     schedule: int = 0,
 ) -> None:
     """B1-B7 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
-    launch = _launch(gates, c0, steps, True, schedule)
+    launch = _launch(gates, steps, True, schedule)
     starts = _starts(steps, gates.device)
     with on_device_of(gates):
         _C.persistent_backward(gates, cells, c0, w_hh, starts, dy, dh_n, dc_n, dgates, dh0, dc0, *launch)
 
 
-def _launch(gates: Tensor, c0: Tensor, steps: list[int], backward: bool, schedule: int) -> tuple[Any, ...]:
+def _launch(gates: Tensor, steps: list[int], backward: bool, schedule: int) -> tuple[Any, ...]:
     """What both kernels' calls end with: sizes, plan, workspace, kind, and where to run."""
-    directions, batch, hidden = c0.shape
-    kind = _kind(gates.dtype)
+    directions, rows_in_all, width = gates.shape
+    batch, hidden, kind = steps[0], width // 4, _kind(gates.dtype)
     assert kind is not None
     device = gates.get_device() if gates.is_cuda else None
     plan = _plan(kind, backward, hidden, batch, directions, device)
     if plan is None:
         raise RuntimeError(f"this device does not hold the weights of {hidden} hidden units on chip")
-    sizes = (gates.size(1), len(steps), batch, hidden, directions)
+    sizes = (rows_in_all, len(steps), batch, hidden, directions)
     workspace = _workspace(kind, backward, plan, directions, gates.device)
     return sizes, plan, workspace, kind, device, stream_of(gates) if gates.is_cuda else schedule
 

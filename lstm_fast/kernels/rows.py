@@ -42,16 +42,17 @@ def starts(steps: list[int], device: torch.device) -> Tensor:
     return found
 
 
-def previous(y: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
-    """``reference.previous``; on a GPU where the extension has CUDA in one launch, however many steps there are."""
+def previous(y: Tensor, initial: Tensor | None, steps: list[int], reverse: bool) -> Tensor:
+    """``reference.previous``, from zeros where ``initial`` is None. On a GPU it is one launch, however many steps."""
     if not (y.is_cuda and _built_with_cuda()):
+        initial = y.new_zeros(steps[0], y.size(1)) if initial is None else initial
         return reference.previous(y, initial, steps, reverse)
     before = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     first, size = starts(steps, y.device), y.element_size()
     with on_device_of(y):
         _C.previous(
             y=y.data_ptr(),
-            initial=initial.data_ptr(),
+            initial=0 if initial is None else initial.data_ptr(),
             starts=first.data_ptr(),
             before=before.data_ptr(),
             rows=y.size(0),
