@@ -93,16 +93,15 @@ FAULTS = {
         "bits",
         grid=True,
     ),
-    "forward, grid: only one thread waits": Fault(
+    "forward, grid: only some threads wait": Fault(
         COMMON,
-        "static_cast<unsigned>(p.plan.cluster * (fill + 1)));\n        simt::sync_threads();",
-        "static_cast<unsigned>(p.plan.cluster * (fill + 1)));",
+        "static_cast<unsigned>(fill + 1));\n        }\n        simt::sync_threads();",
+        "static_cast<unsigned>(fill + 1));\n        }",
         "bits",
         grid=True,
     ),
-    "forward, grid: too few signals": Fault(
-        COMMON, "p.plan.cluster * (fill + 1)", "p.plan.cluster * fill + 1", "bits", True
-    ),
+    "forward, grid: a signal too early": Fault(COMMON, "static_cast<unsigned>(fill + 1)", "fill", "bits", True),
+    "forward, grid: the flag of one block": Fault(COMMON, "flags(slot) + rank,", "flags(slot),", "bits", True),
     "forward, grid: one buffer": Fault(COMMON, "(2 * tile(slot) + buffer)", "(2 * tile(slot))", "bits", grid=True),
     "backward, grid: no wait for dh": Fault(BACKWARD, "global().await(slot, fill);", "", "bits", grid=True),
     "backward, grid: one buffer": Fault(

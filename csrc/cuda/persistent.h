@@ -64,7 +64,7 @@ struct Held {
     int at_once;      // of those, how many are multiplied in one go
     int tiles, deep;  // backward: tiles of 16 rows, each `deep` blocks of K, 8 registers each
 };
-constexpr Held held(int element, int most_groups) {
+LSTM_HD constexpr Held held(int element, int most_groups) {
     if (element == 2)
         return most_groups == 4 ? Held{8, 4, 4, 4} : most_groups == 6 ? Held{6, 2, 2, 6} : Held{4, 1, 1, 8};
     return most_groups == 4 ? Held{8, 4, 2, 8} : Held{6, 2, 1, 12};
@@ -138,15 +138,15 @@ LSTM_HD BackwardLayout backward_layout(Kind kind, const Plan& plan) {
 
 // ---- What a launch keeps in global memory ---------------------------------------------------------------------------
 
-// Offsets in bytes. A grid's: first a flag for each tile of each cluster, 128 bytes apart and zero before the launch;
-// then the state, float [blocks, tiles, 2, threads]; then what travels, for each tile of each cluster twice: forward h,
-// as in shared memory; backward partial sums of dh, float [C owners, C sources, G, 64]. Then, of clusters too, W_hh as
-// the lanes take it up, Words [D, C, warps, words, 32].
+// Offsets in bytes. A grid's: first, for each tile of each cluster, a flag of each block, zero before the launch: one
+// for all would count one after the other; then the state, float [blocks, tiles, 2, threads]; then what travels, for
+// each tile of each cluster twice: forward h, as in shared memory; backward partial sums of dh, float [C owners, C
+// sources, G, 64]. Then, of clusters too, W_hh as the lanes take it up, Words [D, C, warps, words, 32].
 struct Workspace {
     Index state, exchange, of_buffer, weights, end;  // of_buffer: bytes
     int words;                                       // of W_hh, of a lane
 };
-constexpr int kFlagBytes = 128;
+LSTM_HD int flag_bytes(const Plan& plan) { return round_up(4 * plan.cluster, 128); }
 
 LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int directions) {
     const int element = element_size(kind);
@@ -154,7 +154,7 @@ LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int dire
     const int units = plan.cluster * plan.groups * kGroup;
     Workspace at{};
     if (plan.grid) {
-        at.state = clusters * plan.tiles * kFlagBytes;
+        at.state = clusters * plan.tiles * flag_bytes(plan);
         at.exchange = at.state + clusters * plan.cluster * state_bytes(plan);
     }
     at.of_buffer = backward ? Index{units} * plan.cluster * kColumns * 4 : round_up(units * element, kBlock) * kColumns;

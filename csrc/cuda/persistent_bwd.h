@@ -197,7 +197,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             if constexpr (kGrid) return simt::collect(from + rank * stride);
             return from[rank * stride];
         };
-        constexpr int kAtOnce = kExact ? 4 : 8;  // as registers allow; past the last, it again
+        constexpr int kAtOnce = kExact ? 4 : kGrid ? 32 : 8;  // as registers allow; past the last, it again
         float sum = 0.0f;
         for (int first = 0; first <= last; first += kAtOnce) {
             float some[kAtOnce];

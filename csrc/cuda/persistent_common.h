@@ -131,7 +131,9 @@ struct Global {
 
     SIMT unsigned char* start() const { return static_cast<unsigned char*>(p.global); }
     SIMT Index tile(int slot) const { return Index{at.ordinal} * p.plan.tiles + slot; }
-    SIMT simt::Flag* flag(int slot) const { return reinterpret_cast<simt::Flag*>(start() + tile(slot) * kFlagBytes); }
+    SIMT simt::Flag* flags(int slot) const {  // of each block
+        return reinterpret_cast<simt::Flag*>(start() + tile(slot) * flag_bytes(p.plan));
+    }
     SIMT float* state(int slot) const {  // [2, threads] of this block
         const Index block = Index{at.ordinal} * p.plan.cluster + at.rank;
         return reinterpret_cast<float*>(start() + p.workspace.state + block * state_bytes(p.plan)) +
@@ -143,13 +145,15 @@ struct Global {
 
     // For the whole block: what all blocks published in `fill` (0, 1, ...) of a tile may be collected.
     SIMT void await(int slot, int fill) const {
-        if (threadIdx.x == 0) simt::await(flag(slot), static_cast<unsigned>(p.plan.cluster * (fill + 1)));
+        for (int rank = static_cast<int>(threadIdx.x); rank < p.plan.cluster; rank += static_cast<int>(blockDim.x)) {
+            simt::await(flags(slot) + rank, static_cast<unsigned>(fill + 1));
+        }
         simt::sync_threads();
     }
     // For the whole block: all that it had to publish of a fill is published.
     SIMT void signal(int slot) const {
         simt::sync_threads();
-        if (threadIdx.x == 0) simt::signal(flag(slot));
+        if (threadIdx.x == 0) simt::signal(flags(slot) + at.rank);
     }
 };
 

@@ -12,7 +12,7 @@ namespace {
 
 using namespace lstm::simt;
 
-constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512, kScratch = 1 << 16;
+constexpr int kSteps = 2000, kRuns = 9, kThreads = 256, kMostThreads = 512, kScratch = 1 << 16, kFlags = 1024;
 
 void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
@@ -104,22 +104,20 @@ __global__ void __launch_bounds__(kMostThreads) exchange_steps(Times* times, int
 
 // The same over a grid: every block publishes its share of h, signals, awaits all signals and collects the whole.
 __global__ void __launch_bounds__(kThreads, 1) grid_steps(Times* times, unsigned char* global, unsigned words) {
-    auto* const flag = reinterpret_cast<Flag*>(global);
+    auto* const flags = reinterpret_cast<Flag*>(global);
     auto* const here = reinterpret_cast<Words*>(shared_memory());
     const unsigned share = (words + gridDim.x - 1) / gridDim.x;
     Stopwatch watch(times);
     for (unsigned step = 0; step < kSteps; ++step) {
-        auto* const h = reinterpret_cast<Words*>(global + 128) + step % 2 * words;
+        auto* const h = reinterpret_cast<Words*>(global + kFlags) + step % 2 * words;
         for (unsigned j = threadIdx.x; j < share && blockIdx.x * share + j < words; j += kThreads) {
             publish(h + blockIdx.x * share + j, Words{1, 2, 3, 4});
         }
         sync_threads();
-        if (threadIdx.x == 0) {
-            signal(flag);
-            await(flag, (step + 1) * gridDim.x);
-        }
+        if (threadIdx.x == 0) signal(flags + blockIdx.x);
+        for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) await(flags + block, step + 1);
         sync_threads();
-        for (unsigned first = threadIdx.x; first < words; first += 4 * kThreads) {  // four loads at a time
+        for (unsigned first = threadIdx.x; first < words; first += 4 * kThreads) {
             Words some[4];
 #pragma unroll
             for (unsigned j = 0; j < 4; ++j) {

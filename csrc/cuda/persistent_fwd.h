@@ -157,18 +157,19 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         }
     }
 
-    // A tile's h into the block's own copy, four loads at a time.
+    // A tile's h into the block's own copy.
     SIMT void collect(const unsigned char* from, unsigned char* to) const {
         const auto* const source = reinterpret_cast<const Words*>(from);
         auto* const target = reinterpret_cast<Words*>(to);
         const int threads = static_cast<int>(blockDim.x), words = static_cast<int>(p.workspace.of_buffer / 16);
         const auto sent = [&](int j) { return j < words && j / 32 * kBlock + j % 4 * 16 < column_bytes(); };
-        for (int first = static_cast<int>(threadIdx.x); first < words; first += 4 * threads) {
-            Words some[4];
-            for (int j = 0; j < 4; ++j) {
+        constexpr int at_once = kElement == 2 ? 8 : 4;  // loads, as registers allow
+        for (int first = static_cast<int>(threadIdx.x); first < words; first += at_once * threads) {
+            Words some[at_once];
+            for (int j = 0; j < at_once; ++j) {
                 if (sent(first + j * threads)) some[j] = simt::collect(source + first + j * threads);
             }
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < at_once; ++j) {
                 if (sent(first + j * threads)) target[first + j * threads] = some[j];
             }
         }
