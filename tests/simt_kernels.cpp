@@ -265,14 +265,15 @@ extern "C" const char* wrong(int which) {
 
 // Rounds in which each of 40 blocks publishes its number in global memory, one warp each half of it, signals, waits for
 // all signals and adds up what it collects: sums [blocks, rounds]. fault: 0 none, 1 one buffer instead of two, 2 nobody
-// waits, 3 a signal before the block's other warp has published.
+// waits, 3 a signal before the block's other warp has published, 4 no wait for what is collected.
 extern "C" const char* grid(std::uint64_t schedule, int rounds, int fault, std::int32_t* sums) {
     constexpr unsigned kBlocks = 40;
     struct alignas(16) Memory {
         simt::Words words[2][kBlocks][2];
         simt::Flag flag;
     } memory{};
-    const host::Launch launch{{kBlocks, 1, 1}, {64, 1, 1}, kBlocks, 0, schedule, &memory, sizeof(memory)};
+    const host::Launch launch{{kBlocks, 1, 1}, {64, 1, 1}, kBlocks,       sizeof(memory.words[0]),
+                              schedule,        &memory,    sizeof(memory)};
     return keep(host::run(launch, [&] {
         const unsigned block = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         for (int round = 0; round < rounds; ++round) {
@@ -287,7 +288,10 @@ extern "C" const char* grid(std::uint64_t schedule, int rounds, int fault, std::
             simt::sync_threads();
             if (threadIdx.x == 0) {
                 std::uint32_t sum = 0;
-                for (const auto& pair : words) sum += simt::collect(&pair[0]).x + simt::collect(&pair[1]).x;
+                auto* const here = reinterpret_cast<simt::Words*>(simt::shared_memory());
+                for (unsigned j = 0; j < 2 * kBlocks; ++j) simt::collect(here + j, &words[j / 2][j % 2]);
+                if (fault != 4) simt::collected();
+                for (unsigned j = 0; j < 2 * kBlocks; ++j) sum += here[j].x;
                 sums[block * static_cast<unsigned>(rounds) + static_cast<unsigned>(round)] =
                     static_cast<std::int32_t>(sum);
             }
@@ -304,7 +308,8 @@ extern "C" const char* wrong_in_a_grid(int which) {
             case 0:  // past the end
                 return simt::publish(words + 2, {});
             case 1:  // off by 4 bytes
-                return void(simt::collect(reinterpret_cast<simt::Words*>(flag + 1)));
+                return simt::collect(reinterpret_cast<simt::Words*>(simt::shared_memory()),
+                                     reinterpret_cast<simt::Words*>(flag + 1));
             case 2:  // only one of two signals
                 if (blockIdx.x == 0 && threadIdx.x == 0) simt::signal(flag);
                 return simt::await(flag, 2);

@@ -120,7 +120,7 @@ def test_persistent_kernels_over_the_grid(walk, arch):
     """On every architecture, weights in registers; words travel 16 bytes at a time, past the L1 cache."""
     usage, code = kernels_of(arch, rf"persistent_kernel.*{walk}Kernel.*Lb[01]ELi\dELb1E")
     assert len(usage) == 4, "bf16, fp16, TF32, fp32, each for up to 4 groups of two warps"
-    collected = "LDG.E.128.STRONG.GPU" if walk == "Forward" else "LDG.E.STRONG.GPU"
+    collected = "LDGSTS.E.BYPASS.128" if walk == "Forward" else "LDG.E.STRONG.GPU"
     for kernel, use in usage.items():
         assert use["REG"] * 256 <= 65536, kernel
         for instruction in (multiplies(kernel), "LDS.128", "STG.E.128", ".E.ADD.STRONG.GPU", collected):

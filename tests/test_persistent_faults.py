@@ -102,6 +102,7 @@ FAULTS = {
     ),
     "forward, grid: a signal too early": Fault(COMMON, "static_cast<unsigned>(fill + 1)", "fill", "bits", True),
     "forward, grid: the flag of one block": Fault(COMMON, "flags(slot) + rank,", "flags(slot),", "bits", True),
+    "forward, grid: no wait for what is collected": Fault(FORWARD, "simt::collected();", "", "bits", grid=True),
     "forward, grid: one buffer": Fault(COMMON, "(2 * tile(slot) + buffer)", "(2 * tile(slot))", "bits", grid=True),
     "backward, grid: no wait for dh": Fault(BACKWARD, "global().await(slot, fill);", "", "bits", grid=True),
     "backward, grid: one buffer": Fault(

@@ -117,17 +117,8 @@ __global__ void __launch_bounds__(kThreads, 1) grid_steps(Times* times, unsigned
         if (threadIdx.x == 0) signal(flags + blockIdx.x);
         for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) await(flags + block, step + 1);
         sync_threads();
-        for (unsigned first = threadIdx.x; first < words; first += 4 * kThreads) {
-            Words some[4];
-#pragma unroll
-            for (unsigned j = 0; j < 4; ++j) {
-                if (first + j * kThreads < words) some[j] = collect(h + first + j * kThreads);
-            }
-#pragma unroll
-            for (unsigned j = 0; j < 4; ++j) {
-                if (first + j * kThreads < words) here[first + j * kThreads] = some[j];
-            }
-        }
+        for (unsigned j = threadIdx.x; j < words; j += kThreads) collect(here + j, h + j);
+        collected();
         sync_threads();
     }
     watch.stop();

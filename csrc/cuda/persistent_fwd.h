@@ -162,17 +162,10 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         const auto* const source = reinterpret_cast<const Words*>(from);
         auto* const target = reinterpret_cast<Words*>(to);
         const int threads = static_cast<int>(blockDim.x), words = static_cast<int>(p.workspace.of_buffer / 16);
-        const auto sent = [&](int j) { return j < words && j / 32 * kBlock + j % 4 * 16 < column_bytes(); };
-        constexpr int at_once = kElement == 2 ? 8 : 4;  // loads, as registers allow
-        for (int first = static_cast<int>(threadIdx.x); first < words; first += at_once * threads) {
-            Words some[at_once];
-            for (int j = 0; j < at_once; ++j) {
-                if (sent(first + j * threads)) some[j] = simt::collect(source + first + j * threads);
-            }
-            for (int j = 0; j < at_once; ++j) {
-                if (sent(first + j * threads)) target[first + j * threads] = some[j];
-            }
+        for (int j = static_cast<int>(threadIdx.x); j < words; j += threads) {
+            if (j / 32 * kBlock + j % 4 * 16 < column_bytes()) simt::collect(target + j, source + j);
         }
+        simt::collected();
     }
 
     SIMT int column_bytes() const { return p.plan.cluster * p.plan.groups * kGroup * kElement; }  // of h as it travels

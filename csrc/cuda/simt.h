@@ -185,18 +185,19 @@ SIMT void await(const Flag* flag, unsigned signals) {
 }
 
 // What another block has published, past the L1 cache, which never hears of it.
-SIMT Words collect(const Words* from) {
-    Words value;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(from));
-    return value;
-}
 SIMT float collect(const float* from) {
     float value;
     asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
     return value;
 }
+
+// 16 bytes of it into shared memory; there for the caller after `collected`.
+SIMT void collect(Words* to, const Words* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+}
+SIMT void collected() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- Matrix product, warp-wide --------------------------------------------------------------------------------------
 

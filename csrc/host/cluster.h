@@ -56,10 +56,11 @@ struct Block {
 
 struct Fibre {
     ucontext_t context;
-    unsigned block, thread;       // block: rank in the cluster
-    const char* waits = nullptr;  // for what; null while it can run
-    const void* at = nullptr;     // the Barrier or flag it waits at, if it does
-    unsigned operand = 0;         // the parity or the signals it waits for there
+    unsigned block, thread;                        // block: rank in the cluster
+    const char* waits = nullptr;                   // for what; null while it can run
+    const void* at = nullptr;                      // the Barrier or flag it waits at, if it does
+    unsigned operand = 0;                          // the parity or the signals it waits for there
+    std::vector<std::pair<Words*, Words>> copies;  // to its block's memory, which come when it asks for them
 };
 
 // What is on its way: a message to another block's shared memory, words for the whole grid, or a signal that they came.
@@ -228,6 +229,12 @@ class Cluster {
         check_global(from, sizeof(T));
         pause();
         return *from;
+    }
+
+    void copy(Words* to, const Words* from) { fibres_[current_].copies.emplace_back(to, collect(from)); }
+    void copied() {
+        for (const auto& [to, value] : fibres_[current_].copies) *to = value;
+        fibres_[current_].copies.clear();
     }
 
     void send(Message message) {

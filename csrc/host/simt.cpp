@@ -132,8 +132,12 @@ void signal(Flag* flag) {
     Cluster::active->send({Means::signal, Cluster::active->rank(), 0, 0, flag, {}});
 }
 void await(const Flag* flag, unsigned signals) { Cluster::active->await(flag, signals); }
-Words collect(const Words* from) { return Cluster::active->collect(from); }
 float collect(const float* from) { return Cluster::active->collect(from); }
+void collect(Words* to, const Words* from) {
+    Cluster::active->offset(to, sizeof(Words), "what is collected");
+    Cluster::active->copy(to, from);
+}
+void collected() { Cluster::active->copied(); }
 
 template <typename T>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {

@@ -84,8 +84,9 @@ using Flag = std::uint32_t;
 void publish(void* to, Words value);
 void signal(Flag* flag);
 void await(const Flag* flag, unsigned signals);
-Words collect(const Words* from);
 float collect(const float* from);
+void collect(Words* to, const Words* from);
+void collected();
 
 // Adds up exactly, then rounds towards zero: the products' sum is what tensor cores are at their worst.
 template <typename T>
