@@ -210,6 +210,8 @@ int persistent_granted([[maybe_unused]] int kind, [[maybe_unused]] bool backward
 // On `device` in the stream `queue`; without a device on the host, in the schedule `queue`.
 template <typename Walk>
 void run_persistent(const Walk& walk, int kind, std::optional<int> device, std::uint64_t queue) {
+    if (reinterpret_cast<std::uintptr_t>(walk.gates) % 16 != 0)
+        throw std::runtime_error("gates should begin at a multiple of 16 bytes");
     std::string error;
     if (!device) {
         error = lstm::persistent::host::run(walk, static_cast<Kind>(kind), queue);

@@ -8,7 +8,8 @@
 // C blocks are any of a grid that is resident as a whole, and exchange h through global memory: a "grid" plan.
 //
 // N rows over all steps, T steps, B sequences, H hidden units, D directions, T also the storage dtype. Gates are
-// ordered i, f, g, o. All arrays are C-contiguous, need only the alignment of their elements, and do not overlap.
+// ordered i, f, g, o. All arrays are C-contiguous, need only the alignment of their elements, `gates` 16 bytes, and do
+// not overlap.
 // Pointers must stay valid until the work is done: at return on the host, in stream order with CUDA.
 #pragma once
 
@@ -165,10 +166,24 @@ LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int dire
     return at;
 }
 
+// Where a unit's activated gates lie in a row of 4H: gate k at first + k step. Where H is a multiple of 4 they lie side
+// by side, for one access: those of 8 units where the 8 pre-activations of each gate were.
+struct SavedAt {
+    int first, step;
+
+    LSTM_HD SavedAt(int hidden, int unit) : first(unit), step(hidden) {
+        if (hidden % 4 != 0) return;
+        const int group = unit / kGroup * kGroup, own = 4 * (unit - group);
+        const int bits = hidden - group < kGroup ? 2 : 3;  // of the units that the group has
+        first = (own >> bits) * hidden + group + own % (1 << bits);
+        step = 1;
+    }
+};
+
 // ---- What a walk reads and writes -----------------------------------------------------------------------------------
 
 struct Forward {
-    void* gates;                 // T [D, N, 4H], on entry x W_ih^T + b_ih + b_hh; with cells activated in place
+    void* gates;                 // T [D, N, 4H], on entry x W_ih^T + b_ih + b_hh; with cells activated, by SavedAt
     const void* h0;              // T [D, B, H], null for zeros
     const void* c0;              // T [D, B, H], null for zeros
     const void* w_hh[2];         // of each direction, T [4H, H]
@@ -186,7 +201,7 @@ struct Forward {
 };
 
 struct Backward {
-    const void* gates;           // T [D, N, 4H], activated
+    const void* gates;           // T [D, N, 4H], activated, by SavedAt
     const void* cells;           // float [D, N, H]
     const void* c0;              // T [D, B, H], null for zeros
     const void* w_hh[2];         // of each direction, T [4H, H]

@@ -11,7 +11,7 @@ namespace lstm::persistent {
 
 // What the forward walk saved of the next item, loaded while the cluster exchanges dh.
 struct Saved {
-    std::uint32_t gates[4], dy;  // bits of T
+    std::uint32_t gates[4], dy;  // bits of T, of gates side by side two in a word of 16 bits each
     std::uint32_t c, c_before;   // of float
     int row;                     // of [N, ...]; below 0 when the gradients pass through
     bool first;                  // the sequence starts here, with c0
@@ -27,7 +27,7 @@ template <typename T, bool kExact, int kMost, bool kGrid>
 struct BackwardKernel : Walker<Backward, kGrid> {
     using Base = Walker<Backward, kGrid>;
     using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
-    using Base::sequence, Base::state, Base::steps, Base::within;
+    using Base::sequence, Base::side_by_side, Base::state, Base::steps, Base::to_saved, Base::within;
     static constexpr int kElement = sizeof(T), kTiles = held(kElement, kMost).tiles, kDeep = held(kElement, kMost).deep;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
 
@@ -74,6 +74,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         Column<T, kKept> dgates;
         Column<const float, kKept> cells;
         int of_gate;  // bytes from one gate to the next
+        int saved;    // elements from the unit's place to its first saved gate
     };
     SIMT Columns columns() const {
         const int hidden = kKept ? p.sizes.hidden : simt::opaque(p.sizes.hidden);
@@ -83,7 +84,8 @@ struct BackwardKernel : Walker<Backward, kGrid> {
                 {static_cast<const T*>(p.dy) + at.direction * hidden + unit, p.sizes.directions * hidden * kElement},
                 {static_cast<T*>(p.dgates) + 4 * before + unit, 4 * hidden * kElement},
                 {static_cast<const float*>(p.cells) + before + unit, hidden * 4},
-                hidden * kElement};
+                hidden * kElement,
+                to_saved(hidden, unit)};
     }
 
     SIMT unsigned fill_bytes() const { return p.plan.cluster * p.plan.groups * 256; }
@@ -126,7 +128,13 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         const bool here = more && found.row >= 0;
         const int row = here ? found.row : 0;
         const T* const gates = columns.gates.row(row);
-        for (int k = 0; k < 4; ++k) found.gates[k] = simt::load_bits(at_row(gates, k, columns.of_gate));
+        if (side_by_side()) {
+            const int saved = kExact ? to_saved(p.sizes.hidden, simt::opaque(within() ? cell.unit : 0))
+                                     : columns.saved;  // as registers allow
+            simt::load_bits_of_four(gates + saved, found.gates);
+        } else {
+            for (int k = 0; k < 4; ++k) found.gates[k] = simt::load_bits(at_row(gates, k, columns.of_gate));
+        }
         found.c = simt::load_bits(columns.cells.row(row));
         if (p.dy != nullptr) found.dy = simt::load_bits(columns.dy.row(row));
 
@@ -282,6 +290,10 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     }
 
     SIMT static float of(std::uint32_t bits) { return load(from_bits<T>(bits)); }
+    SIMT float gate(const Saved& x, int k) const {
+        if (kElement == 4 || !side_by_side()) return of(x.gates[k]);
+        return of(k % 2 == 0 ? x.gates[k / 2] : x.gates[k / 2] >> 16);
+    }
 
     SIMT void run() const {
         Words w[kTiles][kDeep][2];
@@ -309,9 +321,8 @@ struct BackwardKernel : Walker<Backward, kGrid> {
                 const auto* const c0 = static_cast<const T*>(p.c0);
                 c_before = c0 == nullptr ? 0.0f : load(c0[in_batch(sequence(now.slot))]);
             }
-            const CellBackward<float> made =
-                cell_backward<speed<T, kExact>>(of(x.gates[0]), of(x.gates[1]), of(x.gates[2]), of(x.gates[3]),
-                                                bit_cast<float>(x.c), c_before, dh + of(x.dy), dc);
+            const CellBackward<float> made = cell_backward<speed<T, kExact>>(
+                gate(x, 0), gate(x, 1), gate(x, 2), gate(x, 3), bit_cast<float>(x.c), c_before, dh + of(x.dy), dc);
             const float found[4] = {made.da_i, made.da_f, made.da_g, made.da_o};
             Gates<T> da_now, b;
             for (int k = 0; k < 4; ++k) da_now.of[k] = store<T>(active ? found[k] : 0.0f);

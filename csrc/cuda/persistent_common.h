@@ -224,6 +224,10 @@ struct Walker {
     }
     SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
     SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
+    // Whether a unit's saved gates are one access.
+    SIMT bool side_by_side() const { return p.sizes.hidden % 4 == 0; }
+    // Elements from a unit to its first saved gate.
+    SIMT static int to_saved(int hidden, int unit) { return SavedAt(hidden, unit).first - unit; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }

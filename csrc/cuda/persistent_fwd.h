@@ -26,7 +26,7 @@ template <typename T, bool kExact, int kMost, bool kGrid>
 struct ForwardKernel : Walker<Forward, kGrid> {
     using Base = Walker<Forward, kGrid>;
     using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
-    using Base::sequence, Base::state, Base::steps, Base::within;
+    using Base::sequence, Base::side_by_side, Base::state, Base::steps, Base::to_saved, Base::within;
     static constexpr int kElement = sizeof(T), kHeld = held(kElement, kMost).blocks;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
     static constexpr int kAtOnce = kExact ? 2 : held(kElement, kMost).at_once;  // blocks, as registers allow
@@ -52,6 +52,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         Column<T, kKept> gates, y;
         Column<float, kKept> cells;
         int of_gate;  // bytes from one gate to the next
+        int saved;    // elements from there to the unit's first saved gate
     };
     SIMT static int kept_here(int x) { return kKept ? simt::opaque(x) : x; }
     SIMT Columns columns() const {
@@ -61,7 +62,8 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         return {{static_cast<T*>(p.gates) + 4 * before + unit, 4 * hidden * kElement},
                 {static_cast<T*>(p.y) + at.direction * hidden + unit, p.sizes.directions * hidden * kElement},
                 {static_cast<float*>(p.cells) + before + unit, hidden * 4},
-                hidden * kElement};
+                hidden * kElement,
+                to_saved(hidden, unit)};
     }
 
     // 16 bytes of W_hh: gate k of a group's unit lane / 4, the lane's share of a block of K; zero outside of W_hh.
@@ -328,7 +330,13 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         if (p.cells == nullptr) return;
         simt::store_bits(columns.cells.row(result.row), bits(result.c));
         T* const to = columns.gates.row(result.row);
-        for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, columns.of_gate), bits(result.gates[k]));
+        if (side_by_side()) {
+            const int saved =
+                kMost < 8 ? columns.saved : to_saved(p.sizes.hidden, simt::opaque(cell.unit));  // as registers allow
+            simt::store_four(to + saved, result.gates);
+        } else {
+            for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, columns.of_gate), bits(result.gates[k]));
+        }
     }
 };
 

@@ -81,6 +81,35 @@ SIMT void store_bits(T* p, std::uint32_t bits) {
     }
 }
 
+// The same of four in a row, aligned to their size: two or four words.
+template <typename T>
+SIMT void load_bits_of_four(const T* p, std::uint32_t (&bits)[4]) {
+    if constexpr (sizeof(T) == 2) {
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(bits[0]), "=r"(bits[1])
+                     : "l"(__cvta_generic_to_global(p))
+                     : "memory");
+    } else {
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+                     : "l"(__cvta_generic_to_global(p))
+                     : "memory");
+    }
+}
+template <typename T>
+SIMT void store_four(T* p, const T (&values)[4]) {
+    std::uint32_t bits[sizeof(T)];
+    std::memcpy(bits, values, 4 * sizeof(T));
+    if constexpr (sizeof(T) == 2) {
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(bits[0]), "r"(bits[1])
+                     : "memory");
+    } else {
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits[0]),
+                     "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
+                     : "memory");
+    }
+}
+
 // ---- Warps and blocks -----------------------------------------------------------------------------------------------
 
 SIMT std::uint32_t shuffle(std::uint32_t value, unsigned lane) { return __shfl_sync(0xffffffffu, value, lane); }

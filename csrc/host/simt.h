@@ -62,6 +62,14 @@ template <typename T>
 void store_bits(T* p, std::uint32_t bits) {
     std::memcpy(p, &bits, sizeof(T));
 }
+template <typename T>
+void load_bits_of_four(const T* p, std::uint32_t (&bits)[4]) {
+    std::memcpy(bits, p, 4 * sizeof(T));
+}
+template <typename T>
+void store_four(T* p, const T (&values)[4]) {
+    std::memcpy(p, values, 4 * sizeof(T));
+}
 template <typename V>
 V opaque(V x) {
     return x;

@@ -13,7 +13,7 @@ Each backend has:
 ``layer_forward(inputs, save) -> y, h_n, c_n, saved``
     F1-F6 over all steps of ``inputs``, a ``LayerInputs``. Returns ``y`` [.., D*R] T, in x's form, direction d in
     columns d*R to (d+1)*R; ``h_n`` and ``c_n``, shaped as ``h0`` and ``c0``; with ``save``, what backward needs: the
-    activated gates [D, N, 4H] T and c_t of every step [D, N, H] Acc; else None.
+    activated gates [D, N, 4H] T, a row's in an order of its own, and c_t of every step [D, N, H] Acc; else None.
 ``layer_backward(inputs, y, saved, grads, needs) -> gradients``
     B1-B8 over all steps. ``grads``: those of y, h_n and c_n, shaped as they are, T; None for zero. Returns those of x,
     h0, c0, and of each direction's w_ih, w_hh, b_ih, b_hh and w_hr, T; None where ``needs``, a flag for each in the
