@@ -225,13 +225,14 @@ def run_kernels(device: str = "cuda") -> dict[str, Any]:
     place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     state = [torch.randn(1, B, H, **place) for _ in range(4)]
     w = [torch.randn(4 * H, H, **place) / H**0.5]
-    start = torch.randn(1, T * B, 4 * H, **place)
+    biases = [(torch.randn(4 * H, **place), torch.randn(4 * H, **place))]
+    start = torch.randn(T * B, 4 * H, **place)
     y, dy, dgates = torch.empty(T * B, H, **place), torch.randn(T * B, H, **place), torch.empty_like(start)
     cells = torch.empty(1, T * B, H, device=device)
     gates, steps = start.clone(), [B] * T
 
     def forward(saved: Tensor | None) -> None:
-        persistent.recurrence_forward(gates, state[0], state[1], w, steps, y, state[2], state[3], saved)
+        persistent.recurrence_forward(gates, state[0], state[1], w, biases, steps, y, state[2], state[3], saved)
 
     def backward() -> None:
         persistent.recurrence_backward(gates, cells, state[1], w, steps, dy, None, None, dgates, None, None)

@@ -239,15 +239,17 @@ lstm::persistent::Sizes persistent_sizes(const std::array<std::int64_t, 5>& size
 using Tensor = lstm::tensors::Data;  // None for null
 
 // On tensors of csrc/cuda/persistent.h.
-void persistent_forward(Tensor gates, Tensor h0, Tensor c0, const std::vector<Tensor>& w_hh, Tensor starts, Tensor y,
-                        Tensor h_n, Tensor c_n, Tensor cells, const std::array<std::int64_t, 5>& sizes,
-                        const PlanTuple& plan, Tensor workspace, int kind, std::optional<int> device,
-                        std::uint64_t queue) {
+void persistent_forward(Tensor gates, Tensor h0, Tensor c0, const std::vector<Tensor>& w_hh,
+                        const std::vector<std::pair<Tensor, Tensor>>& biases, Tensor starts, Tensor y, Tensor h_n,
+                        Tensor c_n, Tensor cells, const std::array<std::int64_t, 5>& sizes, const PlanTuple& plan,
+                        Tensor workspace, int kind, std::optional<int> device, std::uint64_t queue) {
     const py::gil_scoped_release released;
     const lstm::persistent::Forward walk{gates.address,
                                          h0.address,
                                          c0.address,
                                          {w_hh.front().address, w_hh.back().address},
+                                         {biases.front().first.address, biases.back().first.address},
+                                         {biases.front().second.address, biases.back().second.address},
                                          static_cast<const std::int32_t*>(starts.address),
                                          y.address,
                                          h_n.address,
@@ -309,6 +311,20 @@ void previous([[maybe_unused]] Address y, [[maybe_unused]] Address initial, [[ma
     if (!error.empty()) throw std::runtime_error("the rows of the steps before could not be copied: " + error);
 }
 
+// csrc/cuda/persistent.h, Interleaved.
+void interleave([[maybe_unused]] const std::vector<Tensor>& from, [[maybe_unused]] Tensor to,
+                [[maybe_unused]] int hidden, [[maybe_unused]] int width, [[maybe_unused]] int device,
+                [[maybe_unused]] Address stream) {
+#ifdef LSTM_FAST_WITH_CUDA
+    const std::string error = lstm::persistent::cuda::interleave(
+        {{from.front().address, from.back().address}, to.address, hidden, static_cast<int>(from.size()), width}, device,
+        pointer(stream));
+#else
+    const std::string error = "lstm_fast._C was built without CUDA";
+#endif
+    if (!error.empty()) throw std::runtime_error("the rows of weight_ih could not be interleaved: " + error);
+}
+
 // csrc/cuda/persistent.h, Sums.
 void row_sums([[maybe_unused]] Tensor rows, [[maybe_unused]] std::int64_t count, [[maybe_unused]] int width,
               [[maybe_unused]] Tensor to, [[maybe_unused]] Tensor again, [[maybe_unused]] int kind,
@@ -363,8 +379,8 @@ void bind_persistent(py::module_& m) {
           "plain"_a);
     m.def("persistent_workspace", persistent_workspace, py::kw_only(), "kind"_a, "backward"_a, "plan"_a,
           "directions"_a);
-    m.def("persistent_forward", persistent_forward, "gates"_a, "h0"_a, "c0"_a, "w_hh"_a, "starts"_a, "y"_a, "h_n"_a,
-          "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a, "queue"_a);
+    m.def("persistent_forward", persistent_forward, "gates"_a, "h0"_a, "c0"_a, "w_hh"_a, "biases"_a, "starts"_a, "y"_a,
+          "h_n"_a, "c_n"_a, "cells"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a, "queue"_a);
     m.def("persistent_backward", persistent_backward, "gates"_a, "cells"_a, "c0"_a, "w_hh"_a, "starts"_a, "dy"_a,
           "dh_n"_a, "dc_n"_a, "dgates"_a, "dh0"_a, "dc0"_a, "sizes"_a, "plan"_a, "workspace"_a, "kind"_a, "device"_a,
           "queue"_a);
@@ -372,6 +388,7 @@ void bind_persistent(py::module_& m) {
     m.def("measure_exchange", measure_exchange, "device"_a, "report"_a);
     m.def("previous", previous, Released(), py::kw_only(), "y"_a, "initial"_a, "starts"_a, "before"_a, "rows"_a,
           "steps"_a, "width"_a, "stride"_a, "reverse"_a, "device"_a, "stream"_a);
+    m.def("interleave", interleave, "from_"_a, "to"_a, "hidden"_a, "width"_a, "device"_a, "stream"_a);
     m.def("row_sums", row_sums, "rows"_a, "count"_a, "width"_a, "to"_a, "again"_a, "kind"_a, "device"_a, "stream"_a);
     m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
 }

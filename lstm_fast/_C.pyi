@@ -90,6 +90,7 @@ def persistent_forward(
     h0: Tensor | None,
     c0: Tensor | None,
     w_hh: list[Tensor],
+    biases: list[tuple[Tensor | None, Tensor | None]],
     starts: Tensor | None,
     y: Tensor,
     h_n: Tensor,
@@ -121,6 +122,7 @@ def persistent_backward(
     device: int | None,
     queue: int,
 ) -> None: ...
+def interleave(from_: list[Tensor], to: Tensor, hidden: int, width: int, device: int, stream: int) -> None: ...
 def row_sums(
     rows: Tensor, count: int, width: int, to: Tensor | None, again: Tensor | None, kind: int, device: int, stream: int
 ) -> None: ...

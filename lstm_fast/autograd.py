@@ -192,7 +192,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
-    """y, h_n, c_n, and with ``save`` gates [D, N, 4H] and cells [D, N, H] for backward."""
+    """y, h_n, c_n, and with ``save`` activated gates and cells for backward."""
     *given, batch_sizes, backend, save = args
     inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:_STATES]
@@ -203,7 +203,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
             directions, _, hidden = c0.shape
             y, h_n, c_n = x.new_empty(*x.shape[:-1], directions * h0.size(2)), h0.clone(), c0.clone()
             acc = reference.accumulate_dtype(x.dtype)
-            saved = x.new_empty(directions, 0, 4 * hidden), x.new_empty(directions, 0, hidden, dtype=acc)
+            gates = x.new_empty(*_saved_shape(backend, directions, 0, hidden))
+            saved = gates, x.new_empty(directions, 0, hidden, dtype=acc)
         elif backend == "reference":
             with torch.no_grad():
                 y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
@@ -212,6 +213,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
             layer_inputs = LayerInputs(x, h0, c0, _directions(inputs), steps)
             y, h_n, c_n, saved = KERNELS[backend].layer_forward(layer_inputs, save)
     return y, h_n, c_n, saved if save else None
+
+
+def _saved_shape(backend: str, directions: int, rows: int, hidden: int) -> tuple[int, ...]:
+    """Of the activated gates."""
+    return (rows, directions * 4 * hidden) if backend == "persistent" else (directions, rows, 4 * hidden)
 
 
 def _backward(*args: Any) -> Sequence[Tensor | None]:
@@ -388,14 +394,14 @@ _layer_backward_op = torch.library.custom_op(
 
 @_layer_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, save = args
+    *inputs, _, backend, save = args
     _check(inputs)
     x, h0, c0 = inputs[:_STATES]
     directions, _, hidden = c0.shape
     rows = math.prod(x.shape[:-1])
     gates = cells = None
     if save:
-        gates = x.new_empty(directions, rows, 4 * hidden)
+        gates = x.new_empty(*_saved_shape(backend, directions, rows, hidden))
         cells = x.new_empty(directions, rows, hidden, dtype=reference.accumulate_dtype(x.dtype))
     return (
         x.new_empty(*x.shape[:-1], directions * h0.size(2)),

@@ -69,14 +69,16 @@ class Case:
         suffixes = ["", "_reverse"][: self.directions]
         self.w_hh = [getattr(self.theirs, f"weight_hh_l0{s}").detach().contiguous() for s in suffixes]
         self.w_ih = [getattr(self.theirs, f"weight_ih_l0{s}").detach().double() for s in suffixes]
-        biases = [getattr(self.theirs, f"bias_ih_l0{s}") + getattr(self.theirs, f"bias_hh_l0{s}") for s in suffixes]
-        products = [self.x.double() @ w.t() + b.detach().double() for w, b in zip(self.w_ih, biases, strict=True)]
-        self.gates = torch.stack(products).to(dtype)
+        names = [(f"bias_ih_l0{s}", f"bias_hh_l0{s}") for s in suffixes]
+        self.biases = [tuple(getattr(self.theirs, name).detach() for name in pair) for pair in names]
+        products = torch.stack([self.x.double() @ w.t() for w in self.w_ih], 1)  # [N, D, 4H]
+        units = products.view(rows, self.directions, 4, hidden).transpose(2, 3)
+        self.gates = units.reshape(rows, -1).to(dtype)
 
     def forward(self, save: bool = True, schedule: int = 0) -> dict[str, Tensor]:
         """The kernel's results, into memory full of NaN."""
         dtype, (directions, batch, hidden) = self.gates.dtype, self.c0.shape
-        rows = self.gates.size(1)
+        rows = self.gates.size(0)
         found = {
             "gates": self.gates.clone(),
             "y": nan(rows, directions * hidden, dtype=dtype),
@@ -86,8 +88,8 @@ class Case:
         cells = nan(directions, rows, hidden) if save else None
         with precision(self.kind):
             persistent.recurrence_forward(
-                found["gates"],
-                *(self.h0, self.c0, self.w_hh, self.steps, found["y"], found["h_n"], found["c_n"], cells),
+                *(found["gates"], self.h0, self.c0, self.w_hh, self.biases, self.steps),
+                *(found["y"], found["h_n"], found["c_n"], cells),
                 schedule=schedule,
             )
         return found if cells is None else {**found, "cells": cells}
@@ -95,7 +97,7 @@ class Case:
     def backward(self, saved: dict[str, Tensor], schedule: int = 0, dy: bool = True) -> dict[str, Tensor]:
         """The kernel's gradients, after ``forward``."""
         found = {
-            "dgates": torch.full_like(self.gates, float("nan")),
+            "dgates": nan(self.directions, self.gates.size(0), 4 * self.hidden, dtype=self.gates.dtype),
             **{name: torch.full_like(self.c0, float("nan")) for name in ("dh", "dc")},
         }
         with precision(self.kind):

@@ -30,11 +30,12 @@ const char* run(Walk walk, std::uint64_t schedule) {
 
 }  // namespace
 
-// p: gates, h0, c0, w_hh of both directions, starts, y, h_n, c_n, cells, workspace; n: N, T, B, H, D, then the plan.
+// p: gates, h0, c0, w_hh, b_ih and b_hh of both directions, starts, y, h_n, c_n, cells, workspace; n: N, T, B, H, D,
+// then the plan.
 extern "C" const char* forward(void* const* p, const std::int64_t* n, std::uint64_t schedule) {
-    const auto* starts = static_cast<const std::int32_t*>(p[5]);
-    const Forward walk{p[0], p[1],     p[2],    {p[3], p[4]}, starts, p[6], p[7], p[8],
-                       p[9], sizes(n), plan(n), p[10],        {},     {},   0};
+    const auto* starts = static_cast<const std::int32_t*>(p[9]);
+    const Forward walk{p[0],  p[1],  p[2],     {p[3], p[4]}, {p[5], p[6]}, {p[7], p[8]}, starts, p[10], p[11],
+                       p[12], p[13], sizes(n), plan(n),      p[14],        {},           {},     0};
     return run<ForwardKernel>(walk, schedule);
 }
 

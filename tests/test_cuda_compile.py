@@ -114,6 +114,28 @@ def test_persistent_kernels(walk, arch):
         assert loop.count("CCTL.IVALL") <= 1, "the L1 cache is emptied within the loop, not only by the last barrier"
 
 
+def waiting_for_gates(code: str) -> list[str]:
+    """Instructions from the load of an item's gates to the block's barrier that wait for it, by their control bits:
+    each load counts up one of six counters, and an instruction names those that it needs at zero."""
+    lines = re.findall(r"/\*\w+\*/\s+(.*?);\s+/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/", code)
+    control = [(text, int(word, 16) >> 41) for text, word in lines]
+    first = max(
+        k for k, (text, _) in enumerate(control) if re.search(r"LDG\.E\.64\b", text)
+    )  # before the loop: one more
+    counter = control[first][1] >> 5 & 7
+    last = next(k for k in range(first, len(control)) if "BAR.SYNC" in control[k][0])
+    return [text for text, bits in control[first + 1 : last] if bits >> 11 >> counter & 1]
+
+
+@pytest.mark.parametrize("walk", ["Forward", "Backward"])
+@pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
+def test_nothing_waits_for_the_gates_of_the_next_item(dtype, walk):
+    """Else each step takes as long as a load from memory, whatever else is true."""
+    _, code = kernels_of("90a", rf"persistent_kernel.*{walk}Kernel.*{dtype}Lb0ELi4ELb0E")
+    (kernel,) = code.values()
+    assert waiting_for_gates(kernel) == []
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("walk", ["Forward", "Backward"])
 def test_persistent_kernels_over_the_grid(walk, arch):

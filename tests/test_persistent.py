@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fast import _C
@@ -90,22 +91,35 @@ def test_every_layout_of_the_weights(kind, hidden, clusters, groups):
 
 
 @pytest.mark.parametrize(
-    "kind, hidden, blocks, groups, cluster",
+    "kind, hidden, blocks, forward, backward",  # G and C of each walk
     [
-        ("bf16", 512, 16, 4, 16),  # all weights in registers
-        ("fp16", 1024, 34, 4, 32),  # half of them in shared memory
-        ("bf16", 1024, 130, 1, 128),
-        ("tf32", 768, 96, 1, 96),
-        ("fp32", 768, 66, 2, 48),
-        ("fp32", 300, 27, 2, 19),  # the last block has one unit of 12
+        ("bf16", 512, 16, (4, 16), (4, 16)),  # all weights in registers
+        ("fp16", 1024, 34, (4, 32), (4, 32)),  # half of them in shared memory
+        ("bf16", 1024, 130, (2, 64), (4, 32)),
+        ("tf32", 1024, 130, (1, 128), (1, 128)),
+        ("tf32", 768, 96, (2, 48), (3, 32)),
+        ("fp32", 768, 66, (2, 48), (3, 32)),
+        ("fp32", 300, 27, (2, 19), (2, 19)),  # the last block has one unit of 12
     ],
 )
-def test_every_layout_of_a_grid(kind, hidden, blocks, groups, cluster):
+def test_every_layout_of_a_grid(kind, hidden, blocks, forward, backward):
     with granted({}, blocks):
         case = Case(kind, hidden, [2] * 3)
-        plans = [persistent._plan(NUMBERS[kind], backward, hidden, 3, 1, None) for backward in (False, True)]
-        assert {(plan.groups, plan.cluster) for plan in plans} == {(groups, cluster)}
+        plans = [persistent._plan(NUMBERS[kind], walk, hidden, 3, 1, None) for walk in (False, True)]
+        assert [(plan.groups, plan.cluster) for plan in plans] == [forward, backward]
         check(case, case.both())
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_compiler_is_told_the_size_of_what_is_saved(directions):
+    case = Case("bf16", 5, [2] * 3, directions)
+    absent = [None] * (13 - 3 - 5 * directions)
+    weights = [t for direction in case.theirs.all_weights for t in (*direction, None)]
+    inputs = (case.x, case.h0, case.c0, *weights, *absent)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in inputs]
+        *_, gates, _ = torch.ops.lstm_fast.layer(*fakes, None, "persistent", True)
+    assert gates.shape == case.forward()["gates"].shape
 
 
 def test_directions_that_a_grid_holds_only_one_at_a_time():
@@ -134,7 +148,7 @@ def test_saturated_gates(exchange, kind):
 def test_nan_stays_in_its_sequence(exchange):
     case = Case("bf16", 40, [4] * 11)
     clean = case.both()
-    case.gates[0, 3] = float("nan")  # step 0 of sequence 3
+    case.gates[3] = float("nan")  # step 0 of sequence 3
     y = case.forward()["y"].view(4, 11, 40)
     assert y[:, 3].isnan().all()
     others = [b for b in range(11) if b != 3]

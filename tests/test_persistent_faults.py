@@ -49,7 +49,7 @@ FAULTS = {
     ),
     "forward: halves of K in one buffer": Fault(FORWARD, "(kGrid ? 0 : turn) * 2 * half", "0 * 2 * half", "bits"),
     "forward: the next fill not expected": Fault(
-        FORWARD, "simt::arrive_expecting(full(now.slot, buffer), fill_bytes());", "", "deadlock"
+        FORWARD, "simt::arrive_expecting(full(now.slot, before), fill_bytes());", "", "deadlock"
     ),
     "forward: a fill of too few bytes": Fault(
         FORWARD,
@@ -142,7 +142,7 @@ def build(folder: Path, csrc: Path, host_layer: Path) -> ctypes.CDLL:
 def call(function, tensors: list[Tensor | None], case: Case, backward: bool, schedule: int) -> str:
     directions, batch, hidden = case.c0.shape
     plan = persistent._plan(BF16, backward, hidden, batch, directions, None)
-    numbers = [case.gates.size(1), len(case.steps), batch, hidden, directions, *plan]
+    numbers = [case.gates.size(0), len(case.steps), batch, hidden, directions, *plan]
     tensors = [*tensors, persistent._workspace(BF16, backward, plan, directions, torch.device("cpu"))]
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     return function(pointers, (ctypes.c_int64 * 13)(*numbers), ctypes.c_uint64(schedule)).decode()
@@ -162,7 +162,8 @@ def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
                 **{n: torch.full_like(whole[n], 9) for n in ("y", "h_n", "c_n", "cells")},
             }
             outputs = [found[name] for name in ("y", "h_n", "c_n", "cells")]
-            tensors = [found["gates"], case.h0, case.c0, *weights, starts, *outputs]
+            biases = [case.biases[d][k] for k in (0, 1) for d in (0, -1)]
+            tensors = [found["gates"], case.h0, case.c0, *weights, *biases, starts, *outputs]
             error = call(library.forward, tensors, case, False, schedule)
             wanted = whole
         else:

@@ -9,8 +9,7 @@
 //
 // N rows over all steps, T steps, B sequences, H hidden units, D directions, T also the storage dtype. Gates are
 // ordered i, f, g, o. All arrays are C-contiguous, need only the alignment of their elements, `gates` 16 bytes, and do
-// not overlap.
-// Pointers must stay valid until the work is done: at return on the host, in stream order with CUDA.
+// not overlap. Pointers must stay valid until the work is done: at return on the host, in stream order with CUDA.
 #pragma once
 
 #include <cstdint>
@@ -88,9 +87,9 @@ struct ForwardLayout {
     int blocks;   // of K: all hidden units, padded by zeros so that each warp of a pair has as many as it takes at once
     int in_smem;  // of those, how many of each warp's lie in shared memory
     int of_h;     // bytes of a tile's h
-    // Words [2, 2, 8, U + 1], of a grid [2, 8, U + 1]; Words [warps, in_smem, 4, 32]; T [tiles, 2, blocks, 8, 64
-    // bytes], of a grid [blocks, 8, 64 bytes]
-    int partial, weights, h, end;
+    // Words [2, 2, 8, U + 1], of a grid [2, 8, U + 1]; Words [U]; Words [warps, in_smem, 4, 32]; T [tiles, 2,
+    // blocks, 8, 64 bytes], of a grid [blocks, 8, 64 bytes]
+    int partial, bias, weights, h, end;
 };
 struct BackwardLayout {
     int blocks;   // of K: the four gates of the block's own units
@@ -117,7 +116,8 @@ LSTM_HD ForwardLayout forward_layout(Kind kind, const Plan& plan) {
     at.blocks = 2 * (half < kept.blocks ? round_up(half, kept.at_once) : half);
     at.in_smem = most(0, at.blocks / 2 - kept.blocks);
     at.partial = after_state(plan);
-    at.weights = at.partial + partial_bytes(plan) * (plan.grid ? 1 : 2);
+    at.bias = at.partial + partial_bytes(plan) * (plan.grid ? 1 : 2);
+    at.weights = at.bias + plan.groups * kGroup * 16;
     at.h = at.weights + warps * at.in_smem * 2048;
     at.of_h = kColumns * kBlock * at.blocks;
     at.end = at.h + (plan.grid ? 1 : plan.tiles * 2) * at.of_h;
@@ -166,27 +166,15 @@ LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int dire
     return at;
 }
 
-// Where a unit's activated gates lie in a row of 4H: gate k at first + k step. Where H is a multiple of 4 they lie side
-// by side, for one access: those of 8 units where the 8 pre-activations of each gate were.
-struct SavedAt {
-    int first, step;
-
-    LSTM_HD SavedAt(int hidden, int unit) : first(unit), step(hidden) {
-        if (hidden % 4 != 0) return;
-        const int group = unit / kGroup * kGroup, own = 4 * (unit - group);
-        const int bits = hidden - group < kGroup ? 2 : 3;  // of the units that the group has
-        first = (own >> bits) * hidden + group + own % (1 << bits);
-        step = 1;
-    }
-};
-
 // ---- What a walk reads and writes -----------------------------------------------------------------------------------
 
 struct Forward {
-    void* gates;                 // T [D, N, 4H], on entry x W_ih^T + b_ih + b_hh; with cells activated, by SavedAt
+    void* gates;                 // T [N, D, H, 4], on entry x W_ih^T; with cells activated in place
     const void* h0;              // T [D, B, H], null for zeros
     const void* c0;              // T [D, B, H], null for zeros
     const void* w_hh[2];         // of each direction, T [4H, H]
+    const void* b_ih[2];         // of each direction, T [4H], or null for zeros
+    const void* b_hh[2];         // likewise
     const std::int32_t* starts;  // [T + 1], first row of each step, and N; null when every step has B rows
     void* y;                     // T [N, D * H], written
     void* h_n;                   // T [D, B, H], written
@@ -201,7 +189,7 @@ struct Forward {
 };
 
 struct Backward {
-    const void* gates;           // T [D, N, 4H], activated, by SavedAt
+    const void* gates;           // T [N, D, H, 4], activated
     const void* cells;           // float [D, N, H]
     const void* c0;              // T [D, B, H], null for zeros
     const void* w_hh[2];         // of each direction, T [4H, H]
@@ -275,6 +263,14 @@ struct Previous {
     bool reverse;
 };
 std::string previous(const Previous& p, int device, void* stream);
+
+// The gates' rows of matrices [4H, width], one a direction, unit by unit: row 4 u + k of `to` is row k H + u.
+struct Interleaved {
+    const void* from[2];
+    void* to;                       // [D, 4H, width], written
+    int hidden, directions, width;  // width: bytes
+};
+std::string interleave(const Interleaved& p, int device, void* stream);
 
 // Sums over rows, in fp32 and in the same order on every run.
 struct Sums {

@@ -10,24 +10,20 @@
 namespace lstm::persistent {
 
 // What the forward walk saved of the next item, loaded while the cluster exchanges dh.
-struct Saved {
-    std::uint32_t gates[4], dy;  // bits of T, of gates side by side two in a word of 16 bits each
-    std::uint32_t c, c_before;   // of float
-    int row;                     // of [N, ...]; below 0 when the gradients pass through
-    bool first;                  // the sequence starts here, with c0
-};
-
-// i, f, g, o of one cell: one access.
 template <typename T>
-struct alignas(4 * sizeof(T)) Gates {
-    T of[4];
+struct Saved {
+    std::uint32_t gates[sizeof(T)];  // bits of four T
+    std::uint32_t dy;                // bits of T
+    std::uint32_t c, c_before;       // of float
+    int row;                         // of [N, ...]; below 0 when the gradients pass through
+    bool first;                      // the sequence starts here, with c0
 };
 
 template <typename T, bool kExact, int kMost, bool kGrid>
 struct BackwardKernel : Walker<Backward, kGrid> {
     using Base = Walker<Backward, kGrid>;
     using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
-    using Base::sequence, Base::side_by_side, Base::state, Base::steps, Base::to_saved, Base::within;
+    using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kTiles = held(kElement, kMost).tiles, kDeep = held(kElement, kMost).deep;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
 
@@ -74,18 +70,17 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         Column<T, kKept> dgates;
         Column<const float, kKept> cells;
         int of_gate;  // bytes from one gate to the next
-        int saved;    // elements from the unit's place to its first saved gate
     };
     SIMT Columns columns() const {
         const int hidden = kKept ? p.sizes.hidden : simt::opaque(p.sizes.hidden);
         const Index before = at.direction * p.sizes.all_rows * hidden;
         const int unit = within() ? cell.unit : 0;
-        return {{static_cast<const T*>(p.gates) + 4 * before + unit, 4 * hidden * kElement},
+        return {{static_cast<const T*>(p.gates) + 4 * (at.direction * hidden + unit),
+                 4 * p.sizes.directions * hidden * kElement},
                 {static_cast<const T*>(p.dy) + at.direction * hidden + unit, p.sizes.directions * hidden * kElement},
                 {static_cast<T*>(p.dgates) + 4 * before + unit, 4 * hidden * kElement},
                 {static_cast<const float*>(p.cells) + before + unit, hidden * 4},
-                hidden * kElement,
-                to_saved(hidden, unit)};
+                hidden * kElement};
     }
 
     SIMT unsigned fill_bytes() const { return p.plan.cluster * p.plan.groups * 256; }
@@ -121,20 +116,15 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     SIMT int all_tiles() const { return (p.plan.cluster * p.plan.groups + 1) / 2; }
 
     // Loads something in any case: without branches there is nothing to wait for.
-    SIMT Saved fetch(const Columns& columns, const Item& item, bool more, int longest) const {
+    SIMT Saved<T> fetch(const Columns& columns, const Item& item, bool more, int longest) const {
         const int t = time_of(item, longest), b = sequence(item.slot);
         const Step step = step_of(p.starts, p.sizes.batch, t);
-        Saved found{{}, 0, 0, 0, b < step.active ? step.first + b : -1, false};
+        Saved<T> found;  // without zeros, which loads would wait for
+        found.row = b < step.active ? step.first + b : -1;
+        found.dy = 0;
         const bool here = more && found.row >= 0;
         const int row = here ? found.row : 0;
-        const T* const gates = columns.gates.row(row);
-        if (side_by_side()) {
-            const int saved = kExact ? to_saved(p.sizes.hidden, simt::opaque(within() ? cell.unit : 0))
-                                     : columns.saved;  // as registers allow
-            simt::load_bits_of_four(gates + saved, found.gates);
-        } else {
-            for (int k = 0; k < 4; ++k) found.gates[k] = simt::load_bits(at_row(gates, k, columns.of_gate));
-        }
+        simt::load_bits_of_four(columns.gates.row(row), found.gates);
         found.c = simt::load_bits(columns.cells.row(row));
         if (p.dy != nullptr) found.dy = simt::load_bits(columns.dy.row(row));
 
@@ -205,8 +195,13 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             if constexpr (kGrid) return simt::collect(from + rank * stride);
             return from[rank * stride];
         };
-        constexpr int kAtOnce = kExact ? 4 : kGrid ? 32 : 8;  // as registers allow; past the last, it again
+        const auto past = [&](int rank) {  // of one past the last, which it may be: in shared memory without a branch
+            if constexpr (kGrid) return rank <= last ? one(rank) : 0.0f;
+            return one(rank < last ? rank : last);
+        };
+        constexpr int kAtOnce = kExact ? 4 : kGrid ? 32 : 8;  // as registers allow
         float sum = 0.0f;
+#pragma unroll 1
         for (int first = 0; first <= last; first += kAtOnce) {
             float some[kAtOnce];
             if (first + kAtOnce <= last + 1) {
@@ -214,7 +209,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
                 for (int j = 0; j < kAtOnce; ++j) some[j] = one(first + j);
             } else {
 #pragma unroll
-                for (int j = 0; j < kAtOnce; ++j) some[j] = one(first + j < last ? first + j : last);
+                for (int j = 0; j < kAtOnce; ++j) some[j] = past(first + j);
 #pragma unroll
                 for (int j = 0; j < kAtOnce; ++j) some[j] = first + j <= last ? some[j] : 0.0f;
             }
@@ -250,6 +245,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         Words shared[kDeep];
 #pragma unroll
         for (int block = 0; block < kDeep; ++block) shared[block] = kShared ? read(block) : Words{0, 0, 0, 0};
+        if (kKept) simt::sync_warp();  // or the compiler puts what there is to do besides before it
         const auto b = [&](int block) { return kShared ? shared[block] : read(block); };
         const auto sum_and_send = [&](const float (&d)[2][kChains][4], int tile) {
             float sum[4];
@@ -265,11 +261,12 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         };
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-            const bool mine = tile_number(j) < all_tiles();
+            const bool mine =
+                (kKept && j == 0) || tile_number(j) < all_tiles();  // past the last, zeros that nobody sends
             float d[2][kChains][4] = {};  // even and odd blocks; halves of a block apart, where registers allow
 #pragma unroll
             for (int block = 0; block < kDeep; block += 2) {
-                if (!mine || block >= p.layout.blocks) break;
+                if ((!kKept || j + block > 0) && (!mine || block >= p.layout.blocks)) break;
                 add(d[0], w[j][block][0], w[j][block][1], b(block));
                 add(d[1], w[j][block + 1][0], w[j][block + 1][1], b(block + 1));
             }
@@ -290,11 +287,6 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     }
 
     SIMT static float of(std::uint32_t bits) { return load(from_bits<T>(bits)); }
-    SIMT float gate(const Saved& x, int k) const {
-        if (kElement == 4 || !side_by_side()) return of(x.gates[k]);
-        return of(k % 2 == 0 ? x.gates[k / 2] : x.gates[k / 2] >> 16);
-    }
-
     SIMT void run() const {
         Words w[kTiles][kDeep][2];
         prepare(w);
@@ -302,27 +294,24 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         const int longest = steps()[0];
         bool more = longest > 0;
         const Columns kept = columns();
-        Saved x = fetch(kept, item, more, longest);
+        Saved<T> x = fetch(kept, item, more, longest);
         for (int turn = 0; more; turn ^= 1) {
             const Item now = item;
             const bool active = x.row >= 0;
             float dh = dh_state(now.slot), dc = dc_state(now.slot);
-            if (now.i > 0) {
-                dh += received(now.slot, now.i - 1);
-                if (!kGrid && threadIdx.x == 0 && now.i + 1 < count(now.slot, longest)) {
-                    simt::arrive_expecting(full(now.slot, (now.i - 1) % 2), fill_bytes());
-                }
-            }
+            if (now.i > 0) dh += received(now.slot, now.i - 1);
             more = advance(item, steps(), longest, p.plan.tiles);
-            Saved next{};  // of the next item: asked for while no messages travel, which would be in the way
-            if constexpr (kKept) next = fetch(kept, item, more, longest);
             float c_before = bit_cast<float>(x.c_before);
             if (x.first && within()) {
                 const auto* const c0 = static_cast<const T*>(p.c0);
                 c_before = c0 == nullptr ? 0.0f : load(c0[in_batch(sequence(now.slot))]);
             }
-            const CellBackward<float> made = cell_backward<speed<T, kExact>>(
-                gate(x, 0), gate(x, 1), gate(x, 2), gate(x, 3), bit_cast<float>(x.c), c_before, dh + of(x.dy), dc);
+            Saved<T> next;  // of the next item: asked for while no messages travel, which would be in the way
+            if constexpr (kKept) next = fetch(kept, item, more, longest);
+            const Gates<T> was = gates_of<T>(x.gates);
+            const CellBackward<float> made =
+                cell_backward<speed<T, kExact>>(load(was.of[0]), load(was.of[1]), load(was.of[2]), load(was.of[3]),
+                                                bit_cast<float>(x.c), c_before, dh + of(x.dy), dc);
             const float found[4] = {made.da_i, made.da_f, made.da_g, made.da_o};
             Gates<T> da_now, b;
             for (int k = 0; k < 4; ++k) da_now.of[k] = store<T>(active ? found[k] : 0.0f);
@@ -332,14 +321,19 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             dc_state(now.slot) = active ? made.dc_prev : dc;
             simt::sync_threads();  // all gradients of the block's cells lie in b
             const auto write = [&](const Columns& columns) {
-                if (!active || !within()) return;
+                const bool here = active && within();
+                if (!kKept && !here) return;  // which takes fewer registers
                 T* const to = columns.dgates.row(x.row);
-                for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, columns.of_gate), bits(da_now.of[k]));
+                for (int k = 0; k < 4; ++k) simt::store_bits(here, at_row(to, k, columns.of_gate), bits(da_now.of[k]));
             };
             product(w, turn, now.slot, now.i % 2, [&] { write(kept); });
             if constexpr (!kKept) {
                 write(columns());
                 next = fetch(columns(), item, more, longest);
+            }
+            // for the next but one, when nobody waits for this warp
+            if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 1 < count(now.slot, longest)) {
+                simt::arrive_expecting(full(now.slot, (now.i - 1) % 2), fill_bytes());
             }
             if constexpr (kGrid) global().signal(now.slot);
             x = next;

@@ -224,10 +224,6 @@ struct Walker {
     }
     SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
     SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
-    // Whether a unit's saved gates are one access.
-    SIMT bool side_by_side() const { return p.sizes.hidden % 4 == 0; }
-    // Elements from a unit to its first saved gate.
-    SIMT static int to_saved(int hidden, int unit) { return SavedAt(hidden, unit).first - unit; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }
@@ -248,6 +244,18 @@ SIMT T from_bits(std::uint32_t word) {
     T value;
     std::memcpy(&value, &word, sizeof(T));
     return value;
+}
+
+// i, f, g, o of one cell: one access.
+template <typename T>
+struct alignas(4 * sizeof(T)) Gates {
+    T of[4];
+};
+template <typename T>
+SIMT Gates<T> gates_of(const std::uint32_t (&bits)[sizeof(T)]) {
+    Gates<T> values;
+    std::memcpy(&values, bits, sizeof(values));
+    return values;
 }
 
 // What a product reads of a state: 16-bit types as they are, fp32 rounded where TF32 is allowed.

@@ -8,10 +8,11 @@
 
 namespace lstm::persistent {
 
-// An item's pre-activations.
+// An item's pre-activations, but for the biases.
+template <typename T>
 struct Preactivation {
-    std::uint32_t a[4];  // bits of T
-    int row;             // of [N, ...]; below 0 when the state stays
+    std::uint32_t a[sizeof(T)];  // bits of four T
+    int row;                     // of [N, ...]; below 0 when the state stays
 };
 
 // What an item leaves in global memory.
@@ -26,11 +27,11 @@ template <typename T, bool kExact, int kMost, bool kGrid>
 struct ForwardKernel : Walker<Forward, kGrid> {
     using Base = Walker<Forward, kGrid>;
     using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
-    using Base::sequence, Base::side_by_side, Base::state, Base::steps, Base::to_saved, Base::within;
+    using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kHeld = held(kElement, kMost).blocks;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
     static constexpr int kAtOnce = kExact ? 2 : held(kElement, kMost).at_once;  // blocks, as registers allow
-    static_assert(kHeld % kAtOnce == 0 && kHeld > kAtOnce);                     // `meanwhile` has its two places
+    static_assert(kHeld % kAtOnce == 0);
 
     const int found_outgoing;  // see `outgoing`
 
@@ -51,19 +52,16 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     struct Columns {
         Column<T, kKept> gates, y;
         Column<float, kKept> cells;
-        int of_gate;  // bytes from one gate to the next
-        int saved;    // elements from there to the unit's first saved gate
     };
     SIMT static int kept_here(int x) { return kKept ? simt::opaque(x) : x; }
     SIMT Columns columns() const {
         const int hidden = kKept ? p.sizes.hidden : simt::opaque(p.sizes.hidden);
         const Index before = at.direction * p.sizes.all_rows * hidden;
         const int unit = within() ? cell.unit : 0;
-        return {{static_cast<T*>(p.gates) + 4 * before + unit, 4 * hidden * kElement},
-                {static_cast<T*>(p.y) + at.direction * hidden + unit, p.sizes.directions * hidden * kElement},
-                {static_cast<float*>(p.cells) + before + unit, hidden * 4},
-                hidden * kElement,
-                to_saved(hidden, unit)};
+        return {
+            {static_cast<T*>(p.gates) + 4 * (at.direction * hidden + unit), 4 * p.sizes.directions * hidden * kElement},
+            {static_cast<T*>(p.y) + at.direction * hidden + unit, p.sizes.directions * hidden * kElement},
+            {static_cast<float*>(p.cells) + before + unit, hidden * 4}};
     }
 
     // 16 bytes of W_hh: gate k of a group's unit lane / 4, the lane's share of a block of K; zero outside of W_hh.
@@ -81,16 +79,17 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     }
 
     // Loads something in any case: without branches there is nothing to wait for.
-    SIMT Preactivation fetch(const Columns& columns, const Item& item, bool more, int longest) const {
+    SIMT Preactivation<T> fetch(const Columns& columns, const Item& item, bool more) const {
         const int b = sequence(item.slot);
-        const Step step = step_of(p.starts, p.sizes.batch, time_of(item, longest));
-        Preactivation found{{}, b < step.active ? step.first + b : -1};
-        const T* const from = columns.gates.row(more && found.row >= 0 ? found.row : 0);
-        for (int k = 0; k < 4; ++k) found.a[k] = simt::load_bits(at_row(from, k, columns.of_gate));
+        const Step step = step_of(p.starts, p.sizes.batch, time_of(item));
+        Preactivation<T> found;  // without zeros, which loads would wait for
+        found.row = b < step.active ? step.first + b : -1;
+        simt::load_bits_of_four(columns.gates.row(more && found.row >= 0 ? found.row : 0), found.a);
         return found;
     }
-    SIMT int time_of(const Item& item, int longest) const {
-        return at.direction == 0 ? item.i : count(item.slot, longest) - 1 - item.i;
+    SIMT int time_of(const Item& item) const {
+        const int last = steps()[item.slot] - 1;
+        return at.direction == 0 ? item.i : last - item.i;
     }
 
     // Everything that other blocks may see or fill is ready before the cluster's first barrier.
@@ -110,6 +109,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         for (int j = thread; j < h_bytes / 16; j += threads) {
             reinterpret_cast<Words*>(simt::shared_memory() + p.layout.h)[j] = Words{0, 0, 0, 0};
         }
+        if (thread < p.plan.groups * kGroup) biases()[thread] = bias_of(thread);
         const Words* const weights = packed(p, at);
         for (int n = 0; n < 4 * p.layout.in_smem; ++n) in_smem(n / 4, n % 4) = weights[(4 * kHeld + n) * 32];
 #pragma unroll
@@ -144,7 +144,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     }
 
     // h of the step before, of all units, lies in h(slot, i % 2).
-    SIMT void receive(const Item& now, int longest) const {
+    SIMT void receive(const Item& now) const {
         const int buffer = now.i % 2;
         if constexpr (kGrid) {
             global().await(now.slot, now.i);
@@ -152,9 +152,6 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             simt::sync_threads();
         } else if (now.i > 0) {
             simt::wait(full(now.slot, buffer), parity_of(now.i - 1));
-            if (threadIdx.x == 0 && now.i + 2 < count(now.slot, longest)) {
-                simt::arrive_expecting(full(now.slot, buffer), fill_bytes());
-            }
             simt::sync_warp();  // lanes may have left the wait one by one, and products want them together
         }
     }
@@ -168,6 +165,28 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             if (j / 32 * kBlock + j % 4 * 16 < column_bytes()) simt::collect(target + j, source + j);
         }
         simt::collected();
+    }
+
+    // Of each own unit the biases of the four gates, in fp32.
+    SIMT Words* biases() const { return reinterpret_cast<Words*>(simt::shared_memory() + p.layout.bias); }
+    SIMT Words bias_of(int own) const {
+        const int hidden = p.sizes.hidden, unit = at.rank * p.plan.groups * kGroup + own;
+        float sums[4] = {};
+        for (const void* const of : {p.b_ih[at.direction], p.b_hh[at.direction]}) {
+            if (of == nullptr || unit >= hidden) continue;
+            for (int k = 0; k < 4; ++k) sums[k] += load(static_cast<const T*>(of)[k * hidden + unit]);
+        }
+        return Words{bits(sums[0]), bits(sums[1]), bits(sums[2]), bits(sums[3])};
+    }
+
+    // What the cell adds to its sum over h.
+    SIMT void with_biases(const Preactivation<T>& x, float (&input)[4]) const {
+        const Gates<T> a = gates_of<T>(x.a);
+        const Words bias = simt::read(biases() + cell.own);
+        input[0] = load(a.of[0]) + bit_cast<float>(bias.x);
+        input[1] = load(a.of[1]) + bit_cast<float>(bias.y);
+        input[2] = load(a.of[2]) + bit_cast<float>(bias.z);
+        input[3] = load(a.of[3]) + bit_cast<float>(bias.w);
     }
 
     SIMT int column_bytes() const { return p.plan.cluster * p.plan.groups * kGroup * kElement; }  // of h as it travels
@@ -184,8 +203,9 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         }
     }
 
-    // Row lane / 4 of the four gates, columns 2 q and 2 q + 1, over this warp's half of K: gate[k][column % 2]. Between
-    // parts of it, while the matrix unit is behind, `meanwhile(0)` and `meanwhile(1)`.
+    // Row lane / 4 of the four gates, columns 2 q and 2 q + 1, over this warp's half of K: gate[k][column % 2].
+    // `meanwhile(0)` to `meanwhile(kAtOnce - 1)` are what to do besides, where registers allow: without branches in it,
+    // the matrix unit doesn't stand still.
     template <typename Meanwhile>
     SIMT void product(const Words (&w)[kHeld][4], const Words* own, float (&gate)[4][2], Meanwhile meanwhile) const {
         // Gates i and f, then g and o; halves of a block of K apart, where registers allow, so that chains are short.
@@ -198,14 +218,31 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             multiply<T, kExact>(d[0][kChains - 1], {i.z, f.z, i.w, f.w}, b.z, b.w);
             multiply<T, kExact>(d[1][kChains - 1], {g.z, o.z, g.w, o.w}, b.z, b.w);
         };
+        if constexpr (kKept) {
+            static_assert(kAtOnce > 2, "`run` has something to do in parts 0 and 2");
+            Words b[kAtOnce];
+            for (int n = 0; n < kAtOnce; ++n) b[n] = simt::read(own + n * 32);
+            simt::sync_warp();  // or the compiler puts what there is to do besides before it
 #pragma unroll
-        for (int j = 0; j < kHeld; j += kAtOnce) {
-            if (j < half) {
-                Words b[kAtOnce];
-                for (int n = 0; n < kAtOnce; ++n) b[n] = own[(j + n) * 32];
-                for (int n = 0; n < kAtOnce; ++n) add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
+            for (int j = 0; j < kHeld; j += kAtOnce) {
+                if (j > 0 && j >= half) break;
+                const bool more = j + kAtOnce < kHeld && j + kAtOnce < half;
+#pragma unroll
+                for (int n = 0; n < kAtOnce; ++n) {
+                    add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
+                    if (more) b[n] = simt::read(own + (j + kAtOnce + n) * 32);  // while others are multiplied
+                    if (j == 0) meanwhile(n);
+                }
             }
-            if (j <= kAtOnce) meanwhile(j / kAtOnce);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kHeld; j += kAtOnce) {
+                if (j < half) {
+                    Words b[kAtOnce];
+                    for (int n = 0; n < kAtOnce; ++n) b[n] = own[(j + n) * 32];
+                    for (int n = 0; n < kAtOnce; ++n) add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
+                }
+            }
         }
         for (int j = 0; j < p.layout.in_smem; ++j) {
             add(from_smem(j, 0), from_smem(j, 1), from_smem(j, 2), from_smem(j, 3), own[(kHeld + j) * 32]);
@@ -278,7 +315,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         const int longest = steps()[0];
         bool more = longest > 0;
         const Columns kept = columns();
-        Preactivation next{}, x = fetch(kept, item, more, longest);
+        Preactivation<T> next, x = fetch(kept, item, more);
         Result<T> result{{}, {}, 0.0f, -1};  // of the item before: messages go first, and what isn't urgent waits
         for (int turn = 0; more; turn ^= 1) {
             const Item now = item;
@@ -287,23 +324,30 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             more = advance(item, steps(), longest, p.plan.tiles);
             const int own =
                 kept_here(offset_of_h(now.slot, before) + (at.half() * p.layout.blocks * 16 + at.lane) * 16);
-            receive(now, longest);
+            receive(now);
             float gate[4][2], sum[4];
             product(w, reinterpret_cast<const Words*>(simt::shared_memory() + own), gate, [&](int part) {
                 if (kKept && part == 0) write(kept, result);
-                if (kKept && part == 1) next = fetch(kept, item, more, longest);
+                if (kKept && part == 2) next = fetch(kept, item, more);
             });
             float c = c_state(now.slot);
             T h_now = from_bits<T>(h_state(now.slot));
+            float input[4];  // of x and the biases, which isn't waited for
+            if (kKept) with_biases(x, input);
             exchange(gate, turn, sum);
-            const CellForward<float> made = cell_forward<kSpeed>(of(x.a[0]) + sum[0], of(x.a[1]) + sum[1],
-                                                                 of(x.a[2]) + sum[2], of(x.a[3]) + sum[3], c);
+            if (!kKept) with_biases(x, input);  // as registers allow
+            const CellForward<float> made =
+                cell_forward<kSpeed>(input[0] + sum[0], input[1] + sum[1], input[2] + sum[2], input[3] + sum[3], c);
             if (active) {
                 c = made.c;
                 h_now = store<T>(made.h);
             }
             const bool last = now.i + 1 == count(now.slot, longest);
             if (!last) send(h_now, now.slot, 1 - before);
+            // for the next but one, when nobody waits for this warp
+            if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 2 < count(now.slot, longest)) {
+                simt::arrive_expecting(full(now.slot, before), fill_bytes());
+            }
             c_state(now.slot) = c;
             h_state(now.slot) = bits(h_now);
             result = {{store<T>(made.i), store<T>(made.f), store<T>(made.g), store<T>(made.o)}, h_now, c, x.row};
@@ -315,28 +359,19 @@ struct ForwardKernel : Walker<Forward, kGrid> {
                 x = next;
             } else {
                 write(columns(), result);
-                x = fetch(columns(), item, more, longest);
+                x = fetch(columns(), item, more);
             }
         }
         if (kKept) write(kept, result);
         if constexpr (!kGrid) simt::sync_cluster();  // no block ends while another may still write to it
     }
 
-    SIMT static float of(std::uint32_t bits) { return load(from_bits<T>(bits)); }
-
     SIMT void write(const Columns& columns, const Result<T>& result) const {
-        if (result.row < 0 || !within()) return;
-        simt::store_bits(columns.y.row(result.row), bits(result.h));
-        if (p.cells == nullptr) return;
-        simt::store_bits(columns.cells.row(result.row), bits(result.c));
-        T* const to = columns.gates.row(result.row);
-        if (side_by_side()) {
-            const int saved =
-                kMost < 8 ? columns.saved : to_saved(p.sizes.hidden, simt::opaque(cell.unit));  // as registers allow
-            simt::store_four(to + saved, result.gates);
-        } else {
-            for (int k = 0; k < 4; ++k) simt::store_bits(at_row(to, k, columns.of_gate), bits(result.gates[k]));
-        }
+        const bool here = result.row >= 0 && within(), saved = here && p.cells != nullptr;
+        if (!kKept && kElement == 4 && !here) return;  // which takes fewer registers
+        simt::store_bits(here, columns.y.row(result.row), bits(result.h));
+        simt::store_bits(saved, columns.cells.row(result.row), bits(result.c));
+        simt::store_four(saved, columns.gates.row(result.row), result.gates);
     }
 };
 

@@ -7,21 +7,22 @@ namespace {
 
 constexpr int kSharedLimit = 232448;  // bytes of a block: compute capability 9.0 and 10.x
 
-// Clocks, fitted to walks measured on an H100 and an H200 (docs/persistent.md).
+// Clocks, fitted to walks measured on an H100 (docs/persistent.md).
 constexpr double kExchange = 650;           // of a message and its barrier, when one tile has to wait for it
 constexpr double kCells = 600;              // gates, global memory and bookkeeping of an item
-constexpr double kCellsOfMany = 600;        // more of it where threads have no registers to keep pointers in
+constexpr double kCellsOfMany = 1000;       // more of it where threads have no registers to keep pointers in
 constexpr double kProduct = 6.0;            // of one simt::mma in a quarter of a multiprocessor
-constexpr double kBytesFromSmem = 70;       // a clock
+constexpr double kBytesFromSmem = 70;       // a clock, while the matrix unit multiplies
 constexpr double kBytesFromCluster = 17.0;  // a clock
-// The same through global memory: words, a flag and its waiters, in part for each item, since all its blocks meet; and
-// bytes past the L1 cache, when all blocks read.
-constexpr double kGridExchange = 1400, kGridItem = 6000;
-constexpr double kBytesFromL2 = 30;
+// The same through global memory: words, flags and their waiters, in part for each item, since all its blocks meet;
+// backward, a thread reads one word from each of the blocks. Bytes past the L1 cache, when all blocks read, forward
+// each thread 16 at once.
+constexpr double kGridExchange[] = {1300, 600}, kGridItem[] = {1300, 1800}, kGridBlock = 75;
+constexpr double kBytesFromL2 = 30, kBytesFromL2Group = 8;
 
 // What torch's LSTM takes there: a step's launches, and flops a clock, in 16 bits and in fp32, at less than half of the
 // card's rate, as its products are thin; and cuDNN's own persistent kernel, by cells.
-constexpr double kLibraryStep = 20000;
+constexpr double kLibraryStep[] = {20000, 24000};  // of 16 bits, of fp32
 constexpr double kLibraryFlops = 225e3, kLibraryFlops32 = 27e3;
 constexpr double kLibraryPersistent = 2400, kLibraryCell = 0.26;
 
@@ -41,9 +42,11 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
         incoming = hidden * kColumns * element;
     }
     const int each = kind == Kind::float32 ? 3 : 1;
-    const double exchange = plan.grid ? incoming * (backward ? 2 : 1) / kBytesFromL2 : incoming / kBytesFromCluster;
-    return kCells + (plan.groups > 4 ? kCellsOfMany : 0) + (plan.grid ? kGridItem : 0) +
-           products / 4 * kProduct * each + smem / kBytesFromSmem + exchange;
+    const double work = std::max(products / 4 * kProduct * each, smem / kBytesFromSmem);
+    const double item = kCells + (plan.groups > 4 ? kCellsOfMany : 0) + work;
+    if (!plan.grid) return item + incoming / kBytesFromCluster;
+    if (backward) return item + kGridItem[1] + plan.cluster * kGridBlock + 2 * incoming / kBytesFromL2;
+    return item + kGridItem[0] + incoming / std::min(kBytesFromL2, plan.groups * kBytesFromL2Group);
 }
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -82,7 +85,8 @@ class Search {
             const int blocks = resident_(true, candidate.cluster, 64 * groups, candidate.shared);
             const int clusters = blocks / (candidate.cluster * at_a_time);
             if (clusters == 0) return;
-            if (candidate.clusters <= clusters) return offer(candidate, directions_ / at_a_time, kGridExchange);
+            if (candidate.clusters <= clusters)
+                return offer(candidate, directions_ / at_a_time, kGridExchange[backward_]);
             tiles = std::max(tiles + 1, divide_up(all_tiles_, clusters));
         }
     }
@@ -138,7 +142,7 @@ double library_clocks(Kind kind, int hidden, int batch, bool plain) {
     const double rate = kind == Kind::float32 ? kLibraryFlops32
                         : kind == Kind::tf32  ? kLibraryFlops / 2
                                               : kLibraryFlops;
-    return kLibraryStep + flops / rate;
+    return kLibraryStep[element_size(kind) == 4] + flops / rate;
 }
 
 }  // namespace lstm::persistent

@@ -37,10 +37,27 @@ __global__ void __launch_bounds__(128) previous_kernel(const Previous p, int wid
     for (int j = static_cast<int>(threadIdx.x); j < width; j += 128) to[j] = from == nullptr ? T{} : from[j];
 }
 
+// One block a row, as above.
 template <typename T>
-void copy_previous(const Previous& p, cudaStream_t stream) {
-    constexpr int size = sizeof(T);
-    previous_kernel<T><<<static_cast<unsigned>(p.rows), 128, 0, stream>>>(p, p.width / size, p.stride / size);
+__global__ void __launch_bounds__(128) interleave_kernel(const Interleaved p, int width) {
+    const int row = static_cast<int>(blockIdx.x), gates = 4 * p.hidden, j = row % gates;
+    const T* const from = static_cast<const T*>(p.from[row / gates]) + (Index{j % 4} * p.hidden + j / 4) * width;
+    T* const to = static_cast<T*>(p.to) + Index{row} * width;
+    for (int k = static_cast<int>(threadIdx.x); k < width; k += 128) to[k] = from[k];
+}
+
+// visit(T{}) with the widest type that all addresses and sizes, or-ed in `bits`, allow.
+template <typename Visit>
+void by_width(std::uintptr_t bits, Visit visit) {
+    if (bits % 16 == 0) {
+        visit(uint4{});
+    } else if (bits % 8 == 0) {
+        visit(uint2{});
+    } else if (bits % 4 == 0) {
+        visit(std::uint32_t{});
+    } else {
+        visit(std::uint16_t{});
+    }
 }
 
 // A block sums 32 bytes of each row, V at once: first each thread its own rows, then a sixteenth of the block's threads
@@ -115,15 +132,25 @@ std::string previous(const Previous& p, int device, void* stream) {
     const auto queue = static_cast<cudaStream_t>(stream);
     const auto bits = reinterpret_cast<std::uintptr_t>(p.y) | reinterpret_cast<std::uintptr_t>(p.initial) |
                       reinterpret_cast<std::uintptr_t>(p.before) | static_cast<unsigned>(p.width | p.stride);
-    if (bits % 16 == 0) {
-        copy_previous<uint4>(p, queue);
-    } else if (bits % 8 == 0) {
-        copy_previous<uint2>(p, queue);
-    } else if (bits % 4 == 0) {
-        copy_previous<std::uint32_t>(p, queue);
-    } else {
-        copy_previous<std::uint16_t>(p, queue);
-    }
+    by_width(bits, [&](auto zero) {
+        constexpr int size = sizeof(zero);
+        previous_kernel<decltype(zero)>
+            <<<static_cast<unsigned>(p.rows), 128, 0, queue>>>(p, p.width / size, p.stride / size);
+    });
+    error = cudaGetLastError();
+    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+}
+
+std::string interleave(const Interleaved& p, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const auto bits = reinterpret_cast<std::uintptr_t>(p.from[0]) | reinterpret_cast<std::uintptr_t>(p.from[1]) |
+                      reinterpret_cast<std::uintptr_t>(p.to) | static_cast<unsigned>(p.width);
+    by_width(bits, [&](auto zero) {
+        interleave_kernel<decltype(zero)>
+            <<<static_cast<unsigned>(4 * p.hidden * p.directions), 128, 0, static_cast<cudaStream_t>(stream)>>>(
+                p, p.width / static_cast<int>(sizeof(zero)));
+    });
     error = cudaGetLastError();
     return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }

@@ -71,19 +71,26 @@ SIMT std::uint32_t load_bits(const T* p) {
     return bits;
 }
 
-// The low bits of `bits` into the 2 or 4 bytes at p in global memory.
+// The low bits of `bits` into the 2 or 4 bytes at p in global memory, if there is anything to store: without a branch,
+// so that other work goes on around it.
 template <typename T>
-SIMT void store_bits(T* p, std::uint32_t bits) {
+SIMT void store_bits(bool there, T* p, std::uint32_t bits) {
     if constexpr (sizeof(T) == 2) {
-        asm volatile("st.global.u16 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bits) : "memory");
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.global.u16 [%0], %1; }" ::"l"(__cvta_generic_to_global(p)),
+            "r"(bits), "r"(static_cast<unsigned>(there))
+            : "memory");
     } else {
-        asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bits) : "memory");
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.global.u32 [%0], %1; }" ::"l"(__cvta_generic_to_global(p)),
+            "r"(bits), "r"(static_cast<unsigned>(there))
+            : "memory");
     }
 }
 
 // The same of four in a row, aligned to their size: two or four words.
 template <typename T>
-SIMT void load_bits_of_four(const T* p, std::uint32_t (&bits)[4]) {
+SIMT void load_bits_of_four(const T* p, std::uint32_t (&bits)[sizeof(T)]) {
     if constexpr (sizeof(T) == 2) {
         asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
                      : "=r"(bits[0]), "=r"(bits[1])
@@ -97,15 +104,18 @@ SIMT void load_bits_of_four(const T* p, std::uint32_t (&bits)[4]) {
     }
 }
 template <typename T>
-SIMT void store_four(T* p, const T (&values)[4]) {
+SIMT void store_four(bool there, T* p, const T (&values)[4]) {
     std::uint32_t bits[sizeof(T)];
     std::memcpy(bits, values, 4 * sizeof(T));
     if constexpr (sizeof(T) == 2) {
-        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(bits[0]), "r"(bits[1])
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2}; }" ::"l"(
+                         __cvta_generic_to_global(p)),
+                     "r"(bits[0]), "r"(bits[1]), "r"(static_cast<unsigned>(there))
                      : "memory");
     } else {
-        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits[0]),
-                     "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4}; }" ::"l"(
+                         __cvta_generic_to_global(p)),
+                     "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3]), "r"(static_cast<unsigned>(there))
                      : "memory");
     }
 }

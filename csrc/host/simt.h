@@ -59,16 +59,16 @@ std::uint32_t load_bits(const T* p) {
     return bits;
 }
 template <typename T>
-void store_bits(T* p, std::uint32_t bits) {
-    std::memcpy(p, &bits, sizeof(T));
+void store_bits(bool there, T* p, std::uint32_t bits) {
+    if (there) std::memcpy(p, &bits, sizeof(T));
 }
 template <typename T>
-void load_bits_of_four(const T* p, std::uint32_t (&bits)[4]) {
+void load_bits_of_four(const T* p, std::uint32_t (&bits)[sizeof(T)]) {
     std::memcpy(bits, p, 4 * sizeof(T));
 }
 template <typename T>
-void store_four(T* p, const T (&values)[4]) {
-    std::memcpy(p, values, 4 * sizeof(T));
+void store_four(bool there, T* p, const T (&values)[4]) {
+    if (there) std::memcpy(p, values, 4 * sizeof(T));
 }
 template <typename V>
 V opaque(V x) {

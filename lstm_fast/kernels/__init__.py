@@ -13,7 +13,7 @@ Each backend has:
 ``layer_forward(inputs, save) -> y, h_n, c_n, saved``
     F1-F6 over all steps of ``inputs``, a ``LayerInputs``. Returns ``y`` [.., D*R] T, in x's form, direction d in
     columns d*R to (d+1)*R; ``h_n`` and ``c_n``, shaped as ``h0`` and ``c0``; with ``save``, what backward needs: the
-    activated gates [D, N, 4H] T, a row's in an order of its own, and c_t of every step [D, N, H] Acc; else None.
+    activated gates T, as it has them, and c_t of every step [D, N, H] Acc; else None.
 ``layer_backward(inputs, y, saved, grads, needs) -> gradients``
     B1-B8 over all steps. ``grads``: those of y, h_n and c_n, shaped as they are, T; None for zero. Returns those of x,
     h0, c0, and of each direction's w_ih, w_hh, b_ih, b_hh and w_hr, T; None where ``needs``, a flag for each in the
@@ -22,13 +22,14 @@ Each backend has:
 Those but the CPU's know the recurrence alone, without projection, and leave the other products to ``hoisted.py``:
 
 ``recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)``
-    F1-F6 over all steps. ``h0`` and ``c0``: as in ``LayerInputs``. ``gates`` [D, N, 4H] T: on entry the input product
-    with both biases; on return the activated gates, unless ``cells`` is None. ``w_hh``: D tensors [4H, H] T. Written:
-    ``y``, ``h_n``, ``c_n``, and ``cells`` [D, N, H] Acc, or None for inference.
+    F1-F6 over all steps. ``gates`` [D, N, 4H] T: on entry the input product with both biases; on return the activated
+    gates, unless ``cells`` is None. ``w_hh``: D tensors [4H, H] T. Written: ``y``, ``h_n``, ``c_n``, and ``cells``
+    [D, N, H] Acc, or None for inference.
 ``recurrence_backward(gates, cells, c0, w_hh, steps, dy, dh_n, dc_n, dgates, dh0, dc0)``
     B1-B7 over all steps. ``dy``, ``dh_n``, ``dc_n``: T, shaped as y, h_n and c_n, or None for zero. Written:
     ``dgates`` [D, N, 4H] T, the gradient of the pre-activations, and ``dh0`` and ``dc0`` T unless they are None.
 
+``persistent.py`` says what differs there.
 All tensors are contiguous, nothing but what is named as written is written, and results are the same bits
 on every run.
 """

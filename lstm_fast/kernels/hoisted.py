@@ -53,7 +53,7 @@ def layer_backward(
     x, h0, c0, weights, steps = inputs
     dy, dh_n, dc_n = grads
     gates, cells = saved
-    dgates = torch.empty_like(gates)
+    dgates = x.new_empty(*cells.shape[:2], 4 * cells.size(2))
     dh0, dc0 = (
         None if s is None or not need else torch.empty_like(s) for s, need in zip((h0, c0), needs[1:3], strict=True)
     )

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import cuda, hoisted, rows
+from lstm_fast.kernels import LayerInputs, Saved, cuda, hoisted, rows
 from lstm_fast.kernels.queue import on_device_of, stream_of
-from lstm_fast.precision import rnn_tf32
+from lstm_fast.kernels.rows import flat, interleaved
+from lstm_fast.precision import rnn_precision, rnn_tf32
 
 with suppress(ImportError):  # cuda.unavailable says so
     from lstm_fast import _C
@@ -106,11 +107,26 @@ def over_the_grid() -> Iterator[None]:
         _plan.cache_clear()
 
 
+def layer_forward(inputs: LayerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
+    """F1-F6; lstm_fast/kernels/__init__.py states what each tensor is."""
+    x, h0, c0, weights, steps = inputs
+    directions, hidden, rows = len(weights), weights[0][1].size(1), flat(x)
+    with rnn_precision(x):
+        gates = torch.mm(rows, interleaved([direction[0] for direction in weights]).t())
+    y = x.new_empty(*x.shape[:-1], directions * hidden)
+    h_n, c_n = (x.new_empty(directions, steps[0], hidden) for _ in range(2))
+    cells = x.new_empty(directions, rows.size(0), hidden, dtype=torch.float32) if save else None
+    w_hh, biases = [w[1] for w in weights], [w[2:4] for w in weights]
+    recurrence_forward(gates, h0, c0, w_hh, biases, steps, y, h_n, c_n, cells)
+    return y, h_n, c_n, None if cells is None else (gates, cells)
+
+
 def recurrence_forward(
     gates: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     w_hh: list[Tensor],
+    biases: list[Any],
     steps: list[int],
     y: Tensor,
     h_n: Tensor,
@@ -119,13 +135,15 @@ def recurrence_forward(
     *,
     schedule: int = 0,
 ) -> None:
-    """F1-F6 over all steps; lstm_fast/kernels/__init__.py states what each tensor is.
+    """F1-F6 over all steps; lstm_fast/kernels/__init__.py states what each tensor is, but for these.
 
-    ``schedule`` orders the fibres of a host run (csrc/host/simt.h), and means nothing on a GPU.
+    ``gates`` [N, D * 4H]: of each unit i, f, g, o side by side, on entry without ``biases``, b_ih and b_hh of each
+    direction. ``schedule`` orders the fibres of a host run (csrc/host/simt.h), and means nothing on a GPU.
     """
-    launch = _launch(gates, steps, False, schedule)
+    sizes = gates.size(0), len(steps), steps[0], y.size(-1) // len(w_hh), len(w_hh)
+    launch, starts = _launch(gates, sizes, False, schedule), _starts(steps, gates.device)
     with on_device_of(gates):
-        _C.persistent_forward(gates, h0, c0, w_hh, _starts(steps, gates.device), y, h_n, c_n, cells, *launch)
+        _C.persistent_forward(gates, h0, c0, w_hh, biases, starts, y, h_n, c_n, cells, *launch)
 
 
 def recurrence_backward(
@@ -143,23 +161,23 @@ def recurrence_backward(
     *,
     schedule: int = 0,
 ) -> None:
-    """B1-B7 over all steps; lstm_fast/kernels/__init__.py states what each tensor is."""
-    launch = _launch(gates, steps, True, schedule)
-    starts = _starts(steps, gates.device)
+    """B1-B7 over all steps; lstm_fast/kernels/__init__.py states what each tensor is, ``recurrence_forward`` gates."""
+    directions, rows_in_all, hidden = cells.shape
+    sizes = rows_in_all, len(steps), steps[0], hidden, directions
+    launch, starts = _launch(gates, sizes, True, schedule), _starts(steps, gates.device)
     with on_device_of(gates):
         _C.persistent_backward(gates, cells, c0, w_hh, starts, dy, dh_n, dc_n, dgates, dh0, dc0, *launch)
 
 
-def _launch(gates: Tensor, steps: list[int], backward: bool, schedule: int) -> tuple[Any, ...]:
-    """What both kernels' calls end with: sizes, plan, workspace, kind, and where to run."""
-    directions, rows_in_all, width = gates.shape
-    batch, hidden, kind = steps[0], width // 4, _kind(gates.dtype)
+def _launch(gates: Tensor, sizes: tuple[int, ...], backward: bool, schedule: int) -> tuple[Any, ...]:
+    """What both kernels' calls end with: sizes (N, T, B, H, D), plan, workspace, kind, and where to run."""
+    _, _, batch, hidden, directions = sizes
+    kind = _kind(gates.dtype)
     assert kind is not None
     device = gates.get_device() if gates.is_cuda else None
     plan = _plan(kind, backward, hidden, batch, directions, device)
     if plan is None:
         raise RuntimeError(f"this device does not hold the weights of {hidden} hidden units on chip")
-    sizes = (rows_in_all, len(steps), batch, hidden, directions)
     workspace = _workspace(kind, backward, plan, directions, gates.device)
     return sizes, plan, workspace, kind, device, stream_of(gates) if gates.is_cuda else schedule
 
@@ -219,5 +237,4 @@ def _granted(kind: int, backward: bool, device: int | None, grid: bool, cluster:
     return count
 
 
-layer_forward = partial(hoisted.layer_forward, recurrence_forward)
 layer_backward = partial(hoisted.layer_backward, recurrence_backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import accumulate
@@ -64,6 +65,18 @@ def previous(y: Tensor, initial: Tensor | None, steps: list[int], reverse: bool)
             stream=stream_of(y),
         )
     return before
+
+
+def interleaved(weights: Sequence[Tensor]) -> Tensor:
+    """The gates' rows of matrices [4H, I], one a direction, unit by unit: [D * 4H, I] with row 4 u + k for k H + u."""
+    first = weights[0]
+    gates, width = first.shape
+    if not (first.is_cuda and _built_with_cuda()):
+        return torch.cat([w.view(4, gates // 4, width).transpose(0, 1).reshape(gates, width) for w in weights])
+    to = first.new_empty(len(weights) * gates, width)
+    with on_device_of(first):
+        _C.interleave(weights, to, gates // 4, width * to.element_size(), first.get_device(), stream_of(first))
+    return to
 
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/cuda/persistent.h, Kind
