@@ -205,11 +205,11 @@ def test_no_more_memory_than_nn_lstm(exchange, batch, packed):
         results(module, x, lengths)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         results(module, x, lengths)
         torch.cuda.synchronize()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[0] <= peaks[1]
+        peaks.append(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
+    assert peaks[0] <= peaks[1]  # of what was asked for: a block from torch's cache may be 1 MiB larger
 
 
 def test_what_does_not_fit_goes_to_torch_and_says_so():
