@@ -24,7 +24,7 @@ constexpr double kBytesFromL2 = 30, kBytesFromL2Group = 8;
 // card's rate, as its products are thin; and cuDNN's own persistent kernel, by cells.
 constexpr double kLibraryStep[] = {20000, 24000};  // of 16 bits, of fp32
 constexpr double kLibraryFlops = 225e3, kLibraryFlops32 = 27e3;
-constexpr double kLibraryPersistent = 2400, kLibraryCell = 0.26;
+constexpr double kLibraryPersistent = 2200, kLibraryCell = 0.26;
 
 double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const int element = element_size(kind);
