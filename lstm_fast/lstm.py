@@ -16,6 +16,7 @@ from lstm_fast.kernels import Weights
 from lstm_fast.kernels.cpu import infer
 
 State = tuple[Tensor, Tensor]
+_NO_WEIGHTS: Any = (None,) * 5
 
 
 def _traced() -> bool:
@@ -270,6 +271,7 @@ class LSTM(_Fused, nn.RNNBase):
         for k in range(self.num_layers):
             rows = slice(k * directions, (k + 1) * directions)
             weights = [self._weights(names, dtype) for names in self._all_weights[rows]]
+            weights += [_NO_WEIGHTS] * (directions - len(weights))  # where a module was changed by hand
             h, c = (s if isinstance(s, int) or self.num_layers == 1 else s[rows] for s in (h_0, c_0))
             x, h_n, c_n = layer(x, h, c, weights, batch_sizes, backend)
             states.append((h_n, c_n if cell_dtype == dtype else c_n.to(cell_dtype)))

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fast import _C
+from lstm_fast.autograd import layer
 from lstm_fast.kernels import LayerInputs, persistent
 from tests.persistent_case import Case, error, granted, precision
 
@@ -108,6 +109,34 @@ def test_every_layout_of_a_grid(kind, hidden, blocks, forward, backward):
         plans = [persistent._plan(NUMBERS[kind], walk, hidden, 3, 1, None) for walk in (False, True)]
         assert [(plan.groups, plan.cluster) for plan in plans] == [forward, backward]
         check(case, case.both())
+
+
+def weights_of(case: Case) -> list:
+    return [(*direction, None) for direction in case.theirs.all_weights]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_states_that_nobody_gave_are_zeros(directions):
+    """Of a layer as modules call it, with its gradients; on the host, where no module would."""
+    case = Case("bf16", 12, [3, 3], directions)
+    x, zeros = case.x.view(3, 2, 12).requires_grad_(), torch.zeros(directions, 2, 12, dtype=torch.bfloat16)
+    found = []
+    for h0, c0 in ((12, 12), (zeros, zeros)):
+        outputs = layer(x, h0, c0, weights_of(case), None, "persistent")
+        grads = torch.autograd.grad([t.sum() for t in outputs], [x, *case.theirs.parameters()])
+        found.append([*outputs, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_that_states_would_not_fit_are_refused_without_states_too():
+    case = Case("bf16", 12, [3, 3])
+    x, weights = case.x.view(3, 2, 12), weights_of(case)
+    with pytest.raises(RuntimeError, match="weight_ih of direction 1 of 2 should be given, got None"):
+        layer(x, 12, 12, [*weights, (None,) * 5], None, "persistent")
+    with pytest.raises(RuntimeError, match=r"weight_ih should have size \[52, 12\], got \[48, 12\]"):
+        layer(x, 13, 13, weights, None, "persistent")
+    empty = layer(case.x.new_empty(3, 0, 12), 12, 12, weights, None, "persistent")
+    assert [t.shape for t in empty] == [(3, 0, 12), (1, 0, 12), (1, 0, 12)]
 
 
 @pytest.mark.parametrize("directions", [1, 2])
