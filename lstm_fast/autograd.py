@@ -81,7 +81,7 @@ def layer(
     if zeros:
         inputs = (x, None, None, *rest)
     fits = not seen_by_others and layer_inputs_fit(inputs)
-    if zeros and not (fits and backend in _TAKE_NO_STATES and _says_no_less(x, c0, weights)):
+    if zeros and not (fits and backend in _TAKE_NO_STATES and _weights_tell(x, c0, weights)):
         inputs = (x, *_zero_states(x, batch_sizes, len(weights), h0, c0), *rest)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     result: tuple[Any, ...]
@@ -97,7 +97,7 @@ def layer(
     return result[0], result[1], result[2]
 
 
-def _says_no_less(x: Tensor, hidden: Any, weights: Sequence[Weights]) -> bool:
+def _weights_tell(x: Tensor, hidden: Any, weights: Sequence[Weights]) -> bool:
     """Whether the weights tell H and the directions as states of zeros would, and x has rows."""
     return x.numel() > 0 and weights[-1][0] is not None and weights[0][1].size(1) == hidden
 
