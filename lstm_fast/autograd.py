@@ -82,7 +82,7 @@ def layer(
         inputs = (x, None, None, *rest)
     fits = not seen_by_others and layer_inputs_fit(inputs)
     if zeros and not (fits and backend in _TAKE_NO_STATES and _weights_tell(x, c0, weights)):
-        inputs = (x, *_zero_states(x, batch_sizes, len(weights), h0, c0), *rest)
+        inputs = (x, *_zero_states(x, batch_sizes, len(weights), features=h0, hidden=c0), *rest)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     result: tuple[Any, ...]
     if not seen_by_others:
@@ -102,10 +102,11 @@ def _weights_tell(x: Tensor, hidden: Any, weights: Sequence[Weights]) -> bool:
     return x.numel() > 0 and weights[-1][0] is not None and weights[0][1].size(1) == hidden
 
 
-def _zero_states(x: Tensor, batch_sizes: Tensor | None, directions: int, *sizes: Any) -> tuple[Tensor, Tensor]:
-    """h0 and c0 of R and H features."""
-    batch = x.size(-2) if batch_sizes is None else int(batch_sizes[0])
-    features, hidden = sizes
+def _zero_states(
+    x: Tensor, batch_sizes: Tensor | None, directions: int, features: Any, hidden: Any
+) -> tuple[Tensor, Tensor]:
+    """h0 and c0."""
+    batch = _batch(x, batch_sizes)
     c0 = x.new_zeros(directions, batch, hidden)
     return c0 if features == hidden else x.new_zeros(directions, batch, features), c0
 
@@ -114,9 +115,14 @@ def _with_states(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[
     """The inputs, with zeros for states that are None."""
     if inputs[2] is not None:
         return inputs
-    x, _, _, _, w_hh, *_ = inputs
-    hidden = w_hh.size(1)
-    return [x, *_zero_states(x, batch_sizes, len(_directions(inputs)), hidden, hidden), *inputs[_STATES:]]
+    x, weights = inputs[0], _directions(inputs)
+    hidden = weights[0][1].size(1)
+    return [x, *_zero_states(x, batch_sizes, len(weights), hidden, hidden), *inputs[_STATES:]]
+
+
+def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
+    """B where there are no states to tell."""
+    return x.size(-2) if batch_sizes is None else int(batch_sizes[0])
 
 
 def _ready(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
@@ -174,7 +180,7 @@ def _wrong_kind(name: str, tensor: Tensor, x: Tensor) -> RuntimeError:
 def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor | None) -> list[int]:
     """Active sequences of each step; [] for an empty batch."""
     rows = x.shape[:-1].numel()
-    batch = c0.size(1) if c0 is not None else x.size(-2) if batch_sizes is None else int(batch_sizes[0])
+    batch = _batch(x, batch_sizes) if c0 is None else c0.size(1)
     if batch_sizes is None:
         return [batch] * (rows // batch) if batch > 0 else []
     if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:

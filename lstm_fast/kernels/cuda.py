@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lstm_fast.kernels import dtype_name, hoisted, stepwise
+from lstm_fast.kernels.queue import stream_of
 
 _problem: str | None = None
 try:
@@ -53,7 +54,7 @@ def bind_forward(
         sizes=_sizes(gates, c),
         dtype=_C.DTYPES[dtype_name(gates.dtype)],
         device=gates.device.index if gates.is_cuda else None,
-        stream=_stream(gates),
+        stream=stream_of(gates),
     )
 
 
@@ -72,7 +73,7 @@ def bind_backward(
         sizes=_sizes(gates, dc),
         dtype=_C.DTYPES[dtype_name(gates.dtype)],
         device=gates.device.index if gates.is_cuda else None,
-        stream=_stream(gates),
+        stream=stream_of(gates),
     )
 
 
@@ -96,7 +97,3 @@ def _sizes(gates: Tensor, state: Tensor) -> tuple[int, int, int, int]:
     """N, B, H, D."""
     directions, batch, hidden = state.shape
     return gates.size(1), batch, hidden, directions
-
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

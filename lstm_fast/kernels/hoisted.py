@@ -31,14 +31,22 @@ def layer_forward(
             products.append(torch.nn.functional.linear(x, w_ih, bias))
         gates = products[0] if directions == 1 else torch.stack(products)
         gates = gates.view(directions, -1, 4 * hidden)  # [D, N, 4H]
-        y = x.new_empty(*x.shape[:-1], directions * hidden)
-        h_n, c_n = (x.new_empty(directions, steps[0], hidden) for _ in range(2))
-        cells = None
-        if save:
-            cells = x.new_empty(directions, gates.size(1), hidden, dtype=reference.accumulate_dtype(x.dtype))
+        y, h_n, c_n, cells = results(inputs, save)
         w_hh = [direction[1] for direction in weights]
         recurrence_forward(gates, h0, c0, w_hh, steps, y, h_n, c_n, cells)
     return y, h_n, c_n, None if cells is None else (gates, cells)
+
+
+def results(inputs: LayerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Memory for y, h_n, c_n, and with ``save`` for the cells."""
+    x, _, _, weights, steps = inputs
+    directions, hidden = len(weights), weights[0][1].size(1)
+    y = x.new_empty(*x.shape[:-1], directions * hidden)
+    h_n, c_n = (x.new_empty(directions, steps[0], hidden) for _ in range(2))
+    if not save:
+        return y, h_n, c_n, None
+    acc = reference.accumulate_dtype(x.dtype)
+    return y, h_n, c_n, x.new_empty(directions, x.shape[:-1].numel(), hidden, dtype=acc)
 
 
 def layer_backward(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lstm_fast.kernels import LayerInputs, Saved, cuda, hoisted, rows
 from lstm_fast.kernels.queue import on_device_of, stream_of
-from lstm_fast.kernels.rows import flat, interleaved
 from lstm_fast.precision import rnn_precision, rnn_tf32
 
 with suppress(ImportError):  # cuda.unavailable says so
@@ -110,13 +109,10 @@ def over_the_grid() -> Iterator[None]:
 def layer_forward(inputs: LayerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """F1-F6; lstm_fast/kernels/__init__.py states what each tensor is."""
     x, h0, c0, weights, steps = inputs
-    directions, hidden, rows = len(weights), weights[0][1].size(1), flat(x)
     with rnn_precision(x):
-        gates = torch.mm(rows, interleaved([direction[0] for direction in weights]).t())
-    y = x.new_empty(*x.shape[:-1], directions * hidden)
-    h_n, c_n = (x.new_empty(directions, steps[0], hidden) for _ in range(2))
-    cells = x.new_empty(directions, rows.size(0), hidden, dtype=torch.float32) if save else None
-    w_hh, biases = [w[1] for w in weights], [w[2:4] for w in weights]
+        gates = torch.mm(rows.flat(x), rows.interleaved([direction[0] for direction in weights]).t())
+    y, h_n, c_n, cells = hoisted.results(inputs, save)
+    w_hh, biases = [direction[1] for direction in weights], [direction[2:4] for direction in weights]
     recurrence_forward(gates, h0, c0, w_hh, biases, steps, y, h_n, c_n, cells)
     return y, h_n, c_n, None if cells is None else (gates, cells)
 

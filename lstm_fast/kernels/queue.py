@@ -1,4 +1,4 @@
-"""Where work for a tensor's device goes: what a kernel's launch has to know, in a tenth of torch.cuda's own time."""
+"""Where work for a tensor's device goes: what each launch asks, and torch.cuda's own ways spend operators' time on."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lstm_fast.kernels.queue import on_device_of
 from lstm_fast.reference import accumulate_dtype, walk
 
 
@@ -56,7 +57,7 @@ def recurrence_forward(
     cells: Tensor | None,
 ) -> None:
     """F1-F6 over all steps. A sequence that ended keeps its state, and one that has yet to join has its initial one."""
-    with torch.cuda.device(gates.get_device()):
+    with on_device_of(gates):
         h_n.copy_(h0)
         c = c0.to(accumulate_dtype(c0.dtype), copy=True)
         product = c.new_empty(c.size(1), gates.size(2))
@@ -85,7 +86,7 @@ def recurrence_backward(
     dc0: Tensor | None,
 ) -> None:
     """B1-B7 over all steps."""
-    with torch.cuda.device(gates.get_device()):
+    with on_device_of(gates):
         dh, dc = _initial(dh_n, c0), _initial(dc_n, c0)
         kernel = bind(gates, cells, c0, dy, dh, dc, dgates)
         for d, w in enumerate(w_hh):
