@@ -331,7 +331,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
                 write(columns());
                 next = fetch(columns(), item, more, longest);
             }
-            // for the next but one, when nobody waits for this warp
+            // for the fill after the next, when nobody waits for this warp
             if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 1 < count(now.slot, longest)) {
                 simt::arrive_expecting(full(now.slot, (now.i - 1) % 2), fill_bytes());
             }

@@ -344,7 +344,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             }
             const bool last = now.i + 1 == count(now.slot, longest);
             if (!last) send(h_now, now.slot, 1 - before);
-            // for the next but one, when nobody waits for this warp
+            // for the fill after the next, when nobody waits for this warp
             if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 2 < count(now.slot, longest)) {
                 simt::arrive_expecting(full(now.slot, before), fill_bytes());
             }

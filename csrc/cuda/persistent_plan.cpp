@@ -16,7 +16,7 @@ constexpr double kBytesFromSmem = 70;       // a clock, while the matrix unit mu
 constexpr double kBytesFromCluster = 17.0;  // a clock
 // The same through global memory: words, flags and their waiters, in part for each item, since all its blocks meet;
 // backward, a thread reads one word from each of the blocks. Bytes past the L1 cache, when all blocks read, forward
-// each thread 16 at once.
+// each thread 16 at once. Pairs: forward, backward.
 constexpr double kGridExchange[] = {1300, 600}, kGridItem[] = {1300, 1800}, kGridBlock = 75;
 constexpr double kBytesFromL2 = 30, kBytesFromL2Group = 8;
 

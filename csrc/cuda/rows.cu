@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "../gates.h"
 #include "persistent_common.h"
 
 namespace lstm::persistent::cuda {
@@ -109,64 +108,67 @@ void sum_of(const Sums& sums, cudaStream_t stream) {
     }
 }
 
+// What went wrong, or nothing.
+template <typename Launch>
+std::string launched(int device, Launch launch) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        launch();
+        error = cudaGetLastError();
+    }
+    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+}
+
 }  // namespace
 
 std::string sum(const Sums& sums, Kind kind, int device, void* stream) {
-    cudaError_t error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    const auto queue = static_cast<cudaStream_t>(stream);
-    if (kind == Kind::bfloat16) {
-        sum_of<Bf16>(sums, queue);
-    } else if (kind == Kind::float16) {
-        sum_of<Fp16>(sums, queue);
-    } else {
-        sum_of<float>(sums, queue);
-    }
-    error = cudaGetLastError();
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+    return launched(device, [&] {
+        const auto queue = static_cast<cudaStream_t>(stream);
+        if (kind == Kind::bfloat16) {
+            sum_of<Bf16>(sums, queue);
+        } else if (kind == Kind::float16) {
+            sum_of<Fp16>(sums, queue);
+        } else {
+            sum_of<float>(sums, queue);
+        }
+    });
 }
 
 std::string previous(const Previous& p, int device, void* stream) {
-    cudaError_t error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    const auto queue = static_cast<cudaStream_t>(stream);
-    const auto bits = reinterpret_cast<std::uintptr_t>(p.y) | reinterpret_cast<std::uintptr_t>(p.initial) |
-                      reinterpret_cast<std::uintptr_t>(p.before) | static_cast<unsigned>(p.width | p.stride);
-    by_width(bits, [&](auto zero) {
-        constexpr int size = sizeof(zero);
-        previous_kernel<decltype(zero)>
-            <<<static_cast<unsigned>(p.rows), 128, 0, queue>>>(p, p.width / size, p.stride / size);
+    return launched(device, [&] {
+        const auto queue = static_cast<cudaStream_t>(stream);
+        const auto bits = reinterpret_cast<std::uintptr_t>(p.y) | reinterpret_cast<std::uintptr_t>(p.initial) |
+                          reinterpret_cast<std::uintptr_t>(p.before) | static_cast<unsigned>(p.width | p.stride);
+        by_width(bits, [&](auto zero) {
+            constexpr int size = sizeof(zero);
+            previous_kernel<decltype(zero)>
+                <<<static_cast<unsigned>(p.rows), 128, 0, queue>>>(p, p.width / size, p.stride / size);
+        });
     });
-    error = cudaGetLastError();
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
 std::string interleave(const Interleaved& p, int device, void* stream) {
-    cudaError_t error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    const auto bits = reinterpret_cast<std::uintptr_t>(p.from[0]) | reinterpret_cast<std::uintptr_t>(p.from[1]) |
-                      reinterpret_cast<std::uintptr_t>(p.to) | static_cast<unsigned>(p.width);
-    by_width(bits, [&](auto zero) {
-        interleave_kernel<decltype(zero)>
-            <<<static_cast<unsigned>(4 * p.hidden * p.directions), 128, 0, static_cast<cudaStream_t>(stream)>>>(
-                p, p.width / static_cast<int>(sizeof(zero)));
+    return launched(device, [&] {
+        const auto bits = reinterpret_cast<std::uintptr_t>(p.from[0]) | reinterpret_cast<std::uintptr_t>(p.from[1]) |
+                          reinterpret_cast<std::uintptr_t>(p.to) | static_cast<unsigned>(p.width);
+        by_width(bits, [&](auto zero) {
+            interleave_kernel<decltype(zero)>
+                <<<static_cast<unsigned>(4 * p.hidden * p.directions), 128, 0, static_cast<cudaStream_t>(stream)>>>(
+                    p, p.width / static_cast<int>(sizeof(zero)));
+        });
     });
-    error = cudaGetLastError();
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
 std::string upload(const std::int32_t* from, int count, void* to, int device, void* stream) {
-    cudaError_t error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    for (int done = 0; done < count; done += kUploaded) {
-        Argument argument{};
-        const int now = std::min(count - done, kUploaded);
-        std::copy_n(from + done, now, argument.values);
-        upload_kernel<<<1, 256, 0, static_cast<cudaStream_t>(stream)>>>(argument, now,
-                                                                        static_cast<std::int32_t*>(to) + done);
-    }
-    error = cudaGetLastError();
-    return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+    return launched(device, [&] {
+        for (int done = 0; done < count; done += kUploaded) {
+            Argument argument{};
+            const int now = std::min(count - done, kUploaded);
+            std::copy_n(from + done, now, argument.values);
+            upload_kernel<<<1, 256, 0, static_cast<cudaStream_t>(stream)>>>(argument, now,
+                                                                            static_cast<std::int32_t*>(to) + done);
+        }
+    });
 }
 
 }  // namespace lstm::persistent::cuda
