@@ -119,9 +119,7 @@ def waiting_for_gates(code: str) -> list[str]:
     each load counts up one of six counters, and an instruction names those that it needs at zero."""
     lines = re.findall(r"/\*\w+\*/\s+(.*?);\s+/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/", code)
     control = [(text, int(word, 16) >> 41) for text, word in lines]
-    first = max(
-        k for k, (text, _) in enumerate(control) if re.search(r"LDG\.E\.64\b", text)
-    )  # before the loop: one more
+    first = max(k for k, (text, _) in enumerate(control) if re.search(r"LDG\.E\.64\b", text))  # one before the loop
     counter = control[first][1] >> 5 & 7
     last = next(k for k in range(first, len(control)) if "BAR.SYNC" in control[k][0])
     return [text for text, bits in control[first + 1 : last] if bits >> 11 >> counter & 1]

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fast import _C
+from lstm_fast import _C, autograd
 from lstm_fast.autograd import layer
 from lstm_fast.kernels import LayerInputs, persistent
 from tests.persistent_case import Case, error, granted, precision
@@ -116,8 +116,9 @@ def weights_of(case: Case) -> list:
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-def test_states_that_nobody_gave_are_zeros(directions):
-    """Of a layer as modules call it, with its gradients; on the host, where no module would."""
+def test_states_that_nobody_gave_are_zeros(directions, monkeypatch):
+    """Of a layer as modules call it, with its gradients; on the host, where no module would. None are made."""
+    monkeypatch.delattr(autograd, "_zero_states")
     case = Case("bf16", 12, [3, 3], directions)
     x, zeros = case.x.view(3, 2, 12).requires_grad_(), torch.zeros(directions, 2, 12, dtype=torch.bfloat16)
     found = []
@@ -143,7 +144,7 @@ def test_weights_that_states_would_not_fit_are_refused_without_states_too():
 def test_a_compiler_is_told_the_size_of_what_is_saved(directions):
     case = Case("bf16", 5, [2] * 3, directions)
     absent = [None] * (13 - 3 - 5 * directions)
-    weights = [t for direction in case.theirs.all_weights for t in (*direction, None)]
+    weights = [t for direction in weights_of(case) for t in direction]
     inputs = (case.x, case.h0, case.c0, *weights, *absent)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [None if t is None else mode.from_tensor(t) for t in inputs]
@@ -313,8 +314,9 @@ def test_an_infinite_state_saturates_gates(exchange, kind, hidden):
     case = Case(kind, hidden, [3, 2])
     case.h0[0, 0, hidden - 1] = float("inf")
     exact, found = case.exact(), case.forward(save=False)
+    allowed = 2.0**-11 if kind == "tf32" else torch.finfo(case.x.dtype).eps / 2
     for name in ("y", "h_n", "c_n"):
-        assert exact[name].isfinite().all() and error(found[name], exact[name]) <= 2.0**-7, name
+        assert exact[name].isfinite().all() and error(found[name], exact[name]) <= allowed, name
 
 
 def test_fp16_goes_to_torch_where_its_own_persistent_kernel_is_expected_to_be_faster(gpu):
