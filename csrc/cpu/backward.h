@@ -248,6 +248,15 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
     if (f.projected) store_operands<Isa>(m_out, count, m, unit);
 }
 
+// Asks for what backward_units will read of a row, where the forward pass has long left the caches.
+template <typename T>
+LSTM_HD void ask_for_row(const Backward<T>& f, int d, Index row, Index unit) {
+    const Index hidden = f.s.hidden, saved = d * f.walk.rows() + row;
+    for (Index gate = 0; gate < 4; ++gate) __builtin_prefetch(f.gates + (saved * 4 + gate) * hidden + unit);
+    __builtin_prefetch(f.cells + saved * hidden + unit);
+    if (f.dy != nullptr && !f.projected) __builtin_prefetch(f.dy + (row * f.s.directions + d) * hidden + unit);
+}
+
 // One step of one direction, as one thread walks it.
 template <typename Isa, typename T>
 struct StepBack {
@@ -284,11 +293,14 @@ struct StepBack {
     O *da, *dr, *m;
 };
 
-// This thread's rows of a step: calls take(sequence).
+// This thread's rows of a step: calls take(sequence, the row over all steps that it takes next).
 template <typename Isa, typename T, typename Take>
 LSTM_HD void for_rows(const StepBack<Isa, T>& step, const Part& part, const Take& take) {
-    for_blocks(step.team, part, step.f.s, step.t, [&](Index first, Index rows) LSTM_INLINED {
-        for (Index b = first; b < first + rows; ++b) take(b);
+    const Walk& walk = step.f.walk;
+    for_blocks(step.team, part, walk.s, step.t, [&](Index first, Index rows) LSTM_INLINED {
+        const Index row = walk.start[step.t], t_next = walk.before(step.d, step.t, first);
+        const Index behind = (t_next < 0 ? row : walk.start[t_next]) + first;
+        for (Index b = first; b < first + rows; ++b) take(b, b + 1 < first + rows ? row + b + 1 : behind);
     });
 }
 
@@ -332,7 +344,7 @@ template <typename Isa, typename T>
 LSTM_HD void back_to_projection(const StepBack<Isa, T>& step) {
     const Shape& s = step.f.s;
     const Index end = std::min(step.features.tile_end * kTile, s.features);
-    for_rows(step, step.features, [&](Index b) LSTM_INLINED {
+    for_rows(step, step.features, [&](Index b, Index) LSTM_INLINED {
         const T* const dy = step.dy == nullptr ? nullptr : step.dy + b * s.directions * s.features;
         for (Index j = step.features.tile * kTile; j < end; j += kUnits) {
             alignas(64) Acc<T> dr[kUnits], more[kUnits];
@@ -357,11 +369,13 @@ LSTM_HD void back_to_gates(const StepBack<Isa, T>& step) {
                       step.ld_m);
     const bool add_dy = !f.projected && step.dy != nullptr;
     const Index end = std::min(step.units.tile_end * kTile, s.hidden);
-    for_rows(step, step.units, [&](Index b) LSTM_INLINED {
+    for_rows(step, step.units, [&](Index b, Index next) LSTM_INLINED {
         const Acc<T>* const dh = f.projected ? step.dm + b * step.ld_m : step.dh + b * step.ld_h;
         const T* const dy = add_dy ? step.dy + b * s.directions * s.features : nullptr;
-        for (Index unit = step.units.tile * kTile; unit < end; unit += kUnits)
+        for (Index unit = step.units.tile * kTile; unit < end; unit += kUnits) {
+            ask_for_row(f, step.d, next, unit);
             backward_units<Isa>(f, step.d, step.t, b, unit, dh, dy, step.da + b * f.da.ld, step.m + b * s.hidden);
+        }
     });
 }
 

@@ -403,47 +403,46 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<BF
 // ---- Without packing -----------------------------------------------------------------------------------------------
 
 constexpr int kStreams = 8;  // rows that a prefetcher follows side by side
+constexpr int kSums = 8;     // side by side, at least: enough to hide the latency of one
 
 // The sums over k of X rows of a times W rows of w [.., k]: X * W makes one vector. Lane by lane over k, then over the
-// lanes. Rows of w are taken side by side, to read each of a's once; but one row of a takes those of w one after the
-// other where they are more than memory delivers side by side. c[X, 64] (+)= the sums in its first columns, of which
-// `columns` <= W are kept.
+// lanes. Rows of w are taken side by side, to read each of a's once, but only some of them where they are more than
+// memory delivers so. c[X, 64] (+)= the sums in its first columns, of which `columns` <= W are kept.
 template <typename Isa, int X, typename O, typename T>
 LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k, Acc<T>* c, bool accumulate) {
     using A = Acc<T>;
-    constexpr int side = lanes<Isa, A>, W = side / X;
+    constexpr int side = lanes<Isa, A>, W = side / X, some = W > kStreams ? 4 : W;
+    constexpr int parts = some * X < kSums ? 2 : 1;  // of each sum
     const auto row = [&](int n)
                          LSTM_INLINED { return w + std::min<Index>(n, columns - 1) * k; };  // past them, the last
     Vector<Isa, A> sums[side];
     const Index whole = k - k % side;
-    if constexpr (X == 1 && side > kStreams) {
-        constexpr int parts = 4;  // sums at once: enough to hide the latency of one
 #pragma GCC unroll 1
-        for (int n = 0; n < W; ++n) {
-            const T* const right = row(n);
-            Vector<Isa, A> part[parts] = {};
-            Index p = 0;
-            for (; p + parts * side <= whole; p += parts * side) {
-#pragma GCC unroll 4
-                for (int i = 0; i < parts; ++i)
-                    part[i] += load_vector<Isa>(a + p + i * side) * load_vector<Isa>(right + p + i * side);
-            }
-            for (; p < whole; p += side) part[0] += load_vector<Isa>(a + p) * load_vector<Isa>(right + p);
-            sums[n] = (part[0] + part[1]) + (part[2] + part[3]);
-        }
-    } else {
-        const T* rows[W];
-        for (int n = 0; n < W; ++n) rows[n] = row(n);
-        for (int i = 0; i < side; ++i) sums[i] = Vector<Isa, A>{};
-        for (Index p = 0; p < whole; p += side) {
+    for (int first = 0; first < W; first += some) {
+        const T* rows[some];
+        Vector<Isa, A> sum[parts][X][some] = {};
+        for (int n = 0; n < some; ++n) rows[n] = row(first + n);
+        const auto add = [&](Index p, Vector<Isa, A>(&to)[X][some]) LSTM_INLINED {
             Vector<Isa, A> left[X];
 #pragma GCC unroll 4
             for (int x = 0; x < X; ++x) left[x] = load_vector<Isa>(a + x * lda + p);
 #pragma GCC unroll 8
-            for (int n = 0; n < W; ++n) {
+            for (int n = 0; n < some; ++n) {
                 const auto right = load_vector<Isa>(rows[n] + p);
 #pragma GCC unroll 4
-                for (int x = 0; x < X; ++x) sums[x * W + n] += left[x] * right;
+                for (int x = 0; x < X; ++x) to[x][n] += left[x] * right;
+            }
+        };
+        Index p = 0;
+        for (; p + parts * side <= whole; p += parts * side) {
+#pragma GCC unroll 2
+            for (int i = 0; i < parts; ++i) add(p + i * side, sum[i]);
+        }
+        if (p < whole) add(p, sum[0]);
+        for (int x = 0; x < X; ++x) {
+            for (int n = 0; n < some; ++n) {
+                if constexpr (parts > 1) sum[0][x][n] += sum[1][x][n];
+                sums[x * W + first + n] = sum[0][x][n];
             }
         }
     }
@@ -457,11 +456,18 @@ LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k,
             for (int x = 0; x < X; ++x) sums[x * W + n] += load_vector<Isa>(left[x]) * load_vector<Isa>(right);
         }
     }
-    transpose(sums);
-    for (int i = 1; i < side; ++i) sums[0] += sums[i];
-    for (int x = 0; x < X; ++x) {
-        for (Index n = 0; n < columns; ++n)
-            c[x * kTile + n] = sums[0][x * W + n] + (accumulate ? c[x * kTile + n] : A(0));
+    sum_lanes(sums);
+    A all[X][W];
+    std::memcpy(all, &sums[0], sizeof(all));
+    const auto put = [&](Index count) LSTM_INLINED {
+        for (int x = 0; x < X; ++x) {
+            for (Index n = 0; n < count; ++n) c[x * kTile + n] = all[x][n] + (accumulate ? c[x * kTile + n] : A(0));
+        }
+    };
+    if (columns == W) {  // a constant makes vectors of it
+        put(W);
+    } else {
+        put(columns);
     }
 }
 

@@ -304,4 +304,17 @@ LSTM_HD void transpose(Vector (&rows)[Side]) {
     }
 }
 
+// Of each of `Side` vectors of so many lanes the sum over its lanes, the i-th's in rows[0][i]; the others are used up.
+template <typename Vector, int Side, int Half = Side / 2>
+LSTM_HD void sum_lanes(Vector (&rows)[Side]) {
+    if constexpr (Half > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < Half; ++i) {
+            trade_lanes<Half>(rows[i], rows[i + Half], std::make_integer_sequence<int, Side>());
+            rows[i] += rows[i + Half];
+        }
+        sum_lanes<Vector, Side, Half / 2>(rows);
+    }
+}
+
 }  // namespace lstm::cpu
