@@ -297,22 +297,23 @@ def test_many_chunks_of_steps_are_one_walk(
             assert mine <= 2 * allowed + torch.finfo(dtype).eps, sets[best]
 
 
-@pytest.mark.parametrize("hidden", [64, 100])
-@pytest.mark.parametrize("rows", [1, 6, 7, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [35, 64, 100])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9])
 @pytest.mark.parametrize("proj", [0, 33])
 @pytest.mark.usefixtures("instruction_set")
-def test_few_rows_read_weights_as_they_lie(proj: int, rows: int, hidden: int) -> None:
+def test_few_rows_read_weights_as_they_lie(proj: int, rows: int, hidden: int, dtype: torch.dtype) -> None:
     """On both sides of the number of rows from which on weights are packed."""
     torch.manual_seed(0)
-    ours, oracle = LSTM(70, hidden, proj_size=proj), nn.LSTM(70, hidden, proj_size=proj).double()
+    ours, oracle = LSTM(70, hidden, proj_size=proj, dtype=dtype), nn.LSTM(70, hidden, proj_size=proj).double()
     oracle.load_state_dict(ours.state_dict())
     features = proj or hidden
-    x, h, c = torch.randn(1, rows, 70), torch.randn(1, rows, features), torch.randn(1, rows, hidden)
-    weights = [torch.randn(1, rows, size) for size in (features, features, hidden)]
+    x, h, c = (torch.randn(1, rows, size, dtype=dtype) for size in (70, features, hidden))
+    weights = [torch.randn(1, rows, size, dtype=dtype) for size in (features, features, hidden)]
     got = outputs_and_gradients(ours, [x, h, c], weights)
     want = outputs_and_gradients(oracle, [t.double() for t in (x, h, c)], [t.double() for t in weights])
     for a, exact in zip(got, want, strict=True):
-        assert (a.double() - exact).abs().max() / exact.abs().max() < 16 * torch.finfo(torch.float32).eps
+        assert (a.double() - exact).abs().max() / exact.abs().max() < 16 * torch.finfo(dtype).eps
 
 
 def test_calls_side_by_side_have_their_own_memory() -> None:

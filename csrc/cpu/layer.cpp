@@ -75,7 +75,7 @@ template <template <typename> class Job, typename T>
 InstructionSet serving(const Shape& s) {
     if (s.instruction_set < InstructionSet::amx) return s.instruction_set;
     const Index rows = std::accumulate(s.steps, s.steps + s.time, Index{0});
-    if (std::is_same_v<T, BFloat16>) return rows > kFewRows ? InstructionSet::amx : InstructionSet::avx512_bf16;
+    if (std::is_same_v<T, BFloat16>) return rows > kFewRows / 2 ? InstructionSet::amx : InstructionSet::avx512_bf16;
     if (!std::is_same_v<T, float>) return InstructionSet::avx512;
     const bool over_steps = planes_pay_over_steps<Job>(s, rows);
     if (planes_pay<Job>(s, rows, over_steps)) return InstructionSet::amx;

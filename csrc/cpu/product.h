@@ -411,34 +411,55 @@ constexpr int kSums = 8;     // side by side, at least: enough to hide the laten
 template <typename Isa, int X, typename O, typename T>
 LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k, Acc<T>* c, bool accumulate) {
     using A = Acc<T>;
+    constexpr bool pairs = has_pairs<Isa> && std::is_same_v<O, BFloat16> && std::is_same_v<T, BFloat16>;
     constexpr int side = lanes<Isa, A>, W = side / X, some = W > kStreams ? 4 : W;
     constexpr int parts = some * X < kSums ? 2 : 1;  // of each sum
+    constexpr Index at_once = pairs ? 2 * side : side;
+    using Factor = std::conditional_t<pairs, typename Isa::Wide, Vector<Isa, A>>;
+    const auto factor = [&](const auto* from) LSTM_INLINED {
+        Factor x;
+        if constexpr (pairs) {
+            std::memcpy(&x, from, sizeof(x));
+        } else {
+            x = load_vector<Isa>(from);
+        }
+        return x;
+    };
+    const auto add = [&](Vector<Isa, A>& sum, const Factor& left, const Factor& right) LSTM_INLINED {
+        if constexpr (pairs) {
+#ifdef LSTM_X86
+            sum = add_pairs(sum, (__m512i)left, (__m512i)right);
+#endif
+        } else {
+            sum += left * right;
+        }
+    };
     const auto row = [&](int n)
                          LSTM_INLINED { return w + std::min<Index>(n, columns - 1) * k; };  // past them, the last
     Vector<Isa, A> sums[side];
-    const Index whole = k - k % side;
+    const Index whole = k - k % at_once;
 #pragma GCC unroll 1
     for (int first = 0; first < W; first += some) {
         const T* rows[some];
         Vector<Isa, A> sum[parts][X][some] = {};
         for (int n = 0; n < some; ++n) rows[n] = row(first + n);
-        const auto add = [&](Index p, Vector<Isa, A>(&to)[X][some]) LSTM_INLINED {
-            Vector<Isa, A> left[X];
+        const auto add_all = [&](Index p, Vector<Isa, A>(&to)[X][some]) LSTM_INLINED {
+            Factor left[X];
 #pragma GCC unroll 4
-            for (int x = 0; x < X; ++x) left[x] = load_vector<Isa>(a + x * lda + p);
+            for (int x = 0; x < X; ++x) left[x] = factor(a + x * lda + p);
 #pragma GCC unroll 8
             for (int n = 0; n < some; ++n) {
-                const auto right = load_vector<Isa>(rows[n] + p);
+                const Factor right = factor(rows[n] + p);
 #pragma GCC unroll 4
-                for (int x = 0; x < X; ++x) to[x][n] += left[x] * right;
+                for (int x = 0; x < X; ++x) add(to[x][n], left[x], right);
             }
         };
         Index p = 0;
-        for (; p + parts * side <= whole; p += parts * side) {
+        for (; p + parts * at_once <= whole; p += parts * at_once) {
 #pragma GCC unroll 2
-            for (int i = 0; i < parts; ++i) add(p + i * side, sum[i]);
+            for (int i = 0; i < parts; ++i) add_all(p + i * at_once, sum[i]);
         }
-        if (p < whole) add(p, sum[0]);
+        if (p < whole) add_all(p, sum[0]);
         for (int x = 0; x < X; ++x) {
             for (int n = 0; n < some; ++n) {
                 if constexpr (parts > 1) sum[0][x][n] += sum[1][x][n];
@@ -447,13 +468,12 @@ LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k,
         }
     }
     if (whole < k) {
-        alignas(64) A left[X][side] = {}, right[side] = {};
-        for (int x = 0; x < X; ++x) {
-            for (Index i = whole; i < k; ++i) left[x][i - whole] = load(a[x * lda + i]);
-        }
+        alignas(64) O left[X][at_once] = {};
+        alignas(64) T right[at_once] = {};
+        for (int x = 0; x < X; ++x) std::copy_n(a + x * lda + whole, k - whole, left[x]);
         for (int n = 0; n < W; ++n) {
-            for (Index i = whole; i < k; ++i) right[i - whole] = load(row(n)[i]);
-            for (int x = 0; x < X; ++x) sums[x * W + n] += load_vector<Isa>(left[x]) * load_vector<Isa>(right);
+            std::copy_n(row(n) + whole, k - whole, right);
+            for (int x = 0; x < X; ++x) add(sums[x * W + n], factor(left[x]), factor(right));
         }
     }
     sum_lanes(sums);

@@ -10,8 +10,9 @@
 
 namespace lstm::cpu {
 
-// A call of at most so many rows over all steps reads its weights as they lie: to pack them would take as long.
-constexpr Index kFewRows = 6;
+// A call of at most so many rows over all steps reads its weights as they lie: to pack them would take as long, but for
+// AMX's bf16 from half as many on.
+constexpr Index kFewRows = 8;
 
 constexpr Index kBlocksOfThread = 4;  // of sequences of unequal length
 
@@ -132,7 +133,7 @@ struct Walk {
 
     bool alike() const { return of_step.planes == over_steps.planes; }
     Index rows() const { return start.back(); }
-    bool few() const { return rows() <= kFewRows; }
+    bool few() const { return rows() <= kFewRows && !of_step.planes; }
     Index chunks() const { return static_cast<Index>(chunk_end.size()); }
 
     // The step before t in direction d's walk, if sequence b was in it; else -1.

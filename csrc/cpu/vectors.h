@@ -156,6 +156,11 @@ __attribute__((target(LSTM_PAIRS_TARGET))) inline void store_brain(__m512 from, 
     const __m256bh narrow = _mm512_cvtneps_pbh(from);
     std::memcpy(to, &narrow, sizeof(narrow));
 }
+
+// To each float of a sum the products of two neighbours.
+__attribute__((target(LSTM_PAIRS_TARGET))) inline __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
 #endif
 
 // A vector from as many elements and back. Nothing narrower is stored and read again: a load that meets several
