@@ -289,7 +289,7 @@ SIMT void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
         float low[4] = {}, high[4] = {};
         simt::mma<T>(low, low_a, high_b[0], high_b[1]);
         simt::mma<T>(low, high_a, low_b[0], low_b[1]);
-        for (int j = 0; j < 4; ++j) d[j] += low[j];
+        for (int j = 0; j < 4; ++j) d[j] += low[j] - low[j] == 0 ? low[j] : 0;  // of infinity high says all
         simt::mma<T>(high, high_a, high_b[0], high_b[1]);
         for (int j = 0; j < 4; ++j) d[j] += high[j];
     } else {
