@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu_check``: latencies, the GPU tests, a memory check and a benchmark on the GPU at hand.
+"""``python -m benchmarks.gpu_check``: latencies, the GPU tests, a memory check and benchmarks on the GPU at hand.
 
 Builds nothing. Each part runs in a process of its own and within its own time, so that a kernel that hangs costs one
 part. Prints a table and writes one JSON, results/gpu-<name>.json, anew after each part; what a part finds lies beside
@@ -28,12 +28,13 @@ from lstm_fast.bench import exchange
 from lstm_fast.bench.process import run
 from lstm_fast.bench.report import put_between
 from lstm_fast.bench.runner import describe, write
+from lstm_fast.cli import MISSING
 from lstm_fast.kernels import persistent
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("persistent", "cuda", "triton")
 OVER_THE_GRID = "persistent over-the-grid"  # without clusters
-SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120}  # nine minutes in all, with the build
+SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120, "suite": 120}  # nine minutes with the build, if none hangs
 LAST_ROW = 40  # seconds that the bench has for the row that it is in when its time ends
 ONE_TEST = 40  # seconds
 MOST_FAILED = 40  # tests: if each hangs until its kernel gives up, there is no time for more
@@ -139,6 +140,23 @@ def run_bench(result: Path) -> dict[str, Any]:
     return found
 
 
+def run_suite(result: Path) -> dict[str, Any]:
+    """``lstm-fast bench`` and ``bench train`` as users run them, each record in a file of its own beside the result."""
+    commands = {"flashrnn": ["--grid", "flashrnn", "--dtype", "bfloat16", "--seconds", "0.2"], "train": ["train"]}
+    end = time.monotonic() + SECONDS["suite"]
+    ok, lines = True, []
+    for name, arguments in commands.items():
+        output = result.with_name(f"{result.stem}-{name}.json")
+        command = [sys.executable, "-m", "lstm_fast.cli", "bench", *arguments, "--out", str(output)]
+        code, said = run(command, max(end - time.monotonic(), LAST_ROW), ROOT)
+        if code == 2 and MISSING in said:
+            lines.append(f"{name}: skipped: {said.strip()}")
+            continue
+        ok = ok and code == 0
+        lines += [said if code is not None else stopped("suite", said[-500:]), str(output)]
+    return {"ok": ok, "summary": "\n".join(lines)}
+
+
 def stopped(part: str, ended: str) -> str:
     return f"stopped at its limit of {SECONDS[part]} s; the last it said: {ended}"
 
@@ -157,6 +175,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "tests": run_tests,
     "sanitizer": run_sanitizer,
     "bench": run_bench,
+    "suite": run_suite,
 }
 
 

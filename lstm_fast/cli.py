@@ -7,6 +7,7 @@ import sys
 import lstm_fast
 from lstm_fast.environment import environment
 
+MISSING = "This command needs"
 _EXTRA = ("matplotlib", "rich", "sacrebleu", "safetensors", "sentencepiece", "typer")
 
 
@@ -21,7 +22,7 @@ def main() -> None:
         missing = str(error.name).partition(".")[0]
         if missing not in _EXTRA:
             raise
-        print(f"This command needs {missing}: pip install 'lstm_fast[translate]'", file=sys.stderr)
+        print(f"{MISSING} {missing}: pip install 'lstm_fast[translate]'", file=sys.stderr)
         sys.exit(2)
     sys.exit(run())
 

@@ -25,11 +25,15 @@ def environment() -> dict[str, str | int]:
     return found
 
 
+def cpuinfo() -> str:
+    """What Linux says of the processor."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.exists() else ""
+
+
 def _cpu() -> str:
     """Its name, with the instruction set that the kernels take: virtual machines give different processors one name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in cpuinfo().splitlines() if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     try:
         from lstm_fast import _C

@@ -147,7 +147,7 @@ def test_this_machines_limits_are_plausible() -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "measure", lambda _: KNOWN)
-    monkeypatch.setattr(memory, "startup", dict)
+    monkeypatch.setattr(memory, "startup", lambda _: {})
     monkeypatch.setattr(memory, "peak", lambda case, _: {"ours": 1.0, "torch": 2.0})
 
 
@@ -168,6 +168,7 @@ def test_a_run_is_written_whole(tmp_path: Path) -> None:
         (group, mode) for group in ("one", "two", "two") for mode in ("inference", "forward+backward")
     ]
     assert record["skipped"] == {"haste": "haste_pytorch is not installed"} and record["failed"] == []
+    assert record["after"].keys() == {"clocks", "load"} <= record.keys()
     for row in record["rows"]:
         case = Case(*(row[name] for name in Case._fields))
         assert row["choice"].startswith("cpu:") and row["best_rival"] == "torch"
@@ -300,7 +301,7 @@ def test_peak_memory_is_that_of_the_shape() -> None:
 
 
 def test_startup_is_measured() -> None:
-    found = memory.startup()
+    found = memory.startup("cpu")
     assert found["import_torch_ms"] > 100 and 0 < found["import_lstm_fast_ms"] < found["import_torch_ms"]
     assert found["first_call_ms"] > 0 and found["first_call_torch_ms"] > 0
 
@@ -308,6 +309,14 @@ def test_startup_is_measured() -> None:
 def test_a_record_names_machine_versions_and_commit() -> None:
     found = runner.describe()
     assert found["cpu"] and found["torch"] == torch.__version__ and found["commit"] != ""
+
+
+def test_a_record_notes_load_and_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "cpuinfo", lambda: "cpu MHz\t\t: 2000.000\nflags : fpu\ncpu MHz\t\t: 3001.000\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runner.state()["clocks"] == ["2500 MHz"] and runner.state()["load"] >= 0
+    monkeypatch.setattr(runner, "cpuinfo", str)
+    assert runner.state()["clocks"] == []
 
 
 def test_another_projects_commit_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

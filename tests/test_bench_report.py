@@ -147,9 +147,11 @@ def test_table_says_what_the_machine_could_do_and_what_starting_takes() -> None:
     names = ("import_lstm_fast_ms", "import_torch_ms", "first_call_ms", "first_call_torch_ms")
     startup = dict(zip(names, (15.0, 700.0, 2.0, 25.0), strict=True))
     memory = row(Case(9, 8, 16), mode="forward+backward", memory_mb={"ours": 10.0, "torch": 20.0})
-    lines = report.table(run(memory, limits=limits, startup=startup)).splitlines()
-    assert lines[1:3] == [
+    states = {"clocks": ["1980 MHz", "2619 MHz"], "load": 0.5, "after": {"clocks": [], "load": 1.25}}
+    lines = report.table(run(memory, limits=limits, startup=startup, **states)).splitlines()
+    assert lines[1:4] == [
         "limits: float32 270 GFLOP/s; 180 GB/s to 0.5 MiB, 50 GB/s to 32 MiB; 0.25 µs to meet",
+        "clocks 1980 MHz, 2619 MHz, load 0.50; after the last row not told, load 1.25",
         "import 15 ms after torch's 700; first training pass 2 ms, torch's 25",
     ]
     assert lines[-1] == "  peak memory of T9 B8 H16 float32, forward+backward: ours 10 MB, torch 20 MB"

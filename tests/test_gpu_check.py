@@ -41,7 +41,7 @@ def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit) as error:
         gpu_check.main(["--parts", "tests,speed"])
     assert error.value.code == 2
-    assert "among exchange, tests, sanitizer, bench, got: speed" in capsys.readouterr().err
+    assert "among exchange, tests, sanitizer, bench, suite, got: speed" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -175,6 +175,26 @@ def test_a_bench_that_lost_the_card_is_taken_up_again(monkeypatch, tmp_path):
     monkeypatch.setitem(gpu_check.SECONDS, "bench", 0.01)
     monkeypatch.setattr(gpu_check, "run", lambda *_, **__: (time.sleep(0.02), (gpu_bench.LOST, "lost"))[1])
     assert "lost" in gpu_check.run_bench(tmp_path / "result.json")["summary"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "ok", "told"),
+    [
+        ((0, "a table"), True, "a table\n"),
+        ((1, "a row failed"), False, "a row failed\n"),
+        ((None, "T512"), False, "stopped at its limit of 120 s; the last it said: T512\n"),
+        ((2, "This command needs typer: pip install it\n"), True, "skipped: This command needs typer: pip install it"),
+        ((2, "Usage: something else"), False, "Usage: something else\n"),
+    ],
+)
+def test_the_suite_runs_as_users_run_it(monkeypatch, tmp_path, ended, ok, told):
+    commands = []
+    monkeypatch.setattr(gpu_check, "run", lambda command, *_: commands.append(command) or ended)
+    found = gpu_check.run_suite(tmp_path / "gpu.json")
+    assert found["ok"] is ok and found["summary"].count(told) == 2
+    for command, name in zip(commands, ("flashrnn", "train"), strict=True):
+        assert command[:4] == [sys.executable, "-m", "lstm_fast.cli", "bench"] and name in command
+        assert command[-2:] == ["--out", str(tmp_path / f"gpu-{name}.json")]
 
 
 def test_the_readmes_table_comes_from_a_record(tmp_path):
@@ -538,7 +558,7 @@ def test_a_fault_on_the_card_costs_one_test_and_is_told_at_once(tmp_path):
 
 def test_a_record_names_driver_clocks_and_triton(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 580.1, 1980 MHz, 2619 MHz\n")
+    tool.write_text("#!/bin/sh\ncase $1 in *driver*) echo 580.1;; *) echo 1980 MHz, 2619 MHz;; esac\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -22,37 +22,39 @@ from lstm_fast.bench.cases import Case
 SIDES = ("ours", "torch")
 _PROCESSES = 3
 _STARTUP = """
-import time
+import sys, time
 start = time.perf_counter()
 import torch
 torch_ready = time.perf_counter()
 import lstm_fast
 ready = time.perf_counter()
-times = []
-for module in (lstm_fast.LSTM(128, 128), torch.nn.LSTM(128, 128)):
-    x, begin = torch.ones(16, 4, 128), time.perf_counter()
+device, times = torch.device(sys.argv[1]), []
+x = torch.ones(16, 4, 128, device=device) @ torch.ones(128, 128, device=device)  # whoever comes first
+for module in (lstm_fast.LSTM(128, 128, device=device), torch.nn.LSTM(128, 128, device=device)):
+    begin = time.perf_counter()
     module(x)[0].sum().backward()
+    next(module.parameters()).grad.sum().item()
     times.append(time.perf_counter() - begin)
 print(torch_ready - start, ready - torch_ready, *times)
 """
 
 
-def startup() -> dict[str, float]:
+def startup(device: str) -> dict[str, float]:
     """Milliseconds of ``import torch``, of ``import lstm_fast`` after it, and of the first forward and backward pass of
-    each side's module on the CPU; medians of three processes."""
+    each side's module on ``device`` where torch has multiplied before; medians of three processes."""
     runs = []
     for _ in range(_PROCESSES):
-        done = subprocess.run([sys.executable, "-c", _STARTUP], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", _STARTUP, device], capture_output=True, text=True, check=True)
         runs.append([1e3 * float(value) for value in done.stdout.split()])
     names = ("import_torch_ms", "import_lstm_fast_ms", "first_call_ms", "first_call_torch_ms")
     return dict(zip(names, (statistics.median(values) for values in zip(*runs, strict=True)), strict=True))
 
 
 def peak(case: Case, device: str) -> dict[str, float]:
-    """Megabytes that a forward and backward pass takes at most, of either side; medians of three processes, as an
-    allocator finds room for a gradient where the last one was, or not."""
+    """Megabytes that a forward and backward pass takes at most, of either side; on a CPU medians of three processes, as
+    its allocator finds room for a gradient where the last one was, or not."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
-    for side in SIDES * _PROCESSES:
+    for side in SIDES * (_PROCESSES if device == "cpu" else 1):
         command = [sys.executable, "-m", "lstm_fast.bench.memory", json.dumps(list(case)), side, device]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[side].append(float(done.stdout))

@@ -184,6 +184,9 @@ def _machine_lines(run: Run) -> list[str]:
         traffic = ", ".join(f"{_number(rate)} GB/s to {size / 2**20:g} MiB" for size, rate in limits["bandwidth"])
         meeting = limits["exchange_us"]
         lines.append(f"limits: {rates}; {traffic}" + (f"; {meeting:.2f} µs to meet" if meeting else ""))
+    if after := run.get("after"):
+        texts = (f"{', '.join(each['clocks']) or 'not told'}, load {each['load']:.2f}" for each in (run, after))
+        lines.append("clocks {}; after the last row {}".format(*texts))
     if startup := run.get("startup"):
         times = ("import_lstm_fast_ms", "import_torch_ms", "first_call_ms", "first_call_torch_ms")
         own, torch, first, torch_first = (_number(startup[name]) for name in times)

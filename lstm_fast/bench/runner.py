@@ -6,7 +6,9 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,11 +23,12 @@ from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
 from lstm_fast.bench.timing import compared, interleave, spread
-from lstm_fast.environment import environment
+from lstm_fast.environment import cpuinfo, environment
 
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
+LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
 
 
 class WrongResultError(RuntimeError):
@@ -44,18 +47,34 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if changes else "")
 
 
+def _ask_gpu(what: str) -> list[str]:
+    """Of the first GPU, in nvidia-smi's words; nothing where there is none that says it."""
+    tool = shutil.which("nvidia-smi")
+    if not torch.cuda.is_available() or tool is None:
+        return []
+    query = [tool, f"--query-gpu={what}", "--format=csv,noheader"]
+    said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    return [part.strip() for part in said.split(",")]
+
+
+def state() -> dict[str, Any]:
+    """What varies on a machine: its load, and the clocks of a GPU's multiprocessors and memory, else of the CPU where
+    the system tells them."""
+    cores = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", cpuinfo())]
+    of_cpu = [f"{statistics.mean(cores):.0f} MHz"] if cores else []
+    return {"load": os.getloadavg()[0], "clocks": _ask_gpu("clocks.sm,clocks.mem") or of_cpu}
+
+
 def describe() -> dict[str, Any]:
-    """Machine, versions, commit, date, load, and a GPU's driver and clocks as they are, ready for JSON."""
+    """Machine, versions, commit, date, a GPU's driver, and ``state`` as it is, ready for JSON."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found: dict[str, Any] = {"date": date, "commit": commit(), **environment(), "load": os.getloadavg()[0]}
+    found: dict[str, Any] = {"date": date, "commit": commit(), **environment(), **state()}
     with suppress(importlib.metadata.PackageNotFoundError):
         found["triton"] = importlib.metadata.version("triton")
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-    if torch.cuda.is_available() and shutil.which(query[0]) is not None:
-        said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].split(", ")
-        found.update(driver=said[0].strip(), clocks=[part.strip() for part in said[1:]])
+    if driver := _ask_gpu("driver_version"):
+        found["driver"] = driver[0]
     return found
 
 
@@ -142,7 +161,9 @@ def choice(module: nn.Module, x: Any, mode: str) -> str:
 
 
 def launches(module: nn.Module, x: Any) -> dict[str, Any]:
-    """How many kernels one inference launches, and the commonest: which algorithm cuDNN really ran."""
+    """How many kernels one inference launches, and the commonest: which algorithm cuDNN really ran. Of a dense x, the
+    first LAUNCHES_T steps."""
+    x = x[:LAUNCHES_T] if isinstance(x, Tensor) and x.dim() == 3 else x
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         module(x)
         torch.cuda.synchronize()
@@ -175,7 +196,7 @@ def run(
         "grid": name,
         "device": device,
         "limits": limits._asdict(),
-        "startup": memory.startup(),
+        "startup": memory.startup(device),
         "skipped": missing,
         "rows": [],
         "failed": [],
@@ -188,6 +209,7 @@ def run(
         except (RuntimeError, torch.OutOfMemoryError) as error:
             record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
         write(output, record)
+    record["after"] = state()
     for group in grid:
         case = max(grid[group], key=lambda case: case.T * case.B * case.H)
         progress(len(cases), len(cases), f"memory of {case.label()}")
