@@ -414,7 +414,10 @@ def test_the_modules_steps_are_measured(monkeypatch, clock):
     monkeypatch.setattr(gpu_bench, "STEP_SHAPE", (5, 4, 8))
     found = gpu_bench.run_modules()
     assert all(found[name]["us_per_step"] == 1e3 * found[name]["ours_ms"] / 5 for name in ("inference", "forward"))
-    assert gpu_bench.steps({"modules": found}).count("nn.LSTM") == 3
+    queued = found["forward"]["queued"]
+    assert queued["us_per_step"] == 1e3 * queued["ours_ms"] / gpu_bench.QUEUED / 5
+    said = gpu_bench.steps({"modules": found})
+    assert said.count("nn.LSTM") == said.count("8 calls in a row") == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and the kernels run on it")
