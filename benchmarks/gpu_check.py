@@ -34,7 +34,7 @@ from lstm_fast.kernels import persistent
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("persistent", "cuda", "triton")
 OVER_THE_GRID = "persistent over-the-grid"  # without clusters
-SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120, "suite": 120}  # nine minutes with the build, if none hangs
+SECONDS = {"tests": 200, "sanitizer": 60, "bench": 120, "suite": 240}  # nine minutes with the build, if none hangs
 LAST_ROW = 40  # seconds that the bench has for the row that it is in when its time ends
 ONE_TEST = 40  # seconds
 MOST_FAILED = 40  # tests: if each hangs until its kernel gives up, there is no time for more
@@ -142,7 +142,11 @@ def run_bench(result: Path) -> dict[str, Any]:
 
 def run_suite(result: Path) -> dict[str, Any]:
     """``lstm-fast bench`` and ``bench train`` as users run them, each record in a file of its own beside the result."""
-    commands = {"flashrnn": ["--grid", "flashrnn", "--dtype", "bfloat16", "--seconds", "0.2"], "train": ["train"]}
+    commands = {
+        "train": ["train"],
+        "flashrnn": ["--grid", "flashrnn", "--dtype", "bfloat16", "--seconds", "0.2"],
+        "tune": ["--grid", "tune-gpu", "--backend", "persistent", "--rivals", "torch", "--seconds", "0.1"],
+    }
     end = time.monotonic() + SECONDS["suite"]
     ok, lines = True, []
     for name, arguments in commands.items():

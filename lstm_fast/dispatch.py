@@ -139,20 +139,21 @@ def surely_cpu(backend: str, dtype: torch.dtype, hidden: int, kind: str, shape: 
 def _torch_is_faster(
     device: torch.device, dtype: torch.dtype, hidden: int, kind: str, shape: Callable[[], tuple[int, int]]
 ) -> str | None:
-    """In words; None if it was not measured to be, nor is expected to be where nothing was measured."""
-    place = measured.place(device.type)
+    """In words; None if it was not measured to be, nor is expected to be where nothing like it was measured."""
+    place = measured.place(device)
+
+    def call() -> measured.Call:
+        return measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
+
     if device.type == "cuda":
         asked = device, dtype, hidden, shape()[1]
         crowded: str | None = persistent.crowded(*asked)
         if crowded is not None:
             return crowded
-        if not measured.knows(place):
+        if not (measured.knows(place) and measured.covers(call())):
             outweighed: str | None = persistent.outweighed(*asked, plain=kind == "layer")
             return outweighed
-    if not measured.matters(place, kind):
-        return None
-    call = measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
-    return measured.torch_is_faster(call)
+    return measured.torch_is_faster(call()) if measured.matters(place, kind) else None
 
 
 def _refuses(

@@ -11,7 +11,7 @@ import lstm_fast
 
 
 def environment() -> dict[str, str | int]:
-    """Versions, processor, threads that torch uses, and the GPU if there is one."""
+    """Versions, processor, threads that torch uses, and the GPU with its compute capability if there is one."""
     found: dict[str, str | int] = {
         "lstm_fast": lstm_fast.__version__,
         "torch": torch.__version__,
@@ -22,6 +22,7 @@ def environment() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+        found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
     return found
 
 

@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 SHIPPED = Path(__file__).with_name("measured.json")
 MARGIN = 0.95  # what an interval's upper end has to stay below
 _LEAVING_MS = 0.009  # what it takes to hand a call over to torch, measured on a core of an AMD EPYC
@@ -38,21 +40,24 @@ class Call(NamedTuple):
 
 
 @lru_cache
-def place(device: str) -> str:
-    """A type of device, of a CPU with its instruction set: who is faster differs with it."""
-    if device != "cpu":
-        return device
+def place(device: torch.device) -> str:
+    """A type of device, of a CPU with its instruction set, of a GPU with its compute capability: who is faster differs
+    with them."""
+    if device.type == "cuda":
+        return "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
+    if device.type != "cpu":
+        return device.type
     try:
         from lstm_fast._C import CPU_INSTRUCTION_SETS
     except ImportError:
-        return device
+        return device.type
     return f"cpu {CPU_INSTRUCTION_SETS[-1]}"
 
 
 def _place_of(run: dict[str, Any]) -> str:
-    """Where a run was recorded, as ``place`` says it; environment.py names the instruction set."""
-    if run["device"] != "cpu":
-        return str(run["device"])
+    """Where a run was recorded, as ``place`` says it; environment.py names instruction set and capability."""
+    if run["device"] == "cuda":
+        return f"cuda {run['capability']}"
     _, named, instruction_set = run["cpu"].rpartition(" with ")
     return f"cpu {instruction_set if named else _UNNAMED}"
 
@@ -117,17 +122,27 @@ def matters(place: str, kind: str) -> bool:
     return any(high < MARGIN for key, rows in _rows().items() if (key[0], key[2]) == (place, kind) for _, high in rows)
 
 
-@lru_cache(maxsize=4096)
-def torch_is_faster(call: Call) -> str | None:
-    """In words, if every run of the nearest measured shape says so; else None."""
+def _nearest(call: Call) -> list[tuple[float, Call]]:
+    """Upper ends and calls of the nearest measured shape, one of each run, that is within reach."""
     if min(call[-3:]) < 1:  # an empty batch
-        return None
+        return []
     known = _rows().get(call[:4], [])
     nearest = min((call.distance(other) for other, _ in known), default=math.inf)
     if nearest > _FARTHEST:
-        return None
-    highs = [(high, other) for other, high in known if call.distance(other) == nearest]
-    high, other = max(highs)
+        return []
+    return [(high, other) for other, high in known if call.distance(other) == nearest]
+
+
+@lru_cache(maxsize=4096)
+def covers(call: Call) -> bool:
+    """Whether a shape within reach was measured."""
+    return len(_nearest(call)) > 0
+
+
+@lru_cache(maxsize=4096)
+def torch_is_faster(call: Call) -> str | None:
+    """In words, if every run of the nearest measured shape says so; else None."""
+    high, other = max(_nearest(call), default=(math.inf, call))
     if high >= MARGIN:
         return None
     return f"torch's own took {high:.2f} of this kernel's time where T={other.T} B={other.B} H={other.H} was measured"

@@ -124,6 +124,7 @@ def gpu_kernels(monkeypatch):
     )
     for name in ("crowded", "outweighed"):
         monkeypatch.setattr(dispatch.persistent, name, lambda *asked, plain=None: None)
+    monkeypatch.setattr(dispatch.measured, "place", lambda device: "cuda 9.0")
 
 
 def choose_on_gpu(hidden, backend="auto", batch=4, **call):
@@ -146,8 +147,11 @@ def test_on_a_gpu_nobody_measured_large_batches_go_to_torch_by_estimate(gpu_kern
     assert choose_on_gpu(64, batch=9).backend == "persistent"
     assert choose_on_gpu(64, batch=10) == ("torch", "persistent: slow at (64, 10)")
     assert choose_on_gpu(64, "persistent", batch=10).backend == "persistent"
-    monkeypatch.setattr(dispatch.measured, "knows", lambda place: place == "cuda")
+    monkeypatch.setattr(dispatch.measured, "knows", lambda place: place == "cuda 9.0")
+    assert choose_on_gpu(64, batch=10) == ("torch", "persistent: slow at (64, 10)")
+    monkeypatch.setattr(dispatch.measured, "covers", lambda call: call[1:] == ("bfloat16", "layer", True, 8, 10, 64))
     assert choose_on_gpu(64, batch=10).backend == "persistent"
+    assert choose_on_gpu(64, batch=11).backend == "torch"
 
 
 @pytest.mark.parametrize("known", [False, True])

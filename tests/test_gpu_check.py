@@ -182,7 +182,7 @@ def test_a_bench_that_lost_the_card_is_taken_up_again(monkeypatch, tmp_path):
     [
         ((0, "a table"), True, "a table\n"),
         ((1, "a row failed"), False, "a row failed\n"),
-        ((None, "T512"), False, "stopped at its limit of 120 s; the last it said: T512\n"),
+        ((None, "T512"), False, "stopped at its limit of 240 s; the last it said: T512\n"),
         ((2, "This command needs typer: pip install it\n"), True, "skipped: This command needs typer: pip install it"),
         ((2, "Usage: something else"), False, "Usage: something else\n"),
     ],
@@ -191,9 +191,9 @@ def test_the_suite_runs_as_users_run_it(monkeypatch, tmp_path, ended, ok, told):
     commands = []
     monkeypatch.setattr(gpu_check, "run", lambda command, *_: commands.append(command) or ended)
     found = gpu_check.run_suite(tmp_path / "gpu.json")
-    assert found["ok"] is ok and found["summary"].count(told) == 2
-    for command, name in zip(commands, ("flashrnn", "train"), strict=True):
-        assert command[:4] == [sys.executable, "-m", "lstm_fast.cli", "bench"] and name in command
+    assert found["ok"] is ok and found["summary"].count(told) == 3
+    for command, name in zip(commands, ("train", "flashrnn", "tune"), strict=True):
+        assert command[:4] == [sys.executable, "-m", "lstm_fast.cli", "bench"] and any(name in word for word in command)
         assert command[-2:] == ["--out", str(tmp_path / f"gpu-{name}.json")]
 
 
@@ -566,6 +566,8 @@ def test_a_record_names_driver_clocks_and_triton(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     found = gpu_check.describe()
+    assert found["capability"] == "9.0"
     assert (found["gpu"], found["driver"], found["clocks"]) == ("NVIDIA Test 1", "580.1", ["1980 MHz", "2619 MHz"])
     assert found["triton"] == importlib.metadata.version("triton")

@@ -43,7 +43,14 @@ def test_a_users_table_lies_in_their_cache(monkeypatch: pytest.MonkeyPatch) -> N
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Writes runs' rows as the user's table."""
     monkeypatch.setattr(measured, "users_table", lambda: tmp_path / "new" / "measured.json")
-    caches = (measured._rows, measured.knows, measured.matters, measured.torch_is_faster)
+    caches = (
+        measured.place,
+        measured._rows,
+        measured.knows,
+        measured.matters,
+        measured.covers,
+        measured.torch_is_faster,
+    )
 
     def forget() -> None:
         for cache in caches:
@@ -64,7 +71,7 @@ CELL = Case(1, 4, 16, cell=True)
 
 
 def call(case: Case, trains: bool = False, kind: str = "cell") -> measured.Call:
-    return measured.Call(measured.place("cpu"), case.dtype, kind, trains, case.T, case.B, case.H)
+    return measured.Call(measured.place(torch.device("cpu")), case.dtype, kind, trains, case.T, case.B, case.H)
 
 
 def test_torch_takes_a_call_that_it_was_faster_in(tables: Any) -> None:
@@ -85,10 +92,12 @@ def test_a_table_of_another_device_leaves_the_shipped_one(tables: Any) -> None:
     shipped = measured.Call("cpu avx512_bf16", "float32", "cell", True, 1, 1, 128)
     tables([])
     assert measured.torch_is_faster(shipped) is not None
-    table = measured.table_from([{**ABOUT, "device": "cuda", "rows": [row(CELL, "inference", 0.5, 0.6)]}])
+    table = measured.table_from(
+        [{**ABOUT, "device": "cuda", "capability": "9.0", "rows": [row(CELL, "inference", 0.5, 0.6)]}]
+    )
     measured.users_table().write_text(json.dumps(table))
     measured._rows.cache_clear()
-    assert measured._rows()["cuda", "float32", "cell", False] and measured.torch_is_faster(shipped)
+    assert measured._rows()["cuda 9.0", "float32", "cell", False] and measured.torch_is_faster(shipped)
     for cpu, remains in (("a CPU with another set", True), ("a CPU with avx512_bf16", False), ("a CPU", False)):
         table = measured.table_from([{**ABOUT, "cpu": cpu, "rows": [row(CELL, "inference", 0.5, 0.6)]}])
         measured.users_table().write_text(json.dumps(table))
@@ -104,6 +113,8 @@ def test_the_nearest_shape_decides_within_reach(tables: Any) -> None:
     assert measured.torch_is_faster(call(CELL._replace(B=1, H=8))) is None  # three factors of two away
     assert measured.torch_is_faster(call(CELL._replace(B=0))) is None
     assert measured.torch_is_faster(call(CELL, kind="layer")) is None
+    assert measured.covers(call(CELL._replace(B=32))) and measured.covers(call(CELL._replace(B=256)))
+    assert not measured.covers(call(CELL._replace(B=1, H=8))) and not measured.covers(call(CELL._replace(B=0)))
 
 
 def test_every_run_and_the_whole_interval_have_to_agree(tables: Any) -> None:

@@ -8,6 +8,7 @@
 
 #include "activations.h"
 #include "team.h"
+#include "unpacked.h"
 
 namespace lstm::cpu {
 

@@ -95,6 +95,13 @@ GRIDS: dict[str, Grid] = {
         "packed": [case._replace(packed=True) for case in _cases((32,), (16, 64), (64, 256))],
         "projected": [case._replace(P=case.H // 2) for case in _cases((32,), (1, 16), (64, 256))],
     },
+    "tune-gpu": {
+        **{
+            name: [case._replace(dtype=dtype) for case in _cases((256,), (2, 16, 64, 128), (256, 512, 768, 1024))]
+            for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"))
+        },
+        "packed": [Case(256, B, H, packed=True, dtype="bfloat16") for B in (16, 64) for H in (256, 512, 1024)],
+    },
     "flashrnn": {
         "H = 768, T = 1024": _cases((1024,), (2, 4, 8, 16, 32, 64, 128, 256), (768,)),
         "H = 768, B = 16": _cases((256, 512, 2048), (16,), (768,)),

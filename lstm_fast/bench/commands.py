@@ -144,8 +144,8 @@ def tune(
     if not runs:
         device = _device()
         runs = [Path("bench-tune.json")]
-        kernel = {"cpu": "cpu", "cuda": "persistent"}[device]
-        _run("tune", GRIDS["tune"], ["inference", "forward+backward"], ["torch"], device, 0.3, runs[0], kernel)
+        grid, kernel = {"cpu": ("tune", "cpu"), "cuda": ("tune-gpu", "persistent")}[device]
+        _run(grid, GRIDS[grid], ["inference", "forward+backward"], ["torch"], device, 0.3, runs[0], kernel)
     table = measured.table_from([report.load(path) for path in runs])
     path = out or measured.users_table()
     runner.write(path, table)
