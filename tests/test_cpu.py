@@ -299,7 +299,7 @@ def test_many_chunks_of_steps_are_one_walk(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [35, 64, 100])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 16, 17])
 @pytest.mark.parametrize("proj", [0, 33])
 @pytest.mark.usefixtures("instruction_set")
 def test_few_rows_read_weights_as_they_lie(proj: int, rows: int, hidden: int, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ namespace lstm::cpu {
 // Rows of a chunk: the sums that make the weights' gradients are as long as they can be. Fewer of large weights where
 // gates' gradients lie in planes as well, which would take more memory than nn.LSTM.
 constexpr Index kBackwardRows = 512, kSplitRows = 256;
+constexpr Index kFewStepsBack = 4;     // that don't pay for packing weights behind the second cache
 constexpr Index kPartBytes = 3 << 18;  // of their gradients, multiplied in one go
 constexpr Index kLeftBytes = 1 << 19;  // of a left side that stays in the second cache while weights go by
 
@@ -96,6 +97,13 @@ struct Backward {
         return {columns, ld, rows, split, packs ? arena.take<A>(size) : nullptr};
     }
 
+    // Whether whole tiles of weights are read as they lie, in a call of few rows: of more than forward, as columns are
+    // multiplied no slower so; but weights behind the second cache, whose rows are pages apart, at few steps alone.
+    bool lie() const {
+        const bool near = s.time <= kFewStepsBack || !is_far(4 * s.hidden * s.features);
+        return !walk.of_step.planes && walk.rows() <= (near ? 2 : 1) * kFewRows;
+    }
+
     // Enough of them for a chunk's gradients in any form.
     Index packed_rows() const { return round_up(walk.chunk_rows + 1, kDeep); }
 
@@ -150,10 +158,10 @@ LSTM_HD O* chunk_packed(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, i
     return reinterpret_cast<O*>(g.packed) + d * f.packed_rows() * g.ld;
 }
 
-// Whether a tile of a weight is read as it lies: a whole one, of few rows in all.
+// Whether a tile of a weight is read as it lies: a whole one.
 template <typename Isa, typename T>
 LSTM_HD bool lies_right(const Backward<T>& f, Index columns, Index tile) {
-    return std::is_same_v<Operand<Isa, T>, T> && !std::is_same_v<T, BFloat16> && f.walk.few() &&
+    return std::is_same_v<Operand<Isa, T>, T> && !std::is_same_v<T, BFloat16> && f.lie() &&
            (tile + 1) * kTile <= columns;
 }
 
