@@ -22,6 +22,7 @@ except ImportError:
 
 KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "triton": triton_gates, "cpu": cpu}
 BACKENDS = ("auto", *KERNELS, "reference")
+CANNOT_SERVE = "cannot serve this call"
 _AUTO_ORDER = {"cuda": ("persistent",), "cpu": ("cpu",)}
 _PROJECTS = ("cpu",)
 _CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def choose(
     if name != "auto":
         why_not = _refuses(name, device, dtype, hidden, proj_size, transformed)
         if why_not is not None:
-            raise RuntimeError(f'backend="{name}" cannot serve this call: {why_not}')
+            raise RuntimeError(f'backend="{name}" {CANNOT_SERVE}: {why_not}')
         return Choice(name, "asked for")
     if transformed:
         return Choice("reference", "a torch.func transform or forward-mode AD is active, which kernels can't follow")

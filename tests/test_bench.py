@@ -213,6 +213,16 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeyp
     assert record["failed"][0]["B"] == 2 and "ours differs from torch" in record["failed"][0]["why"]
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_case_that_the_backend_refuses_is_named_as_skipped(tmp_path: Path) -> None:
+    grid = {"one": [SMALL._replace(P=2), SMALL]}
+    record = runner.run(
+        "test", grid, ["inference"], ["torch"], "cpu", 0.0, tmp_path / "run.json", lambda *_: None, "persistent"
+    )
+    assert record["rows"] == record["failed"] == [] and len(record["skipped"]) == 2
+    assert "cannot serve this call" in record["skipped"][SMALL.label()]
+
+
 def test_rivals_say_what_they_cannot_do() -> None:
     assert "minutes to compile" in str(rivals.RIVALS["compile"].refuses(Case(64, 1, 8), "cpu"))
     assert rivals.RIVALS["compile"].refuses(SMALL, "cpu") is None

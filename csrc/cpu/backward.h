@@ -99,7 +99,7 @@ struct Backward {
 
     // Whether whole tiles of weights are read as they lie, in a call of few rows: of more than forward, as columns are
     // multiplied no slower so; but weights behind the second cache, whose rows are pages apart, at few steps alone.
-    bool lie() const {
+    bool weights_lie() const {
         const bool near = s.time <= kFewStepsBack || !is_far(4 * s.hidden * s.features);
         return !walk.of_step.planes && walk.rows() <= (near ? 2 : 1) * kFewRows;
     }
@@ -161,7 +161,7 @@ LSTM_HD O* chunk_packed(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, i
 // Whether a tile of a weight is read as it lies: a whole one.
 template <typename Isa, typename T>
 LSTM_HD bool lies_right(const Backward<T>& f, Index columns, Index tile) {
-    return std::is_same_v<Operand<Isa, T>, T> && !std::is_same_v<T, BFloat16> && f.lie() &&
+    return std::is_same_v<Operand<Isa, T>, T> && !std::is_same_v<T, BFloat16> && f.weights_lie() &&
            (tile + 1) * kTile <= columns;
 }
 
@@ -256,7 +256,7 @@ LSTM_HD void backward_units(const Backward<T>& f, int d, Index t, Index b, Index
     if (f.projected) store_operands<Isa>(m_out, count, m, unit);
 }
 
-// Asks for what backward_units will read of a row, where the forward pass has long left the caches.
+// Asks for what backward_units will read of a row: the forward pass saved it long ago.
 template <typename T>
 LSTM_HD void ask_for_row(const Backward<T>& f, int d, Index row, Index unit) {
     const Index hidden = f.s.hidden, saved = d * f.walk.rows() + row;

@@ -64,7 +64,7 @@ def bench(
     record = report.load(output)
     print(report.table(record))
     print(f"\nwritten to {output}")
-    if record["failed"]:
+    if record["failed"] or not record["rows"]:
         raise typer.Exit(1)
 
 

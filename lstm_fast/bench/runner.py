@@ -23,6 +23,7 @@ from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
 from lstm_fast.bench.timing import compared, interleave, spread
+from lstm_fast.dispatch import CANNOT_SERVE
 from lstm_fast.environment import cpuinfo, environment
 
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
@@ -54,7 +55,7 @@ def _ask_gpu(what: str) -> list[str]:
         return []
     query = [tool, f"--query-gpu={what}", "--format=csv,noheader"]
     said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
-    return [part.strip() for part in said.split(",")]
+    return [part.strip() for part in said.split(",") if part.strip()]
 
 
 def state() -> dict[str, Any]:
@@ -185,8 +186,8 @@ def run(
 ) -> dict[str, Any]:
     """Every case of the grid, ours by ``backend``. After each, ``output`` holds all that is known.
 
-    ``progress(done, total, what)`` is told before each case. A rival that is missing is named under "skipped", a case
-    that fails under "failed" with its reason.
+    ``progress(done, total, what)`` is told before each case. A rival that is missing is named under "skipped", as is a
+    case that ``backend`` can't serve; one that fails under "failed"; each with its reason.
     """
     limits = measure(device)
     missing = {rival: why for rival in names if (why := rivals.RIVALS[rival].missing()) is not None}
@@ -207,7 +208,11 @@ def run(
         try:
             record["rows"] += run_case(group, case, modes, present, device, limits, seconds, backend)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
+            why = str(error).split("\n")[0]
+            if CANNOT_SERVE in why:
+                record["skipped"][case.label()] = why
+            else:
+                record["failed"].append({"group": group, **case._asdict(), "why": why})
         write(output, record)
     record["after"] = state()
     for group in grid:
