@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-check needs an NVIDIA GPU, and torch {torch.__version__} finds none", file=sys.stderr)
         return 2
     status = lstm_fast.backends()
-    record: dict[str, Any] = {**describe(), "backends": {name: status[name].detail for name in BACKENDS}}
+    record: dict[str, Any] = {**describe("cuda"), "backends": {name: status[name].detail for name in BACKENDS}}
     missing = {name: status[name].detail for name in BACKENDS if not status[name].available}
     refused = persistent_refuses() if "persistent" not in missing else None
     if refused is not None:

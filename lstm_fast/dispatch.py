@@ -22,7 +22,6 @@ except ImportError:
 
 KERNELS: dict[str, ModuleType] = {"persistent": persistent, "cuda": cuda, "triton": triton_gates, "cpu": cpu}
 BACKENDS = ("auto", *KERNELS, "reference")
-CANNOT_SERVE = "cannot serve this call"
 _AUTO_ORDER = {"cuda": ("persistent",), "cpu": ("cpu",)}
 _PROJECTS = ("cpu",)
 _CPU = torch.device("cpu")
@@ -110,7 +109,7 @@ def choose(
     if name != "auto":
         why_not = _refuses(name, device, dtype, hidden, proj_size, transformed)
         if why_not is not None:
-            raise RuntimeError(f'backend="{name}" {CANNOT_SERVE}: {why_not}')
+            raise RuntimeError(f'backend="{name}" cannot serve this call: {why_not}')
         return Choice(name, "asked for")
     if transformed:
         return Choice("reference", "a torch.func transform or forward-mode AD is active, which kernels can't follow")
@@ -142,19 +141,19 @@ def _torch_is_faster(
 ) -> str | None:
     """In words; None if it was not measured to be, nor is expected to be where nothing like it was measured."""
     place = measured.place(device)
-
-    def call() -> measured.Call:
-        return measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), *shape(), hidden)
-
+    if device.type != "cuda" and not measured.matters(place, kind):
+        return None
+    time, batch = shape()
+    call = measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), time, batch, hidden)
     if device.type == "cuda":
-        asked = device, dtype, hidden, shape()[1]
+        asked = device, dtype, hidden, batch
         crowded: str | None = persistent.crowded(*asked)
         if crowded is not None:
             return crowded
-        if not (measured.knows(place) and measured.covers(call())):
+        if not measured.covers(call):
             outweighed: str | None = persistent.outweighed(*asked, plain=kind == "layer")
             return outweighed
-    return measured.torch_is_faster(call()) if measured.matters(place, kind) else None
+    return measured.torch_is_faster(call)
 
 
 def _refuses(

@@ -111,12 +111,6 @@ def _rows() -> _Table:
 
 
 @lru_cache
-def knows(place: str) -> bool:
-    """Whether anything was measured there."""
-    return any(key[0] == place for key in _rows())
-
-
-@lru_cache
 def matters(place: str, kind: str) -> bool:
     """Whether torch was faster anywhere in calls of this kind, so that a call's shape has to be looked up."""
     return any(high < MARGIN for key, rows in _rows().items() if (key[0], key[2]) == (place, kind) for _, high in rows)

@@ -317,16 +317,17 @@ def test_startup_is_measured() -> None:
 
 
 def test_a_record_names_machine_versions_and_commit() -> None:
-    found = runner.describe()
+    found = runner.describe("cpu")
     assert found["cpu"] and found["torch"] == torch.__version__ and found["commit"] != ""
 
 
 def test_a_record_notes_load_and_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "cpuinfo", lambda: "cpu MHz\t\t: 2000.000\nflags : fpu\ncpu MHz\t\t: 3001.000\n")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runner.state()["clocks"] == ["2500 MHz"] and runner.state()["load"] >= 0
+    monkeypatch.setattr(runner, "_ask_gpu", lambda what: [what])
+    assert runner.state("cpu")["clocks"] == ["2500 MHz"] and runner.state("cpu")["load"] >= 0
+    assert runner.state("cuda")["clocks"] == ["clocks.sm,clocks.mem"]
     monkeypatch.setattr(runner, "cpuinfo", str)
-    assert runner.state()["clocks"] == []
+    assert runner.state("cpu")["clocks"] == []
 
 
 def test_another_projects_commit_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

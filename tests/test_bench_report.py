@@ -72,6 +72,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         ([], "it is not a JSON object"),
         (without(run(), "rows"), "it has no 'rows'"),
         (run(device="cuda"), "it has no 'gpu'"),
+        (run(device="cuda", gpu="A GPU"), "it has no 'capability'"),
         (run(rows={}), "its 'rows' is not a list"),
         (run(skipped=["haste"]), "its 'skipped' is not a JSON object"),
         (run(failed=[{}]), "its failed row 1 has no 'T'"),

@@ -147,16 +147,15 @@ def test_on_a_gpu_nobody_measured_large_batches_go_to_torch_by_estimate(gpu_kern
     assert choose_on_gpu(64, batch=9).backend == "persistent"
     assert choose_on_gpu(64, batch=10) == ("torch", "persistent: slow at (64, 10)")
     assert choose_on_gpu(64, "persistent", batch=10).backend == "persistent"
-    monkeypatch.setattr(dispatch.measured, "knows", lambda place: place == "cuda 9.0")
-    assert choose_on_gpu(64, batch=10) == ("torch", "persistent: slow at (64, 10)")
-    monkeypatch.setattr(dispatch.measured, "covers", lambda call: call[1:] == ("bfloat16", "layer", True, 8, 10, 64))
+    found = ("cuda 9.0", "bfloat16", "layer", True, 8, 10, 64)
+    monkeypatch.setattr(dispatch.measured, "covers", lambda call: call == found)
     assert choose_on_gpu(64, batch=10).backend == "persistent"
     assert choose_on_gpu(64, batch=11).backend == "torch"
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_on_a_gpu_batches_that_it_does_not_hold_go_to_torch(gpu_kernels, monkeypatch, known):
-    monkeypatch.setattr(dispatch.measured, "knows", lambda place: known)
+    monkeypatch.setattr(dispatch.measured, "covers", lambda call: known)
     monkeypatch.setattr(dispatch.persistent, "crowded", lambda *asked: "too many" if asked[3] > 9 else None)
     assert choose_on_gpu(64, batch=9).backend == "persistent"
     assert choose_on_gpu(64, batch=10) == ("torch", "persistent: too many")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_bench, gpu_check
-from lstm_fast.bench import process
+from lstm_fast.bench import process, runner
 
 ROW = {"group": "bf16", "backend": "persistent", "T": 64, "B": 16, "H": 512, "mode": "inference", "us_per_step": 23.4}
 TIMES = {"ours_ms": 1.5, "theirs_ms": 3.0, "ratio": 2.0, "ratio_p20": 1.9, "ratio_p80": 2.1, "pairs": 20}
@@ -54,7 +54,7 @@ def pretended(monkeypatch, tmp_path):
         status = gpu_check.lstm_fast.dispatch.Status(backends_ok, "as the test says")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
-        monkeypatch.setattr(gpu_check, "describe", lambda: {"gpu": "NVIDIA Test 1", "driver": "1.2"})
+        monkeypatch.setattr(gpu_check, "describe", lambda _: {"gpu": "NVIDIA Test 1", "driver": "1.2"})
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(gpu_check.lstm_fast, "backends", lambda: dict.fromkeys(gpu_check.BACKENDS, status))
         for name, part in parts.items():
@@ -441,6 +441,22 @@ def test_what_nn_lstm_launches_is_counted(monkeypatch):
     assert found == {"launches": 68, "commonest": ["rnn", "gemm" * 20], "weights_compact": False}
 
 
+def test_launches_are_counted_over_few_steps(monkeypatch):
+    profile, seen = mock.MagicMock(), []
+    profile.__enter__.return_value.key_averages.return_value = []
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for x in (torch.zeros(100, 2, 5), torch.zeros(100, 5)):  # of an LSTM, of an LSTMCell
+        runner.launches(lambda x: seen.append(x.shape), x)
+    assert seen == [(runner.LAUNCHES_T, 2, 5), (100, 5)]
+
+
+def test_calls_in_a_row_are_that_many():
+    calls = []
+    gpu_bench.in_a_row(lambda: calls.append(1))()
+    assert len(calls) == gpu_bench.QUEUED > 1
+
+
 def test_phases_are_those_of_a_training_step():
     module = torch.nn.LSTM(3, 5)
     calls = gpu_bench.phases(module, torch.randn(4, 2, 3))
@@ -567,7 +583,7 @@ def test_a_record_names_driver_clocks_and_triton(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    found = gpu_check.describe()
+    found = gpu_check.describe("cuda")
     assert found["capability"] == "9.0"
     assert (found["gpu"], found["driver"], found["clocks"]) == ("NVIDIA Test 1", "580.1", ["1980 MHz", "2619 MHz"])
     assert found["triton"] == importlib.metadata.version("triton")

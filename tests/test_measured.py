@@ -46,7 +46,6 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     caches = (
         measured.place,
         measured._rows,
-        measured.knows,
         measured.matters,
         measured.covers,
         measured.torch_is_faster,

@@ -55,7 +55,7 @@ def bench(
     _one(backend, BACKENDS, "--backend")
     if threads is not None:
         torch.set_num_threads(threads)
-    device = device or _device()
+    device = device or runner.usual_device()
     _one(device, ("cpu", "cuda"), "--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"--device cuda needs an NVIDIA GPU, and torch {torch.__version__} finds none")
@@ -66,10 +66,6 @@ def bench(
     print(f"\nwritten to {output}")
     if record["failed"] or not record["rows"]:
         raise typer.Exit(1)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _run(
@@ -142,7 +138,7 @@ def tune(
 ) -> None:
     """Find where torch's own LSTM is faster, and have backend="auto" leave those calls to it."""
     if not runs:
-        device = _device()
+        device = runner.usual_device()
         runs = [Path("bench-tune.json")]
         grid, kernel = {"cpu": ("tune", "cpu"), "cuda": ("tune-gpu", "persistent")}[device]
         _run(grid, GRIDS[grid], ["inference", "forward+backward"], ["torch"], device, 0.3, runs[0], kernel)
@@ -166,6 +162,6 @@ def train_command(
     results = [training.run(name, steps) for name in ([task.value] if task else training.TASKS)]
     print(training.table(results))
     if out is not None:
-        runner.write(out, {**runner.describe(), "tasks": results})
+        runner.write(out, {**runner.describe(runner.usual_device()), "tasks": results})
     if not all(result["same_curve"] for result in results):
         raise typer.Exit(1)

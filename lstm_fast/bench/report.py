@@ -198,7 +198,7 @@ def _flaws(run: Any) -> Iterator[str]:
     """Why ``run`` isn't a run; to be asked for the first flaw only, since each check relies on those before."""
     yield from _lacks("it", run, _RUN_KEYS)
     if run["device"] == "cuda":
-        yield from _lacks("it", run, ("gpu",))
+        yield from _lacks("it", run, ("gpu", "capability"))
     yield from _lacks("its 'skipped'", run["skipped"], ())
     yield from (f"its {key!r} is not a list" for key in ("rows", "failed") if not isinstance(run[key], list))
     for number, row in enumerate(run["failed"], 1):

@@ -23,7 +23,6 @@ from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
 from lstm_fast.bench.timing import compared, interleave, spread
-from lstm_fast.dispatch import CANNOT_SERVE
 from lstm_fast.environment import cpuinfo, environment
 
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
@@ -34,6 +33,10 @@ LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches
 
 class WrongResultError(RuntimeError):
     """A module's result isn't torch's."""
+
+
+class RefusedError(RuntimeError):
+    """The backend that was asked for can't serve a case."""
 
 
 def commit() -> str:
@@ -58,18 +61,26 @@ def _ask_gpu(what: str) -> list[str]:
     return [part.strip() for part in said.split(",") if part.strip()]
 
 
-def state() -> dict[str, Any]:
-    """What varies on a machine: its load, and the clocks of a GPU's multiprocessors and memory, else of the CPU where
-    the system tells them."""
-    cores = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", cpuinfo())]
-    of_cpu = [f"{statistics.mean(cores):.0f} MHz"] if cores else []
-    return {"load": os.getloadavg()[0], "clocks": _ask_gpu("clocks.sm,clocks.mem") or of_cpu}
+def usual_device() -> str:
+    """ "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def describe() -> dict[str, Any]:
+def state(device: str) -> dict[str, Any]:
+    """What varies on a machine: its load, and as far as the system tells them the clocks of the GPU's multiprocessors
+    and memory, or of the CPU."""
+    if device == "cuda":
+        clocks = _ask_gpu("clocks.sm,clocks.mem")
+    else:
+        cores = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", cpuinfo())]
+        clocks = [f"{statistics.mean(cores):.0f} MHz"] if cores else []
+    return {"load": os.getloadavg()[0], "clocks": clocks}
+
+
+def describe(device: str) -> dict[str, Any]:
     """Machine, versions, commit, date, a GPU's driver, and ``state`` as it is, ready for JSON."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found: dict[str, Any] = {"date": date, "commit": commit(), **environment(), **state()}
+    found: dict[str, Any] = {"date": date, "commit": commit(), **environment(), **state(device)}
     with suppress(importlib.metadata.PackageNotFoundError):
         found["triton"] = importlib.metadata.version("triton")
     if torch.version.cuda is not None:
@@ -121,12 +132,17 @@ def run_case(
     """A row for each mode.
 
     Raises:
+        RefusedError: ``backend`` can't serve the case.
         WrongResultError: ours or a rival's result isn't torch's.
     """
     oracle, x = rivals.oracle(case, device), rivals.make_input(case, device)
     served = [name for name in names if rivals.RIVALS[name].refuses(case, device) is None]
     theirs = {name: rivals.RIVALS[name].build(case, oracle) for name in served}
     modules = {"ours": rivals.ours(case, oracle, backend), **theirs}
+    try:
+        choices = {mode: choice(modules["ours"], x, mode) for mode in modes}
+    except RuntimeError as error:
+        raise RefusedError(str(error)) from error
     errors = check(case, modules, oracle, x)
     rows = x.data.size(0) if case.packed else case.T * case.B
     for mode in modes:
@@ -139,7 +155,7 @@ def run_case(
             "group": group,
             **case._asdict(),
             "mode": mode,
-            "choice": choice(modules["ours"], x, mode),
+            "choice": choices[mode],
             "error": errors["ours"],
             "rounds": len(times["ours"]),
             "ours": mine,
@@ -193,7 +209,7 @@ def run(
     missing = {rival: why for rival in names if (why := rivals.RIVALS[rival].missing()) is not None}
     present = [rival for rival in names if rival not in missing]
     record: dict[str, Any] = {
-        **describe(),
+        **describe(device),
         "grid": name,
         "device": device,
         "limits": limits._asdict(),
@@ -207,14 +223,12 @@ def run(
         progress(done, len(cases), case.label())
         try:
             record["rows"] += run_case(group, case, modes, present, device, limits, seconds, backend)
+        except RefusedError as error:
+            record["skipped"][case.label()] = str(error)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            why = str(error).split("\n")[0]
-            if CANNOT_SERVE in why:
-                record["skipped"][case.label()] = why
-            else:
-                record["failed"].append({"group": group, **case._asdict(), "why": why})
+            record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
         write(output, record)
-    record["after"] = state()
+    record["after"] = state(device)
     for group in grid:
         case = max(grid[group], key=lambda case: case.T * case.B * case.H)
         progress(len(cases), len(cases), f"memory of {case.label()}")
