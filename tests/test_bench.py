@@ -9,13 +9,15 @@ import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from lstm_fast._C import CPU_INSTRUCTION_SETS
-from lstm_fast.bench import limits, memory, report, rivals, runner, timing
+from lstm_fast.bench import commands, limits, memory, report, rivals, runner, timing
 from lstm_fast.bench.cases import GRIDS, MODES, Case
 from lstm_fast.bench.limits import Limits
 
@@ -308,6 +310,31 @@ def test_peak_memory_is_that_of_the_shape() -> None:
     """A hundred thousand rows of 64 hidden units: gates, cells and outputs are 100 MB at least, and not a gigabyte."""
     found = memory.peak(Case(1000, 100, 64), "cpu")
     assert all(100 < megabytes < 1000 for megabytes in found.values())
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 6), ("cuda", 2)])
+def test_peak_memory_takes_medians_where_it_varies(
+    device: str, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[str] = []
+
+    def answer(command: list[str], **_: Any) -> Any:
+        assert command[-1] == device
+        sides.append(command[-2])
+        return mock.Mock(stdout=str(len(sides)))
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    found = memory.peak(SMALL, device)
+    assert len(sides) == processes and found == {"ours": processes / 2, "torch": processes / 2 + 1}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_measured_nothing_is_no_success(tmp_path: Path) -> None:
+    output = tmp_path / "run.json"
+    chosen = ["--device", "cpu", "--backend", "persistent", "--seconds", "0", "--out", str(output)]
+    result = CliRunner().invoke(commands.app, chosen)
+    assert result.exit_code == 1 and "skipped T32 B1 H64 float32: " in result.stdout
+    assert json.loads(output.read_text())["rows"] == []
 
 
 def test_startup_is_measured() -> None:
