@@ -18,6 +18,8 @@
 namespace lstm::cpu {
 namespace {
 
+constexpr Index kPlanesStay = 1 << 18;  // elements of a weight whose planes just stay in the second cache
+
 // Whether products of T have planes in AMX.
 template <typename T>
 [[maybe_unused]] constexpr bool has_planes = std::is_same_v<T, BFloat16> || std::is_same_v<T, float>;
@@ -57,15 +59,16 @@ bool planes_pay_over_steps(const Shape& s, Index rows) {
     return !joined && nearly_whole(s.input) && s.input >= 64 && rows >= 64;
 }
 
-// Whether they do in the products of a step too: for enough rows at each. The backward pass stores gates at multiples
-// of H, which planes take whole.
+// Whether they do in the products of a step too: for enough rows at each, and for more where planes of a weight leave
+// the second cache and the weight itself would not. The backward pass stores gates at multiples of H, which planes take
+// whole.
 template <template <typename> class Job>
 bool planes_pay(const Shape& s, Index rows, bool over_steps) {
     constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
     const bool whole = s.hidden % kDeep == 0 && s.features % kDeep == 0;
     const bool nearly = !back && nearly_whole(s.hidden) && nearly_whole(s.features);
-    Index sequences = 8, all = back ? std::max<Index>(128, s.hidden / 2) : 64;
-    if (is_far(4 * s.hidden * s.features)) sequences = over_steps ? 14 : 12;
+    const Index all = back ? std::max<Index>(128, s.hidden / 2) : 64, weight = 4 * s.hidden * s.features;
+    Index sequences = std::clamp<Index>(3 + 6 * weight / kPlanesStay, 8, over_steps ? 14 : 12);
     if (!whole) sequences = 16;
     return (whole || nearly) && s.hidden >= (back ? 65 : 64) && rows >= sequences * s.time && rows >= all;
 }
