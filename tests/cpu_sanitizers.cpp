@@ -57,6 +57,7 @@ struct Case {
 const Case kCases[] = {
     {{1}, 5, 7, 0, 1},                            // few rows, no whole vector
     {{3, 3}, 64, 64, 0, 2},                       // few rows, whole tiles read in place
+    {{8, 8, 7}, 200, 250, 195, 1},                // few rows of large weights, in turns
     {{40}, 130, 150, 20, 2},                      // one step: weights packed in passing
     {{6, 5, 3, 3, 1}, 9, 33, 0, 2},               // odd sizes, unequal lengths
     {{13, 13, 13, 7}, 16, 48, 0, 1},              // joined product, rows shared by threads

@@ -302,18 +302,31 @@ def test_many_chunks_of_steps_are_one_walk(
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 16, 17])
 @pytest.mark.parametrize("proj", [0, 33])
 @pytest.mark.usefixtures("instruction_set")
-def test_few_rows_read_weights_as_they_lie(proj: int, rows: int, hidden: int, dtype: torch.dtype) -> None:
+def test_few_rows_read_weights_as_they_lie(
+    proj: int, rows: int, hidden: int, dtype: torch.dtype, inputs: int = 70, steps: int = 1
+) -> None:
     """On both sides of the number of rows from which on weights are packed."""
     torch.manual_seed(0)
-    ours, oracle = LSTM(70, hidden, proj_size=proj, dtype=dtype), nn.LSTM(70, hidden, proj_size=proj).double()
+    ours, oracle = LSTM(inputs, hidden, proj_size=proj, dtype=dtype), nn.LSTM(inputs, hidden, proj_size=proj).double()
     oracle.load_state_dict(ours.state_dict())
     features = proj or hidden
-    x, h, c = (torch.randn(1, rows, size, dtype=dtype) for size in (70, features, hidden))
-    weights = [torch.randn(1, rows, size, dtype=dtype) for size in (features, features, hidden)]
+    x = torch.randn(steps, rows, inputs, dtype=dtype)
+    h, c = (torch.randn(1, rows, size, dtype=dtype) for size in (features, hidden))
+    weights = [torch.randn(t, rows, size, dtype=dtype) for t, size in ((steps, features), (1, features), (1, hidden))]
     got = outputs_and_gradients(ours, [x, h, c], weights)
     want = outputs_and_gradients(oracle, [t.double() for t in (x, h, c)], [t.double() for t in weights])
     for a, exact in zip(got, want, strict=True):
         assert (a.double() - exact).abs().max() / exact.abs().max() < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [200, 250])
+@pytest.mark.parametrize("rows", [3, 4, 6, 8, 9])
+@pytest.mark.parametrize("proj", [0, 195])
+@pytest.mark.usefixtures("instruction_set")
+def test_few_rows_of_large_weights_take_turns(proj: int, rows: int, hidden: int, dtype: torch.dtype) -> None:
+    """9 to 27 rows over three steps: up to 24 read weights as they lie, in blocks of 4 and what is left."""
+    test_few_rows_read_weights_as_they_lie(proj, rows, hidden, dtype, inputs=210, steps=3)
 
 
 def test_calls_side_by_side_have_their_own_memory() -> None:

@@ -408,7 +408,10 @@ LSTM_HD void walk_back(const Backward<T>& f, const Chunk (&chunks)[2], const Tea
         }
         for (int d = 0; d < f.s.directions; ++d) back_to_gates(steps[d]);
         if (!team.by_rows) meet();
-        for (int d = 0; d < f.s.directions; ++d) back_to_states(steps[d]);
+        for (int d = 0; d < f.s.directions; ++d) {
+            ask_for_states(team, steps[d].da, f.s.steps[steps[d].t] * f.da.ld);
+            back_to_states(steps[d]);
+        }
     }
 }
 

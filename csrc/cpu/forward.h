@@ -20,7 +20,7 @@ constexpr Index kJoinedBytes = 5 << 17;   // of the weights of one product
 constexpr Index kJoinedTile = 1 << 18;    // of one tile of them in planes
 constexpr Index kJoinedBatch = 4;
 constexpr Index kFewSteps = 32;          // that don't pay for packing W_hh, if each is of one row and
-constexpr Index kLargeWeight = 1 << 18;  // W_hh has so many elements
+constexpr Index kLargeWeight = 1 << 17;  // W_hh has so many elements
 constexpr Index kSideBySide = 4;         // rows whose cells are taken by turns, as each is one long chain
 
 template <typename T>
@@ -203,36 +203,45 @@ LSTM_HD void ask_for_saved(const Forward<T>& f, Index first, Index rows, Index u
     }
 }
 
-// Rows b .. b + rows of step t, 16 units: the product with h_{t-1}, then the gates while it is hot. `place`: where the
-// tile of W_hh is, and `next` the one after it.
+// The products of one tile with h_{t-1}, on top of x W_ih^T; joined, of both, in `both`. `place`: where the tile of
+// W_hh is, and `next` the one after it.
 template <typename Isa, typename T>
-LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index t, Index b, Index rows, Index tile,
-                          Index place, Index next, const Operand<Isa, T>* before, Operand<Isa, T>* after) {
+LSTM_HD Acc<T>* step_products(const Forward<T>& f, int d, const Chunk& chunk, Index t, Index b, Index rows, Index tile,
+                              Index place, Index next, const Operand<Isa, T>* before, Acc<T>* both) {
+    using O = Operand<Isa, T>;
+    const Index input = f.s.input, features = f.features, first = f.walk.start[t] + b;
+    const O* const states = before + b * f.ld;
+    if (f.asks) ask_for_saved(f, d * f.walk.rows() + first, rows, tile * kUnits);
+    if (f.joined) {
+        multiply<Isa>(rows, states, f.ld, packed_ih<Isa, const O>(f, d, tile), input + features, both, kTile, false);
+        return both;
+    }
+    Acc<T>* const products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
+    Right<const O> hh = packed_hh<Isa, const O>(f, d, place);
+    ask_for<Isa, O>(packed_hh<Isa, const O>(f, d, next).b, features, f.s.steps[t], b > 0, hh);
+    multiply_weight<Isa, T>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, f.s.hidden, features, tile), hh, features,
+                            products, true, f.hh_lies);
+    return products;
+}
+
+// F1 to F6 from the products [4, 16] of `count` rows of a tile, from row b on, each `ld` behind the one before; or, if
+// kTiles, of as many tiles of row b, walked the one or the other way.
+template <typename Isa, bool kTiles, typename T>
+LSTM_HD void step_gates(const Forward<T>& f, int d, Index t, Index b, Index tile, Index count, Index way,
+                        const Acc<T>* products, Index ld, Operand<Isa, T>* after) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
-    const Index hidden = f.s.hidden, input = f.s.input, features = f.features;
-    const Index unit = tile * kUnits, count = std::min(kUnits, hidden - unit), first = f.walk.start[t] + b;
-    const A* const bias = f.bias + (d * f.tiles + tile) * kTile;
-    const O* const states = before + b * f.ld;
-    if (f.asks) ask_for_saved(f, d * f.walk.rows() + first, rows, unit);
-    alignas(64) A both[Isa::rows * kTile];
-    A* products = both;  // [rows, 4, 16]
-    if (f.joined) {
-        multiply<Isa>(rows, states, f.ld, packed_ih<Isa, const O>(f, d, tile), input + features, products, kTile,
-                      false);
-    } else {
-        products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
-        Right<const O> hh = packed_hh<Isa, const O>(f, d, place);
-        ask_for<Isa, O>(packed_hh<Isa, const O>(f, d, next).b, features, f.s.steps[t], b > 0, hh);
-        multiply_weight<Isa, T>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, hidden, features, tile), hh, features,
-                                products, true, f.hh_lies);
-    }
+    const Index hidden = f.s.hidden;
+    const auto row_of = [&](Index n) LSTM_INLINED { return kTiles ? b : b + n; };
+    const auto unit_of = [&](Index n) LSTM_INLINED { return (kTiles ? tile + n * way : tile) * kUnits; };
     alignas(64) A gates[kSideBySide][4][kUnits], tanh_c[kSideBySide][kUnits], h[kUnits];
-    for (Index r = 0; r < rows; r += kSideBySide) {
-        const Index some = std::min(kSideBySide, rows - r);
+    for (Index first = 0; first < count; first += kSideBySide) {
+        const Index some = std::min(kSideBySide, count - first);
         for (Index n = 0; n < some; ++n) {
-            const A* const z = products + (r + n) * kTile;
-            A* const c = f.c + (d * f.s.batch + b + r + n) * f.padded + unit;
+            const Index row = d * f.s.batch + row_of(first + n), unit = unit_of(first + n);
+            const A* const bias = f.bias + d * f.tiles * kTile + 4 * unit;
+            const A* const z = products + (first + n) * (kTiles ? ld : kTile);
+            A* const c = f.c + row * f.padded + unit;
             for (Index j = 0; j < kUnits; j += lanes<Isa, A>) {
                 Vector<Isa, A> gate[4];
 #pragma GCC unroll 4
@@ -248,19 +257,20 @@ LSTM_HD void forward_tile(const Forward<T>& f, int d, const Chunk& chunk, Index 
         }
         tanh_of<Isa, Forward<T>::coarse>(tanh_c[0], some * kUnits);
         for (Index n = 0; n < some; ++n) {
-            const Index row = b + r + n;
+            const Index row = row_of(first + n), unit = unit_of(first + n), units = std::min(kUnits, hidden - unit);
+            const Index at = f.walk.start[t] + row, state = d * f.s.batch + row;
             for (Index j = 0; j < kUnits; j += lanes<Isa, A>)
                 store_vector<Isa, A>(load_vector<Isa>(gates[n][3] + j) * load_vector<Isa>(tanh_c[n] + j), h + j);  // F6
             if (f.feature_tiles == 0) {
-                store_state<Isa>(f, d, first + r + n, unit, count, h, after + row * f.ld + f.h_first);
+                store_state<Isa>(f, d, at, unit, units, h, after + row * f.ld + f.h_first);
             } else {
-                store_operands<Isa>(h, kUnits, reinterpret_cast<O*>(f.m) + (d * f.s.batch + row) * f.ld_m, unit);
+                store_operands<Isa>(h, kUnits, reinterpret_cast<O*>(f.m) + state * f.ld_m, unit);
             }
             if (f.gates != nullptr) {
-                const Index saved = d * f.walk.rows() + first + r + n;
+                const Index saved = d * f.walk.rows() + at;
                 for (int gate = 0; gate < 4; ++gate)
-                    store_units<Isa>(gates[n][gate], count, f.gates + (saved * 4 + gate) * hidden + unit);
-                store_units<Isa>(f.c + (d * f.s.batch + row) * f.padded + unit, count, f.cells + saved * hidden + unit);
+                    store_units<Isa>(gates[n][gate], units, f.gates + (saved * 4 + gate) * hidden + unit);
+                store_units<Isa>(f.c + state * f.padded + unit, units, f.cells + saved * hidden + unit);
             }
         }
     }
@@ -384,6 +394,38 @@ LSTM_HD void join_input(const Forward<T>& f, const Team& team, const Part& part,
     });
 }
 
+// This thread's tiles in a step.
+template <typename Isa, typename T>
+LSTM_HD void walk_tiles(const Forward<T>& f, const Team& team, const Part& part, int d, const Chunk& chunk, Index t,
+                        Index turn, bool in_passing, const Operand<Isa, T>* before, Operand<Isa, T>* after) {
+    using A = Acc<T>;
+    const Index way = turn == 0 ? 1 : -1;  // there and back: the tiles of the last step's end are still in cache
+    const Index together = f.s.steps[t] == 1 && !in_passing ? kSideBySide : 1;
+    alignas(64) A both[std::max(Isa::rows, kSideBySide) * kTile];
+    for (Index n = part.tile; n < part.tile_end; n += together) {
+        const Index tile = turn == 0 ? n : part.tile + part.tile_end - 1 - n;
+        const Index some = std::min(together, part.tile_end - n);
+        if (in_passing)
+            pack_rows<Isa>(gate_rows(f.weights[d].w_hh, f.s.hidden, f.features, tile), f.features,
+                           packed_hh<Isa, Operand<Isa, T>>(f, d, part.tile));
+        for_blocks(team, part, f.s, t, [&](Index b, Index rows) LSTM_INLINED {
+            const A* first = nullptr;
+            for (Index i = 0; i < some; ++i) {
+                const Index now = tile + way * i, next = std::clamp(now + way, part.tile, part.tile_end - 1);
+                const A* const products = step_products<Isa>(f, d, chunk, t, b, rows, now, in_passing ? part.tile : now,
+                                                             in_passing ? part.tile : next, before, both + i * kTile);
+                if (i == 0) first = products;
+            }
+            if (some > 1) {
+                const Index ld = f.joined ? kTile : way * f.walk.chunk_rows * kTile;
+                step_gates<Isa, true>(f, d, t, b, tile, some, way, first, ld, after);
+            } else {
+                step_gates<Isa, false>(f, d, t, b, tile, rows, way, first, kTile, after);
+            }
+        });
+    }
+}
+
 template <typename Isa, typename T>
 LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
     using O = Operand<Isa, T>;
@@ -410,19 +452,8 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
             for (int d = 0; d < s.directions; ++d) {
                 const Part part = part_of(team, thread, d, f.tiles);
                 const Index t = chunks[d].step(i);
-                for (Index n = part.tile; n < part.tile_end; ++n) {
-                    // there and back: the tiles of the last step's end are still in cache
-                    const Index tile = turn == 0 ? n : part.tile + part.tile_end - 1 - n;
-                    const Index after = std::clamp(turn == 0 ? tile + 1 : tile - 1, part.tile, part.tile_end - 1);
-                    const Index place = in_passing ? part.tile : tile, next = in_passing ? place : after;
-                    if (in_passing)
-                        pack_rows<Isa>(gate_rows(f.weights[d].w_hh, s.hidden, f.features, tile), f.features,
-                                       packed_hh<Isa, O>(f, d, place));
-                    for_blocks(team, part, s, t, [&](Index b, Index rows) LSTM_INLINED {
-                        forward_tile<Isa>(f, d, chunks[d], t, b, rows, tile, place, next, states(d, turn),
-                                          states(d, 1 - turn));
-                    });
-                }
+                ask_for_states(team, states(d, turn), s.steps[t] * f.ld);
+                walk_tiles<Isa>(f, team, part, d, chunks[d], t, turn, in_passing, states(d, turn), states(d, 1 - turn));
                 if (f.joined && step + 1 < s.time)
                     join_input<Isa>(f, team, part, d == 0 ? t + 1 : t - 1, states(d, 1 - turn));
             }

@@ -11,10 +11,11 @@
 namespace lstm::cpu {
 
 // A call of at most so many rows over all steps reads its weights as they lie: to pack them would take as long, but for
-// AMX's bf16 from half as many on.
-constexpr Index kFewRows = 8;
+// AMX's bf16 from half as many on. With vectors of 512 bits more for large weights, a row for as many elements of both.
+constexpr Index kFewRows = 8, kMostFewRows = 24, kElementsOfFewRow = 1 << 14;
 
-constexpr Index kBlocksOfThread = 4;  // of sequences of unequal length
+constexpr Index kBlocksOfThread = 4;    // of sequences of unequal length
+constexpr Index kAskedBytes = 5 << 13;  // of what others wrote, most of the first cache
 
 LSTM_HD Index tiles_of(Index columns, Index tile = kTile) { return (columns + tile - 1) / tile; }
 
@@ -92,6 +93,16 @@ LSTM_HD void meet() {
 #endif
 }
 
+// Asks at once for the states that other threads wrote before the team met: as products come to them they would come
+// one by one.
+template <typename O>
+LSTM_HD void ask_for_states(const Team& team, const O* states, Index count) {
+    const char* const from = reinterpret_cast<const char*>(states);
+    const Index bytes = count * static_cast<Index>(sizeof(O));
+    if (team.by_rows || bytes > kAskedBytes) return;
+    for (Index i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 // How operands of products lie: in planes, of floats or of bf16; else as they are.
 struct Operands {
     bool planes, three;  // of each
@@ -133,7 +144,12 @@ struct Walk {
 
     bool alike() const { return of_step.planes == over_steps.planes; }
     Index rows() const { return start.back(); }
-    bool few() const { return rows() <= kFewRows && !of_step.planes; }
+    bool few() const {
+        const bool pairs = s.dtype == Dtype::bfloat16, more = pairs || s.dtype == Dtype::float32;
+        const bool wide = s.instruction_set >= (pairs ? InstructionSet::avx512_bf16 : InstructionSet::avx512);
+        const Index elements = more && wide ? 4 * s.hidden * (s.input + s.features) : 0;
+        return !of_step.planes && rows() <= std::clamp(elements / kElementsOfFewRow, kFewRows, kMostFewRows);
+    }
     Index chunks() const { return static_cast<Index>(chunk_end.size()); }
 
     // The step before t in direction d's walk, if sequence b was in it; else -1.

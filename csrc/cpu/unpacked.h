@@ -5,8 +5,9 @@
 
 namespace lstm::cpu {
 
-constexpr int kStreams = 8;  // rows that a prefetcher follows side by side
-constexpr int kSums = 8;     // side by side, at least: enough to hide the latency of one
+constexpr int kStreams = 8;      // rows that a prefetcher follows side by side
+constexpr int kSums = 8;         // side by side, at least: enough to hide the latency of one
+constexpr Index kInTurns = 192;  // of a row's elements, at least, pay for blocks that take turns at some rows
 
 // How O and T are multiplied as they lie: neighbours of bf16 as a pair where the processor does so, else one by one.
 template <typename Isa, typename O, typename T>
@@ -40,9 +41,11 @@ struct AsTheyLie {
 
 // The sums over k of X rows of a times W rows of w [.., k]: X * W makes one vector. Lane by lane over k, then over the
 // lanes. Rows of w are taken side by side, to read each of a's once, but only some of them where they are more than
-// memory delivers so. c[X, 64] (+)= the sums in its first columns, of which `columns` <= W are kept.
-template <typename Isa, int X, typename O, typename T>
-LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k, Acc<T>* c, bool accumulate) {
+// memory delivers so. c[X, 64] (+)= the sums in its first columns, of which `columns` <= W are kept. Meanwhile it
+// asks for a share of as much as it reads of w, from `next` on: 1 / share, or none.
+template <typename Isa, int X, int share, typename O, typename T>
+LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k, Acc<T>* c, bool accumulate,
+                      const T* next = nullptr) {
     using A = Acc<T>;
     using Lie = AsTheyLie<Isa, O, T>;
     using Sum = typename Lie::Sum;
@@ -59,6 +62,11 @@ LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k,
         Sum sum[parts][X][some] = {};
         for (int n = 0; n < some; ++n) rows[n] = row(first + n);
         const auto add_all = [&](Index p, Sum(&to)[X][some]) LSTM_INLINED {
+            if constexpr (share > 0) {
+#pragma GCC unroll 4
+                for (Index i = 0; i < at_once * W / share; i += 64 / sizeof(T))
+                    __builtin_prefetch(next + p * W / share + i);
+            }
             typename Lie::Factor left[X];
 #pragma GCC unroll 4
             for (int x = 0; x < X; ++x) left[x] = Lie::load(a + x * lda + p);
@@ -106,30 +114,63 @@ LSTM_HD void dot_rows(const O* a, Index lda, const T* w, Index columns, Index k,
     }
 }
 
+// The same for several blocks of X rows, a whole group's columns: they take turns at W rows of w, which stay in the
+// first cache, and up to four ask for a share each of those that come next, while memory would rest.
+template <typename Isa, int X, int share, typename O, typename T>
+LSTM_HD void dot_in_turns(Index blocks, const O* a, Index lda, const Groups<T>& groups, Index k, Acc<T>* c,
+                          bool accumulate) {
+    out_of_line(Isa(), [&]() LSTM_INLINED {
+        constexpr Index W = lanes<Isa, Acc<T>> / X;
+        for (Index group = 0; group < 4; ++group) {
+            const Index count = groups.count[group];
+            for (Index j = 0; j < count; j += W) {
+                const T *const w = groups.first[group] + j * k, *next = w + W * k;
+                if (j + W >= count && group < 3) next = groups.first[group + 1];
+                for (Index block = 0; block < blocks; ++block) {
+                    const Index asked = std::min<Index>(block, share - 1);
+                    dot_rows<Isa, X, share>(a + block * X * lda, lda, w, std::min<Index>(W, count - j), k,
+                                            c + block * X * kTile + group * kUnits + j, accumulate,
+                                            next + asked * W * k / share);
+                }
+            }
+        }
+    });
+}
+
 // What multiply makes of a tile that pack_rows packed, from the rows themselves, for calls of so few rows that packing
 // would cost more: c[rows, 64] (+)= a[rows, k] w^T.
 template <typename Isa, typename O, typename T>
 LSTM_HD void multiply_unpacked(Index rows, const O* a, Index lda, const Groups<T>& groups, Index k, Acc<T>* c,
                                bool accumulate) {
+    constexpr int side = lanes<Isa, Acc<T>>, most = side < 4 ? side : 4;
+    const Index blocks = Isa::registers < 32 || k < kInTurns ? 0 : rows / most,
+                in_turns = blocks < 2 ? 0 : blocks * most;
+    if (blocks >= 4) {
+        dot_in_turns<Isa, most, 4>(blocks, a, lda, groups, k, c, accumulate);
+    } else if (blocks >= 2) {
+        dot_in_turns<Isa, most, 2>(blocks, a, lda, groups, k, c, accumulate);
+    }
     out_of_line(Isa(), [&]() LSTM_INLINED {
-        constexpr int side = lanes<Isa, Acc<T>>, most = side < 4 ? side : 4;
         const auto block = [&](auto x, Index r) LSTM_INLINED {  // x rows from the r-th on
             constexpr int X = decltype(x)::value, W = side / X;
             for (Index group = 0; group < 4; ++group) {
                 const Index count = groups.count[group];
                 Acc<T>* const to = c + r * kTile + group * kUnits;
                 for (Index j = 0; j < count; j += W) {
-                    dot_rows<Isa, X>(a + r * lda, lda, groups.first[group] + j * k, std::min<Index>(W, count - j), k,
-                                     to + j, accumulate);
+                    dot_rows<Isa, X, 0>(a + r * lda, lda, groups.first[group] + j * k, std::min<Index>(W, count - j), k,
+                                        to + j, accumulate);
                 }
-                for (int n = 0; n < X; ++n) std::fill(to + n * kTile + count, to + n * kTile + kUnits, Acc<T>(0));
             }
         };
-        Index r = 0;
+        Index r = in_turns;
         for (; r + most <= rows; r += most) block(std::integral_constant<int, most>(), r);
         for (; most > 2 && r + 2 <= rows; r += 2) block(std::integral_constant<int, most / 2>(), r);
         for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
     });
+    for (Index i = 0; i < 4 * rows; ++i) {  // where a group has fewer columns
+        Acc<T>* const to = c + i * kUnits;
+        std::fill(to + groups.count[i % 4], to + kUnits, Acc<T>(0));
+    }
 }
 
 }  // namespace lstm::cpu
