@@ -18,11 +18,14 @@ constexpr Index kLeftBytes = 1 << 19;  // of a left side that stays in the secon
 template <typename A>
 struct ChunkGradients {
     Index columns;
-    Index ld;   // from one row to the next: not a power of two, whose rows would share a few sets of the cache
-    A* rows;    // [D, rows of a chunk, ld] for products of a step
-    A* split;   // the same for those over all steps: these, or where only those read planes a copy in planes
-    A* packed;  // [D, columns / kRows, rows of a chunk + 1, kRows] the same for products down the columns; of pairs
-                // [D, rows of a chunk / 2, columns, 2], or AMX's blocks; null where those products read rows
+    Index ld;  // from one row to the next: not a power of two, whose rows would share a few sets of the cache
+    A* rows;   // [D, rows of a chunk, ld] for products of a step
+    A* split;  // the same for those over all steps: these, or where only those read planes a copy in planes
+    // Of each thread, of the part at hand of its columns:
+    A* packed;  // for products down them: [columns / kRows, rows of a chunk + 1, kRows]; of pairs [rows of a chunk / 2,
+                // columns, 2], or AMX's blocks; null where those read rows
+    A* sums;    // over the rows
+    Index part;  // columns of one, and a vector more
 };
 
 // Where the gradient of a weight belongs, null where not asked for; and where it adds up over chunks: in its place, or,
@@ -94,7 +97,9 @@ struct Backward {
         const bool packs = std::is_same_v<T, BFloat16> || planes || s.instruction_set < InstructionSet::avx512;
         A* const rows = arena.take<A>(walk.of_step.room(all));
         A* const split = walk.alike() ? rows : arena.take<A>(size);
-        return {columns, ld, rows, split, packs ? arena.take<A>(size) : nullptr};
+        const Index threads = std::max(s.threads, 1), part = columns == 0 ? 0 : columns / parts + 1 + 2 * kUnits;
+        A* const packed = packs ? arena.take<A>(walk.over_steps.room(threads * packed_rows() * part)) : nullptr;
+        return {columns, ld, rows, split, packed, arena.take<A>(threads * part), part};
     }
 
     // Whether whole tiles of weights are read as they lie, in a call of few rows: of more than forward, as columns are
@@ -144,7 +149,7 @@ struct Backward {
     A* factors;            // [D, tiles of x, h and m, rows of a chunk, 64] packed
 };
 
-// Rows of direction d in a chunk's gradients, for products of a step and over all steps, and the same packed.
+// Rows of direction d in a chunk's gradients, for products of a step and over all steps.
 template <typename O, typename T>
 LSTM_HD O* chunk_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
     return reinterpret_cast<O*>(g.rows) + d * f.walk.chunk_rows * g.ld;
@@ -152,10 +157,6 @@ LSTM_HD O* chunk_rows(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int
 template <typename O, typename T>
 LSTM_HD O* chunk_split(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
     return reinterpret_cast<O*>(g.split) + d * f.walk.chunk_rows * g.ld;
-}
-template <typename O, typename T>
-LSTM_HD O* chunk_packed(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d) {
-    return reinterpret_cast<O*>(g.packed) + d * f.packed_rows() * g.ld;
 }
 
 // Whether a tile of a weight is read as it lies: a whole one.

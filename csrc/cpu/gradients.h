@@ -75,25 +75,6 @@ LSTM_HD void for_factors(const Backward<T>& f, int d, const Take& take) {
 template <typename Isa>
 constexpr Along gradients_along = Isa::rows > kRows ? Along::blocks : Along::columns;
 
-// This thread's part of packing them: in blocks, or with two rows side by side.
-template <typename Isa, typename T>
-LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
-                            const Team& team, int thread) {
-    using O = Operand<Isa, T>;
-    const O* const from = chunk_split<const O>(f, g, d);
-    O* const to = chunk_packed<O>(f, g, d);
-    if constexpr (gradients_along<Isa> == Along::blocks) {
-        const Index blocks = tiles_of(g.columns, Isa::side);
-        pack_blocks<Isa>(from, g.ld, chunk.rows, blocks * thread / team.threads, blocks * (thread + 1) / team.threads,
-                         to);
-    } else if constexpr (sizeof(O) < sizeof(Acc<T>)) {
-        for (Index row = 2 * thread; row < chunk.rows; row += 2 * team.threads) {
-            const O* const even = from + row * g.ld;
-            interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, g.columns, to + row * g.columns);
-        }
-    }
-}
-
 // Whether each tile of W_ih is needed once and by one thread, as in packs_in_passing.
 template <typename Isa, typename T>
 LSTM_HD bool packs_ih_in_passing(const Backward<T>& f, const Team& team) {
@@ -171,26 +152,75 @@ LSTM_HD void add_up(const Backward<T>& f, Index index, const Acc<T>* part, Index
     }
 }
 
+// Columns first .. first + count of a chunk's gradients, which stay in cache while the factors' tiles go by.
+struct Columns {
+    Index first, count;
+};
+
+// Their sums over the chunk's rows, which end in columns that nobody reads: sums of sums of some rows each.
+template <typename Isa, typename O, typename A>
+LSTM_HD void sum_columns(const O* rows, Index ld, Index count, const Columns& part, A* sums) {
+    constexpr Index side = lanes<Isa, A>;
+    const auto take = [&](auto columns, Index first) LSTM_INLINED {
+        constexpr Index vectors = decltype(columns)::value / side;
+        Vector<Isa, A> all[vectors] = {};
+        for (Index begin = 0; begin < count; begin += kRowsOfSum) {
+            Vector<Isa, A> some[vectors] = {};
+            for (Index row = begin; row < std::min(begin + kRowsOfSum, count); ++row) {
+#pragma GCC unroll 16
+                for (Index v = 0; v < vectors; ++v)
+                    some[v] += load_operands<Isa>(rows + row * ld, part.first + first + v * side);
+            }
+#pragma GCC unroll 16
+            for (Index v = 0; v < vectors; ++v) all[v] += some[v];
+        }
+        std::memcpy(sums + first, all, sizeof(all));
+    };
+    Index column = 0;
+    for (; column + kTile <= part.count; column += kTile) take(std::integral_constant<Index, kTile>(), column);
+    for (; column < part.count; column += kUnits) take(std::integral_constant<Index, kUnits>(), column);
+}
+
+// This thread's copy of them for products down the columns, in blocks or with two rows side by side, where those don't
+// read rows; and their sums.
+template <typename Isa, typename T>
+LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
+                            const Columns& part, Operand<Isa, T>* to, Acc<T>* sums) {
+    using O = Operand<Isa, T>;
+    const O* const from = chunk_split<const O>(f, g, d);
+    const Index block = part.first / Isa::side, end = block + tiles_of(part.count, Isa::side);
+    if constexpr (in_planes<O>) {
+        pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to, sums);
+    } else {
+        sum_columns<Isa>(from, g.ld, chunk.rows, part, sums);
+        if constexpr (gradients_along<Isa> == Along::blocks) {
+            pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to);
+        } else if constexpr (sizeof(O) < sizeof(Acc<T>)) {
+            for (Index row = 0; row < chunk.rows; row += 2) {
+                const O* const even = from + row * g.ld + part.first;
+                interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, part.count, to + row * part.count);
+            }
+        }
+    }
+}
+
 // B8 of one tile of a weight and one part of its rows: they are the gradients' columns, transposed, times the factor.
 template <typename Isa, typename T>
-LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk, Index part,
-                             const Operand<Isa, T>* packed, Index tile, Index index) {
+LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk,
+                             const Columns& part, const Operand<Isa, T>* packed, const Operand<Isa, T>* of_factor,
+                             Index tile, Index index) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
     constexpr Along along = gradients_along<Isa>;
     constexpr bool pairs = sizeof(O) < sizeof(A);
     const ChunkGradients<A>& g = *factor.rows;
-    const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile);
-    const auto begin = [&](Index i) {  // at whole blocks
-        return std::min(round_up(g.columns * i / f.parts, Isa::side), g.columns);
-    };
-    const Index first = begin(part), rows = begin(part + 1) - first;
-    const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : pairs ? g.columns : g.ld;
+    const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile), rows = part.count;
+    const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : pairs ? rows : g.ld;
     const Index of_row = along == Along::blocks ? lda : sizeof(A) / sizeof(O);
     const bool packs = along == Along::blocks || pairs;
-    const O* const a = (packs ? chunk_packed<const O>(f, g, d) : chunk_split<const O>(f, g, d)) + first * of_row;
-    const Right<const O> right = packed_at<Isa>(packed, chunk.rows);
-    const Index at = first * columns + tile * kTile;
+    const O* const a = packs ? packed : chunk_split<const O>(f, g, d) + part.first;
+    const Right<const O> right = packed_at<Isa>(of_factor, chunk.rows);
+    const Index at = part.first * columns + tile * kTile;
     if (count == kTile && (!Backward<T>::rounded || index + 1 < f.walk.chunks())) {
         A* const sum = factor.gradient.sum + at;
         multiply<Isa, along>(rows, a, lda, right, chunk.rows, sum, columns, index > 0);
@@ -206,59 +236,45 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int 
     }
 }
 
-// Sums of a few columns of the pre-activations' gradients, whose rows end in columns that nobody reads.
-template <typename Isa, Index Columns, typename T>
-LSTM_HD void bias_gradient(const Backward<T>& f, int d, const Chunk& chunk, Index column, Index index) {
-    using A = Acc<T>;
+// What one part of a chunk's gradients adds to those of weights and, if they are da, of the bias.
+template <typename Isa, typename T>
+LSTM_HD void part_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
+                            const Columns& part, Index index, int thread) {
     using O = Operand<Isa, T>;
-    constexpr Index side = lanes<Isa, A>, vectors = Columns / side;
-    const O* const da = chunk_split<const O>(f, f.da, d);
-    Vector<Isa, A> sums[vectors] = {};
-    for (Index first = 0; first < chunk.rows; first += kRowsOfSum) {
-        Vector<Isa, A> part[vectors] = {};
-        for (Index row = first; row < std::min(first + kRowsOfSum, chunk.rows); ++row) {
-#pragma GCC unroll 16
-            for (Index v = 0; v < vectors; ++v) part[v] += load_operands<Isa>(da + row * f.da.ld, column + v * side);
-        }
-#pragma GCC unroll 16
-        for (Index v = 0; v < vectors; ++v) sums[v] += part[v];
-    }
-    alignas(64) A sum[Columns];
-    std::memcpy(sum, sums, sizeof(sum));
-    add_up<Isa>(f, index, sum, std::min(Columns, 4 * f.s.hidden - column), f.gradients[d].bias, column);
+    O* const packed = reinterpret_cast<O*>(g.packed) + thread * f.packed_rows() * g.part;
+    Acc<T>* const sums = g.sums + thread * g.part;
+    pack_gradients<Isa>(f, g, d, chunk, part, packed, sums);
+    const Gradient<T>& bias = f.gradients[d].bias;
+    if (&g == &f.da && bias.to != nullptr) add_up<Isa>(f, index, sums, part.count, bias, part.first);
+    for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* right) LSTM_INLINED {
+        if (factor.rows == &g) weight_gradient<Isa>(f, factor, d, chunk, part, packed, right, tile, index);
+    });
 }
 
-// All that the walked chunk number `index` gives beside dh. Threads share tiles, and the gates of each.
+// All that the walked chunk number `index` gives beside dh. Threads share tiles of factors, and parts of gradients.
 template <typename Isa, typename M, typename T>
 LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], Index index, const Team& team,
                                 int thread) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
+    const Index parts = round_up(f.parts, team.threads);
     Index job = 0;
     const auto mine = [&] { return job++ % team.threads == thread; };
     for (int d = 0; d < s.directions; ++d) {
         for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, O* packed) LSTM_INLINED {
             if (mine()) pack_factor<Isa, M>(f, factor, d, chunks[d], tile, packed);
         });
-        pack_gradients<Isa>(f, f.da, d, chunks[d], team, thread);
-        if (f.projected) pack_gradients<Isa>(f, f.dr, d, chunks[d], team, thread);
     }
     meet();
     for (int d = 0; d < s.directions; ++d) {
         if (f.dx != nullptr) input_gradients<Isa>(f, d, chunks[d], team, thread);
-        for (Index part = 0; part < f.parts; ++part) {  // which stays in cache while the factors' tiles go by
-            for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* packed) LSTM_INLINED {
-                if (mine()) weight_gradient<Isa>(f, factor, d, chunks[d], part, packed, tile, index);
-            });
-        }
-        for (Index column = 0, count; f.gradients[d].bias.to != nullptr && column < 4 * s.hidden; column += count) {
-            const bool tile = column + kTile <= 4 * s.hidden;
-            count = tile ? kTile : kUnits;
-            if (!mine()) continue;
-            if (tile) {
-                bias_gradient<Isa, kTile>(f, d, chunks[d], column, index);
-            } else {
-                bias_gradient<Isa, kUnits>(f, d, chunks[d], column, index);
+        for (const auto* g : {&f.da, &f.dr}) {
+            const auto begin = [&](Index part) {  // at whole blocks
+                return std::min(round_up(g->columns * part / parts, Isa::side), g->columns);
+            };
+            for (Index part = thread; part < parts; part += team.threads) {
+                const Columns columns{begin(part), begin(part + 1) - begin(part)};
+                if (columns.count > 0) part_gradients<Isa>(f, *g, d, chunks[d], columns, index, thread);
             }
         }
     }

@@ -187,26 +187,69 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Pl
     pack_columns_in<T>(Isa(), k, columns, row, to);
 }
 
-// Columns of a[k, columns] to blocks of 16 of them, from the first-th block up to the last-th. Rows of a end in columns
-// that nobody needs, up to a multiple of 16.
+// 32 rows of 8 columns to as many rows of a block, whose 32 elements are then added to their sum, pairwise.
+LSTM_AMX_INLINED void turn_columns(const BFloat16* from, Index ld, BFloat16* to, Floats (&sums)[8]) {
+    __m512i rows[8], words[8];  // in a quarter the row r, 8 + r, 16 + r or 24 + r
+#pragma GCC unroll 8
+    for (Index r = 0; r < 8; ++r) {
+        const auto row = [&](Index quarter) LSTM_INLINED {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (8 * quarter + r) * ld));
+        };
+        rows[r] = _mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(1), 1);
+        rows[r] = _mm512_inserti32x4(_mm512_inserti32x4(rows[r], row(2), 2), row(3), 3);
+    }
+#pragma GCC unroll 4
+    for (Index r = 0; r < 8; r += 2) {
+        words[r] = _mm512_unpacklo_epi16(rows[r], rows[r + 1]);
+        words[r + 1] = _mm512_unpackhi_epi16(rows[r], rows[r + 1]);
+    }
+#pragma GCC unroll 4
+    for (Index i = 0; i < 4; ++i) {  // of rows 0 to 3 and 4 to 7: columns 2 i and 2 i + 1
+        const Index r = i / 2;
+        const __m512i upper =
+            i % 2 == 0 ? _mm512_unpacklo_epi32(words[r], words[r + 2]) : _mm512_unpackhi_epi32(words[r], words[r + 2]);
+        const __m512i lower = i % 2 == 0 ? _mm512_unpacklo_epi32(words[r + 4], words[r + 6])
+                                         : _mm512_unpackhi_epi32(words[r + 4], words[r + 6]);
+        rows[2 * i] = _mm512_unpacklo_epi64(upper, lower);
+        rows[2 * i + 1] = _mm512_unpackhi_epi64(upper, lower);
+    }
+    const auto ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+#pragma GCC unroll 8
+    for (Index i = 0; i < 8; ++i) {
+        std::memcpy(to + i * kDeep, &rows[i], sizeof(rows[i]));
+        sums[i] = (Floats)_mm512_dpbf16_ps((__m512)sums[i], (__m512bh)rows[i], ones);
+    }
+}
+
+// Columns of a[k, columns] to blocks of 16 of them, from the first-th block up to the last-th, and their sums over k.
+// Rows of a end in columns that nobody needs, up to a multiple of 16.
 template <typename Isa, int N>
-LSTM_AMX_APART void pack_blocks(const Planes<N>* a, Index lda, Index k, Index first, Index last, Planes<N>* to) {
-    for (Index block = first; block < last; ++block) {
-        for (Index p = 0; p < k; p += kDeep) {
-            for (int plane = 0; plane < N; ++plane) {
-                Floats pairs[16];
-#pragma GCC unroll 16
-                for (int r = 0; r < 16; ++r) {
-                    const Index q = p + 2 * r;
-                    const Pairs16 low = load_plane(q < k ? a + q * lda : nullptr, plane, block * 16, 0xffff);
-                    const Pairs16 high = load_plane(q + 1 < k ? a + (q + 1) * lda : nullptr, plane, block * 16, 0xffff);
-                    pairs[r] = bit_cast<Floats>(low | high << 16);
+LSTM_AMX_APART void pack_blocks(const Planes<N>* a, Index lda, Index k, Index first, Index last, Planes<N>* to,
+                                float* column_sums) {
+    const Index ld = lda * N;
+    auto* packed = reinterpret_cast<BFloat16*>(to);
+    for (Index block = first; block < last; ++block, packed += round_up(k, kDeep) * N * 16) {
+        Floats sums[16];
+        for (Index half = 0; half < 2; ++half) {
+            const BFloat16* const from = unit_at<N>(a, block * 16 + half * 8);
+            Floats some[8] = {};
+            for (Index p = 0; p < k; p += kDeep) {
+                for (int plane = 0; plane < N; ++plane) {
+                    const BFloat16* const rows = from + p * ld + plane * kDeep;
+                    BFloat16* const columns = packed + (p / kDeep * N + plane) * kBlock + half * 8 * kDeep;
+                    if (p + kDeep <= k) {
+                        turn_columns(rows, ld, columns, some);
+                        continue;
+                    }
+                    BFloat16 copy[kDeep * 8] = {};
+                    for (Index r = 0; r < k - p; ++r) std::copy_n(rows + r * ld, 8, copy + r * 8);
+                    turn_columns(copy, 8, columns, some);
                 }
-                transpose(pairs);
-                const Index step = (block * round_up(k, kDeep) + p) / kDeep * N + plane;
-                std::memcpy(reinterpret_cast<BFloat16*>(to) + step * kBlock, pairs, sizeof(pairs));
             }
+            std::copy_n(some, 8, sums + half * 8);
         }
+        sum_lanes(sums);
+        store_vector<Isa, float>(sums[0], column_sums + (block - first) * 16);
     }
 }
 

@@ -337,7 +337,7 @@ template <typename Isa, typename A>
 LSTM_HD void pack_blocks(const A* a, Index lda, Index k, Index first, Index last, A* to) {
     constexpr Index side = lanes<Isa, A>;
     for (Index block = first; block < last; ++block) {
-        A* const packed = to + block * packed_depth<Isa>(k) * kRows;
+        A* const packed = to + (block - first) * packed_depth<Isa>(k) * kRows;
         for (Index p = 0; p < k; ++p) {
             for (Index r = 0; r < kRows; r += side)
                 store_vector<Isa, A>(load_vector<Isa>(a + p * lda + block * kRows + r), packed + p * kRows + r);
