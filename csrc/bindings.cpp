@@ -16,8 +16,8 @@
 #include "cpu/limits.h"
 #include "cuda/persistent.h"
 #include "gates.h"
-#include "inference.h"
 #include "layer_calls.h"
+#include "module_calls.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -403,6 +403,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", build_info, "How this extension was built.");
     m.def("environment_has", [](const char* name) { return std::getenv(name) != nullptr; }, "name"_a);
     m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a);
+    m.def("train", lstm::tensors::train, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a);
     m.def("infer", lstm::tensors::infer, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a);
     bind_cpu(m);
     bind_gates(m);

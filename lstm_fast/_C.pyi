@@ -21,6 +21,14 @@ def infer(
     module: tuple[int, int, int, int, bool, bool],
     threads: int,
 ) -> Any: ...
+def train(
+    parameters: dict[str, Any],
+    names: list[list[str]],
+    x: Tensor,
+    hx: Any,
+    module: tuple[int, int, int, int, bool, bool],
+    threads: int,
+) -> Any: ...
 def cpu_layer_forward(
     inputs: LayerInputs, sizes: tuple[int, int, int, int, int, int], save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...

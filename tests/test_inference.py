@@ -1,6 +1,7 @@
-"""Inference in one call from Python to C++ (csrc/inference.h): what takes it, what doesn't, and that
-both ways agree."""
+"""One call from Python to C++ for inference, and for a layer's forward pass in training (csrc/module_calls.h): what
+takes it, what doesn't, and that both ways agree."""
 
+import contextlib
 import copy
 import threading
 
@@ -20,24 +21,36 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """What each quick look gave."""
+def watched(monkeypatch, name):
+    """What each call of the function gives from now on."""
     found = []
 
     def spy(*args):
-        found.append(infer(*args))
+        found.append(function(*args))
         return found[-1]
 
-    infer = module_file.infer
-    monkeypatch.setattr(module_file, "infer", spy)
+    function = getattr(module_file, name)
+    monkeypatch.setattr(module_file, name, spy)
     return found
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What each quick look at inference gave."""
+    return watched(monkeypatch, "infer")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What each quick look at a layer in training gave."""
+    return watched(monkeypatch, "train")
 
 
 def without(monkeypatch, call):
     """``call()`` where the quick look never tells."""
     with monkeypatch.context() as patch:
-        patch.setattr(module_file, "infer", lambda *_: None)
+        for name in ("infer", "train"):
+            patch.setattr(module_file, name, lambda *_: None)
         return call()
 
 
@@ -142,6 +155,63 @@ def test_inference_mode_gives_inference_tensors(answers):
     assert y.is_inference() and answers[0] is not None
 
 
+def gradients(module, x, hx, weights):
+    """Outputs, and the gradients of everything that has one."""
+    outputs = flat(module(x, hx))
+    inputs = [t for t in (x, *(hx or ()), *module.parameters()) if t.requires_grad]
+    loss = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
+    return [*outputs, *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["steps first", "batch first"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_training_gives_torchs_gradients_and_the_slower_ways_bits(trained, monkeypatch, config, batch_first, given):
+    torch.manual_seed(0)
+    module = lstm_fast.LSTM(IN, H, batch_first=batch_first, **config).eval()
+    x = torch.randn(2, 4, IN).to(module.weight_ih_l0.dtype).requires_grad_()
+    hx = tuple(t.requires_grad_() for t in lstm_state(module, 2 if batch_first else 4)) if given else None
+    weights = [torch.randn(out.shape).to(x.dtype) for out in flat(module(x, hx))]
+    trained.clear()
+    got = gradients(module, x, hx, weights)
+    taken = hx is None or module.num_layers == 1
+    assert len(trained) == (module.num_layers if taken else 0) and None not in trained
+    want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    oracle = nn.LSTM(IN, H, batch_first=batch_first, **(config | {"dtype": torch.float64})).eval()
+    oracle.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
+    exact = gradients(
+        oracle,
+        x.detach().double().requires_grad_(),
+        hx and tuple(t.detach().double().requires_grad_() for t in hx),
+        [weight.double() for weight in weights],
+    )
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[x.dtype]
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=bound, rtol=bound)
+
+
+def test_a_frozen_module_saves_nothing(answers, trained):
+    module = lstm_fast.LSTM(IN, H).requires_grad_(False)
+    assert not module(X)[0].requires_grad and answers[0] is not None and trained == []
+    assert module(X.clone().requires_grad_())[0].requires_grad and trained[0] is not None
+    assert (
+        module(X, tuple(t.requires_grad_() for t in lstm_state(module, 2)))[0].requires_grad and trained[1] is not None
+    )
+
+
+def test_second_derivatives_and_a_second_backward_pass_after_a_quick_call(trained):
+    module, x = lstm_fast.LSTM(IN, H).double(), X.double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], x)
+    assert trained[0] is not None
+    y = module(x)[0].sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, x)
+
+
 # ---- What stands aside ---------------------------------------------------------------------------------------------
 
 
@@ -199,49 +269,52 @@ def test_packed_input_is_not_looked_at(answers):
     assert answers == []
 
 
+ungraded = torch.no_grad  # how the next ones call
+
+
 def grad(module):
     return module(X)[0].sum().backward()
 
 
 def autocast(module):
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with ungraded(), torch.autocast("cpu", torch.bfloat16):
         assert module(X)[0].dtype == torch.bfloat16
 
 
 def mode(module):
-    with torch.no_grad(), FlopCounterMode(display=False):
+    with ungraded(), FlopCounterMode(display=False):
         module(X)
 
 
 def vmap(module):
-    with torch.no_grad():
+    with ungraded():
         torch.func.vmap(lambda x: module(x)[0])(torch.stack([X, X]))
 
 
 def trace(module):
-    with torch.no_grad():
+    with ungraded():
         assert "aten::lstm" in str(torch.jit.trace(module, X, check_trace=False).inlined_graph)
 
 
 def dual(module):
-    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+    with ungraded(), torch.autograd.forward_ad.dual_level():
         module(X)
 
 
 def named(module):
     module.backend = "reference"
-    with torch.no_grad():
+    with ungraded():
         module(X)
 
 
 def dropping(module):
     module.dropout, module.num_layers = 0.5, 1
-    with torch.no_grad():
+    with ungraded():
         module(X)
 
 
 def of_environment(module):
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, ungraded():
         patch.setenv("LSTM_FAST_BACKEND", "reference")
         module(X)
 
@@ -250,7 +323,7 @@ def subclass(module):
     class Own(torch.Tensor):
         pass
 
-    with torch.no_grad():
+    with ungraded():
         module(X.as_subclass(Own))
 
 
@@ -259,9 +332,17 @@ def subclass(module):
     [grad, autocast, mode, vmap, trace, dual, named, dropping, of_environment, subclass],
     ids=lambda c: c.__name__,
 )
-def test_who_needs_more_than_results_is_never_answered_in_haste(answers, call):
+def test_who_needs_more_than_results_is_never_answered_in_haste(answers, trained, call):
     call(lstm_fast.LSTM(IN, H))
     assert answers == []
+    assert (trained != []) == (call is grad)
+
+
+@pytest.mark.parametrize("call", [autocast, mode, vmap, trace, dual, named, dropping, of_environment, subclass])
+def test_nor_is_it_in_training(answers, trained, monkeypatch, call):
+    monkeypatch.setitem(globals(), "ungraded", contextlib.nullcontext)
+    call(lstm_fast.LSTM(IN, H))
+    assert answers == [] and trained == []
 
 
 def test_where_torch_is_measured_to_be_faster_it_serves(answers, monkeypatch):

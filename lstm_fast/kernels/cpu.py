@@ -12,17 +12,18 @@ from lstm_fast.kernels import LayerInputs, Saved, dtype_name
 
 
 def _cannot_tell(*_: Any) -> None:
-    """What ``infer`` gives where the extension is missing."""
+    """What ``infer`` and ``train`` give where the extension is missing."""
 
 
-infer: Callable[..., Any] = _cannot_tell  # csrc/inference.h
+infer: Callable[..., Any] = _cannot_tell  # csrc/module_calls.h, as is the next
+train: Callable[..., Any] = _cannot_tell
 _problem: str | None = None
 _CODES: dict[torch.dtype, int] = {}  # of the dtypes it serves
 try:
     import lstm_fast._C as _C
 
     _CODES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
-    infer = _C.infer
+    infer, train = _C.infer, _C.train
 except ImportError as error:
     _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
 
