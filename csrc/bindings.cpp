@@ -66,15 +66,20 @@ double cpu_peak_rate(int dtype, int set, int threads) {
 }
 
 void bind_cpu(py::module_& m) {
+    using namespace lstm::tensors;
     // Those that this CPU runs, the best last; a call names one by its place here.
     py::list sets = py::list();
     for (int set = 0; set <= static_cast<int>(lstm::cpu::best_instruction_set()); ++set) {
         sets.append(std::array{"baseline", "avx2", "avx512", "avx512_bf16", "amx"}[set]);
     }
     m.attr("CPU_INSTRUCTION_SETS") = sets;
-    m.def("cpu_layer_forward", lstm::tensors::layer_forward, "inputs"_a, "sizes"_a, "save"_a);
-    m.def("cpu_layer_backward", lstm::tensors::layer_backward, "inputs"_a, "sizes"_a, "y"_a, "gates"_a, "cells"_a,
-          "grads"_a, "needs"_a);
+    m.def("cpu_layer_forward", layer_forward, "inputs"_a, "sizes"_a, "save"_a);
+    m.def(
+        "cpu_layer_backward",
+        [](const py::tuple& inputs, const LayerSizes& sizes, Data y, Data gates, Data cells,
+           const std::array<Data, 3>& grads,
+           const py::sequence& needs) { return layer_backward({inputs, sizes}, y, gates, cells, grads, needs); },
+        "inputs"_a, "sizes"_a, "y"_a, "gates"_a, "cells"_a, "grads"_a, "needs"_a);
     m.def("cpu_peak_rate", cpu_peak_rate, Released(), "dtype"_a, "instruction_set"_a, "threads"_a);
     m.def("cpu_meeting_seconds", lstm::cpu::meeting_seconds, Released(), "threads"_a);
 }
@@ -403,8 +408,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", build_info, "How this extension was built.");
     m.def("environment_has", [](const char* name) { return std::getenv(name) != nullptr; }, "name"_a);
     m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a);
-    m.def("train", lstm::tensors::train, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a);
-    m.def("infer", lstm::tensors::infer, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a);
+    m.def("train_backward", lstm::tensors::train_backward, "saved"_a, "grads"_a, "needs"_a, "threads"_a,
+          "instruction_set"_a);
+    m.def("train", lstm::tensors::train, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a,
+          "instruction_set"_a);
+    m.def("infer", lstm::tensors::infer, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a,
+          "instruction_set"_a);
     bind_cpu(m);
     bind_gates(m);
     bind_persistent(m);

@@ -21,6 +21,14 @@ struct LayerInputs {
         : x(inputs[0]), h0(inputs[1]), c0(inputs[2]), steps(inputs[4].cast<std::vector<std::int64_t>>()), sizes(of) {
         for (const py::handle direction : inputs[3]) weights.push_back(direction.cast<std::array<Data, 5>>());
     }
+    // Of x [T, B, I] and the others, one behind the other (lstm_fast/autograd.py).
+    LayerInputs(const py::tuple& flat, std::int64_t time, std::int64_t batch, const LayerSizes& of)
+        : x(flat[0]), h0(flat[1]), c0(flat[2]), steps(time, batch), sizes(of) {
+        for (std::size_t first = 3; first < 13 && !py::object(flat[first]).is_none(); first += 5) {
+            auto& own = weights.emplace_back();
+            for (std::size_t i = 0; i < own.size(); ++i) own[i] = py::object(flat[first + i]).cast<Data>();
+        }
+    }
 
     std::int64_t directions() const { return static_cast<std::int64_t>(weights.size()); }
     std::int64_t rows() const {
@@ -84,11 +92,10 @@ inline py::tuple layer_forward(const py::tuple& tensors, const LayerSizes& sizes
 
 // The gradients of x, h0, c0, and of each direction's w_ih, w_hh, b_ih, b_hh, w_hr; None where `needs`, in the same
 // order, has none. `grads`: of y, h_n and c_n, None for zero.
-inline py::list layer_backward(const py::tuple& tensors, const LayerSizes& sizes, Data y, Data gates, Data cells,
+inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Data cells,
                                const std::array<Data, 3>& grads, const py::sequence& needs) {
-    const LayerInputs inputs(tensors, sizes);
     const std::int64_t directions = inputs.directions(), batch = inputs.steps.front();
-    const auto [input, hidden, features] = std::array{sizes[0], sizes[1], sizes[2]};
+    const auto [input, hidden, features] = std::array{inputs.sizes[0], inputs.sizes[1], inputs.sizes[2]};
     py::list found;
     const auto next = [&](const TensorShape& shape, bool there = true) {  // of the next input
         const bool needed = there && py::object(needs[py::len(found)]).cast<bool>();

@@ -39,7 +39,7 @@ struct ModuleCall {
         held;  // weights of each direction of each layer, while others may change them
     std::vector<cpu::Weights> weights;
 
-    cpu::Shape shape(const std::vector<std::int64_t>& steps, std::int64_t width, int threads) const {
+    cpu::Shape shape(const std::vector<std::int64_t>& steps, std::int64_t width, int threads, int set) const {
         return {steps.data(),
                 time,
                 batch,
@@ -49,7 +49,7 @@ struct ModuleCall {
                 static_cast<int>(module.directions),
                 dtype,
                 threads,
-                cpu::best_instruction_set()};
+                static_cast<cpu::InstructionSet>(set)};
     }
     TensorShape y_shape() const {
         TensorShape shape(input.sizes, input.sizes + input.dims);
@@ -130,7 +130,7 @@ inline std::optional<ModuleCall> read_call(const py::dict& parameters, const py:
 
 // y, (h_n, c_n) of an LSTM, or (h', c') of an LSTMCell, as lstm_fast/lstm.py gives them for x and hx; or None.
 inline py::object infer(const py::dict& parameters, const py::list& names, const py::object& x, const py::object& hx,
-                        const std::array<std::int64_t, 6>& of_module, int threads) {
+                        const std::array<std::int64_t, 6>& of_module, int threads, int set) {
     const auto call = read_call(parameters, names, x, hx, of_module);
     if (!call) return py::none();
     const Module& module = call->module;
@@ -156,7 +156,7 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
             const auto state = [&](int i, std::int64_t features) {
                 return at(static_cast<const char*>(call->states[i]), features);
             };
-            cpu::layer_forward(call->shape(steps, k == 0 ? module.input : y_shape.back(), threads),
+            cpu::layer_forward(call->shape(steps, k == 0 ? module.input : y_shape.back(), threads, set),
                                {from,
                                 state(0, module.features),
                                 state(1, module.hidden),
@@ -176,7 +176,7 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
 // The 13 inputs of one layer of an LSTM, and what its forward pass gives and saves: (inputs, (y, h_n, c_n, gates,
 // cells)) of lstm_fast/autograd.py; or None. x [T, B, I]; states of zeros are made.
 inline py::object train(const py::dict& parameters, const py::list& names, const py::object& x, const py::object& hx,
-                        const std::array<std::int64_t, 6>& of_module, int threads) {
+                        const std::array<std::int64_t, 6>& of_module, int threads, int set) {
     const auto call = read_call(parameters, names, x, hx, of_module);
     if (!call || call->input.dims != 3 || call->module.batch_first || call->module.cell) return py::none();
     const Module& module = call->module;
@@ -213,17 +213,50 @@ inline py::object train(const py::dict& parameters, const py::list& names, const
     {
         const py::gil_scoped_release released;
         const std::vector<std::int64_t> steps(call->time, call->batch);
-        cpu::layer_forward(call->shape(steps, module.input, threads), {call->input.data,
-                                                                       call->states[0],
-                                                                       call->states[1],
-                                                                       {call->weights.front(), call->weights.back()},
-                                                                       y.data,
-                                                                       h_n.data,
-                                                                       c_n.data,
-                                                                       gates.data,
-                                                                       cells.data});
+        cpu::layer_forward(call->shape(steps, module.input, threads, set),
+                           {call->input.data,
+                            call->states[0],
+                            call->states[1],
+                            {call->weights.front(), call->weights.back()},
+                            y.data,
+                            h_n.data,
+                            c_n.data,
+                            gates.data,
+                            cells.data});
     }
     return py::make_tuple(inputs, py::make_tuple(y.tensor, h_n.tensor, c_n.tensor, gates.tensor, cells.tensor));
+}
+
+// The gradients of the 13 inputs from what was saved of a dense call: those inputs, None, y, gates and cells; or None.
+inline py::object train_backward(const py::tuple& saved, const py::tuple& grads, const py::sequence& needs, int threads,
+                                 int set) {
+    constexpr std::size_t of_inputs = 13;
+    const auto x = view(py::object(saved[0])), h0 = view(py::object(saved[1])), c0 = view(py::object(saved[2]));
+    const auto y = view(py::object(saved[of_inputs + 1]));
+    if (!saved[of_inputs].is_none() || !x || !h0 || !c0 || !y || x->dims != 3) return py::none();
+    const std::optional<Dtype> dtype = dtype_of(*x);
+    for (std::size_t i = 3; i < of_inputs; ++i) {
+        if (!saved[i].is_none() && !view(py::object(saved[i]))) return py::none();
+    }
+    std::array<Data, 3> of_outputs;
+    for (std::size_t i = 0; i < of_outputs.size(); ++i) {
+        const py::object grad = grads[i];
+        if (grad.is_none()) continue;
+        const View& output = i == 0 ? *y : i == 1 ? *h0 : *c0;
+        const auto found = view(grad);
+        if (!found || !same_dtype(*found, *x) || found->dims != output.dims ||
+            !std::equal(output.sizes, output.sizes + output.dims, found->sizes))
+            return py::none();
+        of_outputs[i].address = found->data;
+    }
+    const std::int64_t time = x->sizes[0], batch = x->sizes[1];
+    if (!dtype || time < 1 || batch < 1) return py::none();
+    const LayerInputs inputs(saved, time, batch,
+                             {x->sizes[2], c0->sizes[2], h0->sizes[2], static_cast<int>(*dtype), threads, set});
+    const auto data = [&](std::size_t i) { return py::object(saved[of_inputs + i]).cast<Data>(); };
+    py::list found = layer_backward(inputs, data(1), data(2), data(3), of_outputs, needs);
+    while (found.size() < of_inputs) found.append(py::none());
+    return found;
 }
 
 }  // namespace lstm::tensors

@@ -20,6 +20,7 @@ def infer(
     hx: Any,
     module: tuple[int, int, int, int, bool, bool],
     threads: int,
+    instruction_set: int,
 ) -> Any: ...
 def train(
     parameters: dict[str, Any],
@@ -28,7 +29,11 @@ def train(
     hx: Any,
     module: tuple[int, int, int, int, bool, bool],
     threads: int,
+    instruction_set: int,
 ) -> Any: ...
+def train_backward(
+    saved: _Tensors, grads: _Tensors, needs: Sequence[bool], threads: int, instruction_set: int
+) -> list[Tensor | None] | None: ...
 def cpu_layer_forward(
     inputs: LayerInputs, sizes: tuple[int, int, int, int, int, int], save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...

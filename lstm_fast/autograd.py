@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.dispatch import KERNELS
-from lstm_fast.kernels import LayerInputs, Saved, Weights
+from lstm_fast.kernels import LayerInputs, Saved, Weights, cpu
 
 try:
     from lstm_fast._C import layer_inputs_fit
@@ -321,11 +321,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, batch_sizes, y, gates, cells = ctx.saved_tensors
-    inputs: Sequence[Any] = saved
+    everything = ctx.saved_tensors
     grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
-    found: Sequence[Tensor | None]
-    if torch.is_grad_enabled() or transforms_active() or _batched(grads):
+    found: Sequence[Tensor | None] | None = None
+    differentiable = torch.is_grad_enabled() or transforms_active() or _batched(grads)
+    if ctx.backend == "cpu" and not differentiable and not _watched(everything[0]):
+        found = cpu.train_backward(everything, grads, needs)
+    if found is not None:
+        return *found, None, None, None
+    *saved, batch_sizes, y, gates, cells = everything
+    inputs: Sequence[Any] = saved
+    if differentiable:
         inputs = _with_states(inputs, batch_sizes)
         steps = _steps(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):

@@ -66,11 +66,13 @@ class _Fused(nn.Module):
             return None
         if torch.is_grad_enabled() and self._may_have_gradients(x, hx):
             return self._train(x, hx, names, sizes)
-        return infer(self._parameters, names, x, hx, sizes, torch.get_num_threads())
+        return infer(self._parameters, names, x, hx, sizes)
 
     def _may_have_gradients(self, x: Tensor, hx: Any) -> bool:
-        tensors = (*self._parameters.values(), x, *(hx if isinstance(hx, tuple) else ()))
-        return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+        for parameter in self._parameters.values():  # by far the most often the first says so
+            if parameter is not None and parameter.requires_grad:
+                return True
+        return x.requires_grad or (isinstance(hx, tuple) and any(getattr(t, "requires_grad", False) for t in hx))
 
     def _train(self, x: Tensor, hx: Any, names: list[list[str]], sizes: _Sizes) -> Any:
         """The same where gradients may be asked for."""
@@ -229,7 +231,7 @@ class LSTM(_Fused, nn.RNNBase):
         states = []
         for first in range(0, len(names), directions):
             of_layer = (y.size(-1) if first > 0 else self.input_size, hidden, features, directions, False, False)
-            found = train(self._parameters, names[first : first + directions], y, hx, of_layer, torch.get_num_threads())
+            found = train(self._parameters, names[first : first + directions], y, hx, of_layer)
             if found is None:
                 return None
             y, *state = done_on_cpu(*found)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_fast
 from lstm_fast import lstm as module_file
+from lstm_fast.kernels import cpu
 
 IN, H = 3, 5
 
@@ -21,36 +22,36 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def watched(monkeypatch, name):
-    """What each call of the function gives from now on."""
+def watched(monkeypatch, module, name):
+    """What each call of the module's function gives from now on."""
     found = []
 
     def spy(*args):
         found.append(function(*args))
         return found[-1]
 
-    function = getattr(module_file, name)
-    monkeypatch.setattr(module_file, name, spy)
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, spy)
     return found
 
 
 @pytest.fixture
 def answers(monkeypatch):
     """What each quick look at inference gave."""
-    return watched(monkeypatch, "infer")
+    return watched(monkeypatch, module_file, "infer")
 
 
 @pytest.fixture
 def trained(monkeypatch):
     """What each quick look at a layer in training gave."""
-    return watched(monkeypatch, "train")
+    return watched(monkeypatch, module_file, "train")
 
 
 def without(monkeypatch, call):
     """``call()`` where the quick look never tells."""
     with monkeypatch.context() as patch:
-        for name in ("infer", "train"):
-            patch.setattr(module_file, name, lambda *_: None)
+        for module, name in ((module_file, "infer"), (module_file, "train"), (cpu, "train_backward")):
+            patch.setattr(module, name, lambda *_: None)
         return call()
 
 
@@ -173,9 +174,11 @@ def test_training_gives_torchs_gradients_and_the_slower_ways_bits(trained, monke
     hx = tuple(t.requires_grad_() for t in lstm_state(module, 2 if batch_first else 4)) if given else None
     weights = [torch.randn(out.shape).to(x.dtype) for out in flat(module(x, hx))]
     trained.clear()
+    backward = watched(monkeypatch, cpu, "train_backward")
     got = gradients(module, x, hx, weights)
     taken = hx is None or module.num_layers == 1
     assert len(trained) == (module.num_layers if taken else 0) and None not in trained
+    assert len(backward) == module.num_layers and None not in backward
     want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
     oracle = nn.LSTM(IN, H, batch_first=batch_first, **(config | {"dtype": torch.float64})).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,22 +10,44 @@ from torch import Tensor
 
 from lstm_fast.kernels import LayerInputs, Saved, dtype_name
 
-
-def _cannot_tell(*_: Any) -> None:
-    """What ``infer`` and ``train`` give where the extension is missing."""
-
-
-infer: Callable[..., Any] = _cannot_tell  # csrc/module_calls.h, as is the next
-train: Callable[..., Any] = _cannot_tell
 _problem: str | None = None
 _CODES: dict[torch.dtype, int] = {}  # of the dtypes it serves
 try:
     import lstm_fast._C as _C
 
     _CODES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
-    infer, train = _C.infer, _C.train
 except ImportError as error:
     _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
+
+
+def infer(
+    parameters: dict[str, Any],
+    names: list[list[str]],
+    x: Tensor,
+    hx: Any,
+    module: tuple[int, int, int, int, bool, bool],
+) -> Any:
+    """A module's results (csrc/module_calls.h); None where a quick look can't tell that all fit."""
+    return None if _problem is not None else _C.infer(parameters, names, x, hx, module, *_means())
+
+
+def train(
+    parameters: dict[str, Any],
+    names: list[list[str]],
+    x: Tensor,
+    hx: Any,
+    module: tuple[int, int, int, int, bool, bool],
+) -> Any:
+    """The same of one layer: its 13 inputs, and y, h_n, c_n, gates and cells."""
+    return None if _problem is not None else _C.train(parameters, names, x, hx, module, *_means())
+
+
+def train_backward(
+    saved: Sequence[Any], grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None] | None:
+    """The gradients of a dense layer's 13 inputs from those, None, y, gates and cells; None likewise."""
+    whole = tuple(None if grad is None else grad.contiguous() for grad in grads)
+    return _C.train_backward(saved, whole, needs, *_means())
 
 
 def unavailable() -> str | None:
@@ -60,5 +82,9 @@ def _sizes(inputs: LayerInputs) -> tuple[int, int, int, int, int, int]:
     """I, H, R, the dtype's code, threads, and the best instruction set."""
     x, h0, c0, _, _ = inputs
     assert h0 is not None and c0 is not None
-    threads, best = torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
-    return x.size(-1), c0.size(2), h0.size(2), _CODES[x.dtype], threads, best
+    return x.size(-1), c0.size(2), h0.size(2), _CODES[x.dtype], *_means()
+
+
+def _means() -> tuple[int, int]:
+    """Threads, and the best instruction set."""
+    return torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
