@@ -235,9 +235,7 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     const auto y = view(py::object(saved[of_inputs + 1]));
     if (!saved[of_inputs].is_none() || !x || !h0 || !c0 || !y || x->dims != 3) return py::none();
     const std::optional<Dtype> dtype = dtype_of(*x);
-    for (std::size_t i = 3; i < of_inputs; ++i) {
-        if (!saved[i].is_none() && !view(py::object(saved[i]))) return py::none();
-    }
+    if (!layer_inputs_fit(saved)) return py::none();  // who kept them may have changed them
     std::array<Data, 3> of_outputs;
     for (std::size_t i = 0; i < of_outputs.size(); ++i) {
         const py::object grad = grads[i];

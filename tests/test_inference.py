@@ -215,6 +215,15 @@ def test_second_derivatives_and_a_second_backward_pass_after_a_quick_call(traine
         torch.autograd.grad(y, x)
 
 
+def test_a_weight_that_another_has_replaced_before_the_backward_pass_is_refused(trained):
+    module = lstm_fast.LSTM(IN, H)
+    y, _ = module(X)
+    assert trained[0] is not None
+    module.weight_hh_l0.data = torch.randn(2, 2)  # of which no version counter hears
+    with pytest.raises(RuntimeError, match="weight_hh should have size"):
+        y.sum().backward()
+
+
 # ---- What stands aside ---------------------------------------------------------------------------------------------
 
 

@@ -42,16 +42,19 @@ struct Backward {
     using Type = T;
     static constexpr bool rounded = !std::is_same_v<T, A>;
     static constexpr bool coarse = sizeof(T) == 2;  // activations, as in the forward pass
+    static constexpr Index units = kTile;           // hidden units of a tile
 
     Backward(const Shape& shape, const BackwardArgs& args, Arena& arena)
         : walk(shape, splits_large(shape) ? kSplitRows : kBackwardRows, true),
           s(walk.s),
           projected(args.weights[0].w_hr != nullptr),
-          tiles(tiles_of(s.hidden)),
+          tiles(tiles_of(s.hidden, units)),
           feature_tiles(tiles_of(s.features)),
           input_tiles(tiles_of(s.input)),
-          parts(std::max<Index>(
-              4, walk.over_steps.room(4 * s.hidden * walk.chunk_rows) * static_cast<Index>(sizeof(A)) / kPartBytes)),
+          threads(std::max(s.threads, 1)),
+          parts(round_up(std::max<Index>(4, walk.over_steps.room(4 * s.hidden * walk.chunk_rows) *
+                                                static_cast<Index>(sizeof(A)) / kPartBytes),
+                         threads)),
           factor_tiles(input_tiles + feature_tiles + (projected ? tiles : 0)),
           x(static_cast<const T*>(args.x)),
           h0(static_cast<const T*>(args.h0)),
@@ -97,7 +100,7 @@ struct Backward {
         const bool packs = std::is_same_v<T, BFloat16> || planes || s.instruction_set < InstructionSet::avx512;
         A* const rows = arena.take<A>(walk.of_step.room(all));
         A* const split = walk.alike() ? rows : arena.take<A>(size);
-        const Index threads = std::max(s.threads, 1), part = columns == 0 ? 0 : columns / parts + 1 + 2 * kUnits;
+        const Index part = columns == 0 ? 0 : columns / parts + 1 + 2 * kUnits;
         A* const packed = packs ? arena.take<A>(walk.over_steps.room(threads * packed_rows() * part)) : nullptr;
         return {columns, ld, rows, split, packed, arena.take<A>(threads * part), part};
     }
@@ -129,7 +132,8 @@ struct Backward {
     const Shape& s;
     const bool projected;
     const Index tiles, feature_tiles, input_tiles;  // of 64 hidden units, features of h, and of x
-    const Index parts;                              // of a chunk's gradients
+    const Index threads;                            // that take part, at most
+    const Index parts;                              // of a chunk's gradients, which threads share
     const Index factor_tiles;                       // of all that gradients are multiplied by
     const T *x, *h0, *c0;
     const TypedWeights<T> weights[2];

@@ -28,12 +28,13 @@ struct Forward {
     using A = Acc<T>;
     using Type = T;
     static constexpr bool coarse = sizeof(T) == 2;  // activations: their errors vanish in T's
+    static constexpr Index units = kUnits;          // hidden units of a tile
 
     Forward(const Shape& shape, const ForwardArgs& args, Arena& arena)
         : walk(shape, std::max(kForwardBytes / static_cast<Index>(4 * shape.hidden * sizeof(A)), rows_at_least(shape)),
                false),
           s(walk.s),
-          tiles(tiles_of(s.hidden, kUnits)),
+          tiles(tiles_of(s.hidden, units)),
           padded(tiles * kUnits),
           features(s.features),
           feature_tiles(args.weights[0].w_hr == nullptr ? 0 : tiles_of(features)),

@@ -257,7 +257,6 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
                                 int thread) {
     using O = Operand<Isa, T>;
     const Shape& s = f.s;
-    const Index parts = round_up(f.parts, team.threads);
     Index job = 0;
     const auto mine = [&] { return job++ % team.threads == thread; };
     for (int d = 0; d < s.directions; ++d) {
@@ -270,9 +269,9 @@ LSTM_HD void gradients_of_chunk(const Backward<T>& f, const Chunk (&chunks)[2], 
         if (f.dx != nullptr) input_gradients<Isa>(f, d, chunks[d], team, thread);
         for (const auto* g : {&f.da, &f.dr}) {
             const auto begin = [&](Index part) {  // at whole blocks
-                return std::min(round_up(g->columns * part / parts, Isa::side), g->columns);
+                return std::min(round_up(g->columns * part / f.parts, Isa::side), g->columns);
             };
-            for (Index part = thread; part < parts; part += team.threads) {
+            for (Index part = thread; part < f.parts; part += team.threads) {
                 const Columns columns{begin(part), begin(part + 1) - begin(part)};
                 if (columns.count > 0) part_gradients<Isa>(f, *g, d, chunks[d], columns, index, thread);
             }

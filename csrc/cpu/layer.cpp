@@ -87,16 +87,17 @@ InstructionSet serving(const Shape& s) {
 
 // Whether an operand was infinite that may not be.
 template <typename Job, typename Args>
-bool run_once(const Shape& shape, const Args& args) {
+bool run_once(Shape shape, const Args& args) {
+    const Index rows = std::accumulate(shape.steps, shape.steps + shape.time, Index{0});
+    shape.threads = useful_threads(shape, rows, tiles_of(shape.hidden, Job::units));
     Arena count;
     Job(shape, args, count);
     Arena arena(count.used());
     const Job job(shape, args, arena);
     const auto kernel = kernel_of<Job>(shape.instruction_set);
 #ifdef _OPENMP
-    const int threads = useful_threads(shape, job.walk.rows(), job.tiles);
-    if (threads > 1 || omp_in_parallel()) {  // a region for one thread takes as long as a small layer
-#pragma omp parallel num_threads(threads)
+    if (shape.threads > 1 || omp_in_parallel()) {  // a region for one thread takes as long as a small layer
+#pragma omp parallel num_threads(shape.threads)
         kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
     } else {
         kernel(job, 0, 1);
