@@ -187,7 +187,8 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Pl
     pack_columns_in<T>(Isa(), k, columns, row, to);
 }
 
-// 32 rows of 8 columns to as many rows of a block, whose 32 elements are then added to their sum, pairwise.
+// 32 rows of 8 columns to as many rows of a block, whose 32 elements are then added to their sum, pairwise. Masks of
+// ones keep GCC from warnings of its own.
 LSTM_AMX_INLINED void turn_columns(const BFloat16* from, Index ld, BFloat16* to, Floats (&sums)[8]) {
     __m512i rows[8], words[8];  // in a quarter the row r, 8 + r, 16 + r or 24 + r
 #pragma GCC unroll 8
@@ -195,23 +196,24 @@ LSTM_AMX_INLINED void turn_columns(const BFloat16* from, Index ld, BFloat16* to,
         const auto row = [&](Index quarter) LSTM_INLINED {
             return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (8 * quarter + r) * ld));
         };
-        rows[r] = _mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(1), 1);
-        rows[r] = _mm512_inserti32x4(_mm512_inserti32x4(rows[r], row(2), 2), row(3), 3);
+        rows[r] = _mm512_maskz_inserti32x4(0xffff, _mm512_zextsi128_si512(row(0)), row(1), 1);
+        rows[r] = _mm512_maskz_inserti32x4(0xffff, rows[r], row(2), 2);
+        rows[r] = _mm512_maskz_inserti32x4(0xffff, rows[r], row(3), 3);
     }
 #pragma GCC unroll 4
     for (Index r = 0; r < 8; r += 2) {
-        words[r] = _mm512_unpacklo_epi16(rows[r], rows[r + 1]);
-        words[r + 1] = _mm512_unpackhi_epi16(rows[r], rows[r + 1]);
+        words[r] = _mm512_maskz_unpacklo_epi16(~0u, rows[r], rows[r + 1]);
+        words[r + 1] = _mm512_maskz_unpackhi_epi16(~0u, rows[r], rows[r + 1]);
     }
 #pragma GCC unroll 4
     for (Index i = 0; i < 4; ++i) {  // of rows 0 to 3 and 4 to 7: columns 2 i and 2 i + 1
         const Index r = i / 2;
-        const __m512i upper =
-            i % 2 == 0 ? _mm512_unpacklo_epi32(words[r], words[r + 2]) : _mm512_unpackhi_epi32(words[r], words[r + 2]);
-        const __m512i lower = i % 2 == 0 ? _mm512_unpacklo_epi32(words[r + 4], words[r + 6])
-                                         : _mm512_unpackhi_epi32(words[r + 4], words[r + 6]);
-        rows[2 * i] = _mm512_unpacklo_epi64(upper, lower);
-        rows[2 * i + 1] = _mm512_unpackhi_epi64(upper, lower);
+        const __m512i upper = i % 2 == 0 ? _mm512_maskz_unpacklo_epi32(0xffff, words[r], words[r + 2])
+                                         : _mm512_maskz_unpackhi_epi32(0xffff, words[r], words[r + 2]);
+        const __m512i lower = i % 2 == 0 ? _mm512_maskz_unpacklo_epi32(0xffff, words[r + 4], words[r + 6])
+                                         : _mm512_maskz_unpackhi_epi32(0xffff, words[r + 4], words[r + 6]);
+        rows[2 * i] = _mm512_maskz_unpacklo_epi64(0xff, upper, lower);
+        rows[2 * i + 1] = _mm512_maskz_unpackhi_epi64(0xff, upper, lower);
     }
     const auto ones = (__m512bh)_mm512_set1_epi16(0x3f80);
 #pragma GCC unroll 8
