@@ -73,7 +73,12 @@ void bind_cpu(py::module_& m) {
         sets.append(std::array{"baseline", "avx2", "avx512", "avx512_bf16", "amx"}[set]);
     }
     m.attr("CPU_INSTRUCTION_SETS") = sets;
-    m.def("cpu_layer_forward", layer_forward, "inputs"_a, "sizes"_a, "save"_a);
+    m.def(
+        "cpu_layer_forward",
+        [](const py::tuple& inputs, const LayerSizes& sizes, bool save) {
+            return layer_forward({inputs, sizes}, save);
+        },
+        "inputs"_a, "sizes"_a, "save"_a);
     m.def(
         "cpu_layer_backward",
         [](const py::tuple& inputs, const LayerSizes& sizes, Data y, Data gates, Data cells,
@@ -410,10 +415,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a);
     m.def("train_backward", lstm::tensors::train_backward, "saved"_a, "grads"_a, "needs"_a, "threads"_a,
           "instruction_set"_a);
-    m.def("train", lstm::tensors::train, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a,
-          "instruction_set"_a);
-    m.def("infer", lstm::tensors::infer, "parameters"_a, "names"_a, "x"_a, "hx"_a, "module"_a, "threads"_a,
-          "instruction_set"_a);
+    m.def("train", lstm::tensors::train, "call"_a, "threads"_a, "instruction_set"_a);
+    m.def("infer", lstm::tensors::infer, "call"_a, "threads"_a, "instruction_set"_a);
     bind_cpu(m);
     bind_gates(m);
     bind_persistent(m);

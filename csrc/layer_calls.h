@@ -21,7 +21,7 @@ struct LayerInputs {
         : x(inputs[0]), h0(inputs[1]), c0(inputs[2]), steps(inputs[4].cast<std::vector<std::int64_t>>()), sizes(of) {
         for (const py::handle direction : inputs[3]) weights.push_back(direction.cast<std::array<Data, 5>>());
     }
-    // Of x [T, B, I] and the others, one behind the other (lstm_fast/autograd.py).
+    // Of the 13 inputs one behind the other (lstm_fast/autograd.py), of a dense call.
     LayerInputs(const py::tuple& flat, std::int64_t time, std::int64_t batch, const LayerSizes& of)
         : x(flat[0]), h0(flat[1]), c0(flat[2]), steps(time, batch), sizes(of) {
         for (std::size_t first = 3; first < 13 && !py::object(flat[first]).is_none(); first += 5) {
@@ -63,13 +63,13 @@ struct LayerInputs {
 inline void* address(const py::object& tensor) { return tensor.cast<Data>().address; }
 
 // y [.., D * R], h_n, c_n; gates [D, N, 4H] and cells [D, N, H] with `save`, else None.
-inline py::tuple layer_forward(const py::tuple& tensors, const LayerSizes& sizes, bool save) {
-    const LayerInputs inputs(tensors, sizes);
-    const std::int64_t directions = inputs.directions(), rows = inputs.rows(), hidden = sizes[1];
+inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
+    const auto [hidden, features] = std::array{inputs.sizes[1], inputs.sizes[2]};
+    const std::int64_t directions = inputs.directions(), rows = inputs.rows();
     TensorShape y_shape = inputs.x.attr("shape").cast<TensorShape>();
-    y_shape.back() = directions * sizes[2];
+    y_shape.back() = directions * features;
     const Fresh y = new_empty(inputs.x, y_shape);
-    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), sizes[2]});
+    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), features});
     const Fresh c_n = new_empty(inputs.x, {directions, inputs.steps.front(), hidden});
     const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}) : Fresh();
     PyObject* const wide = size_of(inputs.dtype()) == 2 ? types().float32 : nullptr;

@@ -1,9 +1,10 @@
-// A module's call on the CPU kernel in one call from Python, inference of all its layers or the forward pass of one in
+// A module's call on the CPU kernel in one call from Python, inference of all its layers or either pass of one in
 // training, where the arguments are as plain as they mostly are: to look at them one by one from Python takes longer
 // than a small product.
 #pragma once
 
-#include <string>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "layer_calls.h"
@@ -27,44 +28,28 @@ struct Module {
     bool batch_first, cell;
 };
 
-// What a call of a module was given.
+// kernels.ModuleCall, with what it says about itself.
 struct ModuleCall {
     Module module;
+    py::object x, hx;
     View input;
     Dtype dtype;
     std::int64_t time, batch;
-    TensorShape h_shape, c_shape;            // of all layers' states
-    std::array<const void*, 2> states = {};  // null for zeros
-    std::vector<std::array<py::object, 5>>
-        held;  // weights of each direction of each layer, while others may change them
+    TensorShape h_shape, c_shape;                 // of all layers' states
+    std::array<const void*, 2> states = {};       // null for zeros
+    std::vector<std::array<py::object, 5>> held;  // each direction's weights, while others may change the module
     std::vector<cpu::Weights> weights;
-
-    cpu::Shape shape(const std::vector<std::int64_t>& steps, std::int64_t width, int threads, int set) const {
-        return {steps.data(),
-                time,
-                batch,
-                width,
-                module.hidden,
-                module.features,
-                static_cast<int>(module.directions),
-                dtype,
-                threads,
-                static_cast<cpu::InstructionSet>(set)};
-    }
-    TensorShape y_shape() const {
-        TensorShape shape(input.sizes, input.sizes + input.dims);
-        shape.back() = module.directions * module.features;
-        return shape;
-    }
 };
 
-// `names` of the weights among `parameters`, a list for each direction of each layer. None where this quick look can't
-// tell that all fit each other, or where something has to be copied first.
-inline std::optional<ModuleCall> read_call(const py::dict& parameters, const py::list& names, const py::object& x,
-                                           const py::object& hx, const std::array<std::int64_t, 6>& of_module) {
+// None where this quick look can't tell that all fit each other, or where something has to be copied first.
+inline std::optional<ModuleCall> read_call(const py::tuple& given) {
     ModuleCall call;
+    const auto of_module = py::object(given[4]).cast<std::array<std::int64_t, 6>>();
     const Module& module =
         call.module = {of_module[0], of_module[1], of_module[2], of_module[3], of_module[4] != 0, of_module[5] != 0};
+    const py::dict parameters = given[0];
+    const py::list names = given[1];
+    const py::object &x = call.x = given[2], &hx = call.hx = given[3];
     const auto input = view(x);
     const int dims = module.cell ? 2 : 3;
     if (!input || (input->dims != dims && input->dims != dims - 1)) return std::nullopt;
@@ -129,12 +114,13 @@ inline std::optional<ModuleCall> read_call(const py::dict& parameters, const py:
 }
 
 // y, (h_n, c_n) of an LSTM, or (h', c') of an LSTMCell, as lstm_fast/lstm.py gives them for x and hx; or None.
-inline py::object infer(const py::dict& parameters, const py::list& names, const py::object& x, const py::object& hx,
-                        const std::array<std::int64_t, 6>& of_module, int threads, int set) {
-    const auto call = read_call(parameters, names, x, hx, of_module);
+inline py::object infer(const py::tuple& given, int threads, int set) {
+    const auto call = read_call(given);
     if (!call) return py::none();
     const Module& module = call->module;
-    const TensorShape y_shape = call->y_shape();
+    const py::object& x = call->x;
+    TensorShape y_shape(call->input.sizes, call->input.sizes + call->input.dims);
+    y_shape.back() = module.directions * module.features;
     const std::int64_t size = size_of(call->dtype), count = static_cast<std::int64_t>(call->weights.size());
     const Fresh y = new_empty(x, y_shape);
     const Fresh h_n = module.cell ? Fresh() : new_empty(x, call->h_shape);
@@ -156,7 +142,9 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
             const auto state = [&](int i, std::int64_t features) {
                 return at(static_cast<const char*>(call->states[i]), features);
             };
-            cpu::layer_forward(call->shape(steps, k == 0 ? module.input : y_shape.back(), threads, set),
+            cpu::layer_forward({steps.data(), call->time, call->batch, k == 0 ? module.input : y_shape.back(),
+                                module.hidden, module.features, static_cast<int>(module.directions), call->dtype,
+                                threads, static_cast<cpu::InstructionSet>(set)},
                                {from,
                                 state(0, module.features),
                                 state(1, module.hidden),
@@ -175,56 +163,34 @@ inline py::object infer(const py::dict& parameters, const py::list& names, const
 
 // The 13 inputs of one layer of an LSTM, and what its forward pass gives and saves: (inputs, (y, h_n, c_n, gates,
 // cells)) of lstm_fast/autograd.py; or None. x [T, B, I]; states of zeros are made.
-inline py::object train(const py::dict& parameters, const py::list& names, const py::object& x, const py::object& hx,
-                        const std::array<std::int64_t, 6>& of_module, int threads, int set) {
-    const auto call = read_call(parameters, names, x, hx, of_module);
+inline py::object train(const py::tuple& given, int threads, int set) {
+    const auto call = read_call(given);
     if (!call || call->input.dims != 3 || call->module.batch_first || call->module.cell) return py::none();
     const Module& module = call->module;
-    const auto directions = static_cast<std::size_t>(module.directions);
-    if (call->weights.size() != directions) return py::none();
+    if (call->weights.size() != static_cast<std::size_t>(module.directions)) return py::none();
 
-    py::object states[2];
-    for (int i = 0; i < 2; ++i) {
-        if (!hx.is_none()) {
-            states[i] = py::reinterpret_borrow<py::tuple>(hx)[i];
-        } else if (i == 1 && module.features == module.hidden) {
-            states[1] = states[0];
-        } else {
-            const Fresh zeros = new_empty(x, i == 0 ? call->h_shape : call->c_shape);
-            std::memset(
-                zeros.data, 0,
-                call->batch * module.directions * size_of(call->dtype) * (i == 0 ? module.features : module.hidden));
-            states[i] = zeros.tensor;
-        }
-    }
+    const auto zeros = [&](const TensorShape& shape) {
+        const Fresh made = new_empty(call->x, shape);
+        std::memset(made.data, 0, shape[0] * shape[1] * shape[2] * size_of(call->dtype));
+        return made.tensor;
+    };
     constexpr std::size_t of_direction = std::tuple_size_v<WeightViews>, of_states = 3;
     py::tuple inputs(of_states + 2 * of_direction);
-    inputs[0] = x, inputs[1] = states[0], inputs[2] = states[1];
+    inputs[0] = call->x;
+    if (!call->hx.is_none()) {
+        const auto states = py::reinterpret_borrow<py::tuple>(call->hx);
+        inputs[1] = states[0], inputs[2] = states[1];
+    } else {
+        const py::object c0 = zeros(call->c_shape);
+        inputs[1] = module.features == module.hidden ? c0 : zeros(call->h_shape);
+        inputs[2] = c0;
+    }
     for (std::size_t i = 0; i < 2 * of_direction; ++i) {
-        const bool there = i / of_direction < directions;
-        inputs[of_states + i] = there ? call->held[i / of_direction][i % of_direction] : py::none();
+        const std::size_t d = i / of_direction;
+        inputs[of_states + i] = d < call->held.size() ? call->held[d][i % of_direction] : py::none();
     }
-
-    const std::int64_t rows = call->time * call->batch;
-    PyObject* const wide = size_of(call->dtype) == 2 ? types().float32 : nullptr;
-    const Fresh y = new_empty(x, call->y_shape()), h_n = new_empty(x, call->h_shape), c_n = new_empty(x, call->c_shape);
-    const Fresh gates = new_empty(x, {module.directions, rows, 4 * module.hidden});
-    const Fresh cells = new_empty(x, {module.directions, rows, module.hidden}, wide);
-    {
-        const py::gil_scoped_release released;
-        const std::vector<std::int64_t> steps(call->time, call->batch);
-        cpu::layer_forward(call->shape(steps, module.input, threads, set),
-                           {call->input.data,
-                            call->states[0],
-                            call->states[1],
-                            {call->weights.front(), call->weights.back()},
-                            y.data,
-                            h_n.data,
-                            c_n.data,
-                            gates.data,
-                            cells.data});
-    }
-    return py::make_tuple(inputs, py::make_tuple(y.tensor, h_n.tensor, c_n.tensor, gates.tensor, cells.tensor));
+    const LayerSizes sizes{module.input, module.hidden, module.features, static_cast<int>(call->dtype), threads, set};
+    return py::make_tuple(inputs, layer_forward({inputs, call->time, call->batch, sizes}, true));
 }
 
 // The gradients of the 13 inputs from what was saved of a dense call: those inputs, None, y, gates and cells; or None.
@@ -233,8 +199,7 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     constexpr std::size_t of_inputs = 13;
     const auto x = view(py::object(saved[0])), h0 = view(py::object(saved[1])), c0 = view(py::object(saved[2]));
     const auto y = view(py::object(saved[of_inputs + 1]));
-    if (!saved[of_inputs].is_none() || !x || !h0 || !c0 || !y || x->dims != 3) return py::none();
-    const std::optional<Dtype> dtype = dtype_of(*x);
+    if (!saved[of_inputs].is_none() || !x || !h0 || !c0 || !y) return py::none();
     if (!layer_inputs_fit(saved)) return py::none();  // who kept them may have changed them
     std::array<Data, 3> of_outputs;
     for (std::size_t i = 0; i < of_outputs.size(); ++i) {
@@ -247,12 +212,13 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
             return py::none();
         of_outputs[i].address = found->data;
     }
-    const std::int64_t time = x->sizes[0], batch = x->sizes[1];
-    if (!dtype || time < 1 || batch < 1) return py::none();
-    const LayerInputs inputs(saved, time, batch,
-                             {x->sizes[2], c0->sizes[2], h0->sizes[2], static_cast<int>(*dtype), threads, set});
+    const std::int64_t input = x->sizes[x->dims - 1], batch = c0->sizes[1];
+    const std::int64_t rows = std::accumulate(x->sizes, x->sizes + x->dims - 1, std::int64_t{1}, std::multiplies<>());
+    const std::optional<Dtype> dtype = dtype_of(*x);
+    if (!dtype || rows < 1 || batch < 1 || rows % batch != 0) return py::none();
+    const LayerSizes sizes{input, c0->sizes[2], h0->sizes[2], static_cast<int>(*dtype), threads, set};
     const auto data = [&](std::size_t i) { return py::object(saved[of_inputs + i]).cast<Data>(); };
-    py::list found = layer_backward(inputs, data(1), data(2), data(3), of_outputs, needs);
+    py::list found = layer_backward({saved, rows / batch, batch, sizes}, data(1), data(2), data(3), of_outputs, needs);
     while (found.size() < of_inputs) found.append(py::none());
     return found;
 }

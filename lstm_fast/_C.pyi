@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lstm_fast.kernels import LayerInputs
+from lstm_fast.kernels import LayerInputs, ModuleCall
 
 _Tensors = Sequence[Tensor | None]
 
@@ -13,24 +13,8 @@ DTYPES: dict[str, int]
 def build_info() -> dict[str, Any]: ...
 def environment_has(name: str) -> bool: ...
 def layer_inputs_fit(inputs: _Tensors) -> bool: ...
-def infer(
-    parameters: dict[str, Any],
-    names: list[list[str]],
-    x: Tensor,
-    hx: Any,
-    module: tuple[int, int, int, int, bool, bool],
-    threads: int,
-    instruction_set: int,
-) -> Any: ...
-def train(
-    parameters: dict[str, Any],
-    names: list[list[str]],
-    x: Tensor,
-    hx: Any,
-    module: tuple[int, int, int, int, bool, bool],
-    threads: int,
-    instruction_set: int,
-) -> Any: ...
+def infer(call: ModuleCall, threads: int, instruction_set: int) -> Any: ...
+def train(call: ModuleCall, threads: int, instruction_set: int) -> Any: ...
 def train_backward(
     saved: _Tensors, grads: _Tensors, needs: Sequence[bool], threads: int, instruction_set: int
 ) -> list[Tensor | None] | None: ...

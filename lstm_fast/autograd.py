@@ -84,11 +84,14 @@ def layer(
     if zeros and not (fits and backend in _TAKE_NO_STATES and _weights_tell(x, c0, weights)):
         inputs = (x, *_zero_states(x, batch_sizes, len(weights), features=h0, hidden=c0), *rest)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    result: tuple[Any, ...]
+    result: Sequence[Any]
     if not seen_by_others:
         if not fits:
             inputs = unwrap_dead_wrappers(inputs)  # tensors that outlived the transform which made them
-        result = (_apply if save else _forward)(*inputs, batch_sizes, backend, save)
+        with torch.no_grad() if save else _NOTHING:
+            *result, saved = _forward(*inputs, batch_sizes, backend, save)
+        if saved is not None:
+            result = _apply(*inputs, batch_sizes, backend, (*result, *saved))
     elif not torch.compiler.is_compiling() and transforms_active():
         _check(inputs)
         result = _differentiable_forward(inputs, _steps(batch_sizes, x, inputs[2]))
@@ -234,6 +237,10 @@ def _saved_shape(backend: str, directions: int, rows: int, hidden: int) -> tuple
 def _backward(*args: Any) -> Sequence[Tensor | None]:
     """The gradients of the 13 inputs, or at least of those that ``needs`` asks for."""
     dy, dh_n, dc_n, *given, batch_sizes, y, gates, cells, backend, needs = args
+    if backend == "cpu":
+        found = cpu.train_backward((*given, batch_sizes, y, gates, cells), (dy, dh_n, dc_n), needs)
+        if found is not None:
+            return found
     inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:_STATES]
     steps = _steps(batch_sizes, x, c0)
@@ -321,17 +328,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    everything = ctx.saved_tensors
-    grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
-    found: Sequence[Tensor | None] | None = None
-    differentiable = torch.is_grad_enabled() or transforms_active() or _batched(grads)
-    if ctx.backend == "cpu" and not differentiable and not _watched(everything[0]):
-        found = cpu.train_backward(everything, grads, needs)
-    if found is not None:
-        return *found, None, None, None
-    *saved, batch_sizes, y, gates, cells = everything
+    *saved, batch_sizes, y, gates, cells = ctx.saved_tensors
     inputs: Sequence[Any] = saved
-    if differentiable:
+    grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
+    found: Sequence[Tensor | None]
+    if torch.is_grad_enabled() or transforms_active() or _batched(grads):
         inputs = _with_states(inputs, batch_sizes)
         steps = _steps(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):
@@ -352,38 +353,27 @@ def _batched(grads: Sequence[Tensor | None]) -> bool:
 
 
 class LayerFunction(torch.autograd.Function):
-    """``_forward`` for eager autograd; its backward is differentiable through the reference."""
+    """A layer's node in eager autograd, whose outputs a kernel has already given; backward is differentiable through
+    the reference."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # with a setup_context, each call would cost 20 us more
-        y, h_n, c_n, saved = _forward(*args)
-        assert saved is not None
-        _setup_context(ctx, args, (y, h_n, c_n, *saved))
+        *inputs, batch_sizes, backend, outputs = args
+        _setup_context(ctx, (*inputs, batch_sizes, backend, True), outputs)
+        y, h_n, c_n, _, _ = outputs
         return y, h_n, c_n
 
     backward = staticmethod(_backward_from_context)
 
 
-class _DoneFunction(LayerFunction):
-    """The same where a kernel has already given the outputs, the last argument: a node of the graph, no more."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *inputs, outputs = args
-        _setup_context(ctx, (*inputs, None, "cpu", True), outputs)
-        y, h_n, c_n, _, _ = outputs
-        return y, h_n, c_n
-
-
 # What Function.apply calls once it knows that no transform is active.
 _apply = super(torch.autograd.Function, LayerFunction).apply
-_apply_done = super(torch.autograd.Function, _DoneFunction).apply
 
 
 def done_on_cpu(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n, c_n of a dense layer as a node of the graph, from its 13 inputs and from what the CPU's kernel made of
     them: y, h_n, c_n, gates, cells."""
-    y, h_n, c_n = _apply_done(*inputs, outputs)
+    y, h_n, c_n = _apply(*inputs, None, "cpu", outputs)
     return y, h_n, c_n
 
 

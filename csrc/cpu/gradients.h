@@ -182,17 +182,17 @@ LSTM_HD void sum_columns(const O* rows, Index ld, Index count, const Columns& pa
 }
 
 // This thread's copy of them for products down the columns, in blocks or with two rows side by side, where those don't
-// read rows; and their sums.
+// read rows; and their sums, if `wanted` or if they come with it.
 template <typename Isa, typename T>
 LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
-                            const Columns& part, Operand<Isa, T>* to, Acc<T>* sums) {
+                            const Columns& part, Operand<Isa, T>* to, Acc<T>* sums, bool wanted) {
     using O = Operand<Isa, T>;
     const O* const from = chunk_split<const O>(f, g, d);
     const Index block = part.first / Isa::side, end = block + tiles_of(part.count, Isa::side);
     if constexpr (in_planes<O>) {
         pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to, sums);
     } else {
-        sum_columns<Isa>(from, g.ld, chunk.rows, part, sums);
+        if (wanted) sum_columns<Isa>(from, g.ld, chunk.rows, part, sums);
         if constexpr (gradients_along<Isa> == Along::blocks) {
             pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to);
         } else if constexpr (sizeof(O) < sizeof(Acc<T>)) {
@@ -243,9 +243,10 @@ LSTM_HD void part_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& 
     using O = Operand<Isa, T>;
     O* const packed = reinterpret_cast<O*>(g.packed) + thread * f.packed_rows() * g.part;
     Acc<T>* const sums = g.sums + thread * g.part;
-    pack_gradients<Isa>(f, g, d, chunk, part, packed, sums);
     const Gradient<T>& bias = f.gradients[d].bias;
-    if (&g == &f.da && bias.to != nullptr) add_up<Isa>(f, index, sums, part.count, bias, part.first);
+    const bool of_bias = &g == &f.da && bias.to != nullptr;
+    pack_gradients<Isa>(f, g, d, chunk, part, packed, sums, of_bias);
+    if (of_bias) add_up<Isa>(f, index, sums, part.count, bias, part.first);
     for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* right) LSTM_INLINED {
         if (factor.rows == &g) weight_gradient<Isa>(f, factor, d, chunk, part, packed, right, tile, index);
     });

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import LayerInputs, Saved, dtype_name
+from lstm_fast.kernels import LayerInputs, ModuleCall, Saved, dtype_name
 
 _problem: str | None = None
 _CODES: dict[torch.dtype, int] = {}  # of the dtypes it serves
@@ -20,26 +20,14 @@ except ImportError as error:
     _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
 
 
-def infer(
-    parameters: dict[str, Any],
-    names: list[list[str]],
-    x: Tensor,
-    hx: Any,
-    module: tuple[int, int, int, int, bool, bool],
-) -> Any:
-    """A module's results (csrc/module_calls.h); None where a quick look can't tell that all fit."""
-    return None if _problem is not None else _C.infer(parameters, names, x, hx, module, *_means())
+def infer(call: ModuleCall) -> Any:
+    """A module's results; None where a quick look can't tell that all fit."""
+    return None if _problem is not None else _C.infer(call, *_means())
 
 
-def train(
-    parameters: dict[str, Any],
-    names: list[list[str]],
-    x: Tensor,
-    hx: Any,
-    module: tuple[int, int, int, int, bool, bool],
-) -> Any:
-    """The same of one layer: its 13 inputs, and y, h_n, c_n, gates and cells."""
-    return None if _problem is not None else _C.train(parameters, names, x, hx, module, *_means())
+def train(call: ModuleCall) -> Any:
+    """The 13 inputs of a module's only layer, and y, h_n, c_n, gates and cells; None likewise."""
+    return None if _problem is not None else _C.train(call, *_means())
 
 
 def train_backward(
