@@ -68,12 +68,14 @@ inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
     const std::int64_t directions = inputs.directions(), rows = inputs.rows();
     TensorShape y_shape = inputs.x.attr("shape").cast<TensorShape>();
     y_shape.back() = directions * features;
-    const Fresh y = new_empty(inputs.x, y_shape);
-    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), features});
-    const Fresh c_n = new_empty(inputs.x, {directions, inputs.steps.front(), hidden});
-    const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}) : Fresh();
-    PyObject* const wide = size_of(inputs.dtype()) == 2 ? types().float32 : nullptr;
-    const Fresh cells = save ? new_empty(inputs.x, {directions, rows, hidden}, wide) : Fresh();
+    const std::int64_t size = size_of(inputs.dtype());
+    const Fresh y = new_empty(inputs.x, y_shape, size);
+    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), features}, size);
+    const Fresh c_n = new_empty(inputs.x, {directions, inputs.steps.front(), hidden}, size);
+    const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}, size) : Fresh();
+    PyObject* const wide = size == 2 ? types().float32 : nullptr;
+    const std::int64_t cells_size = wide == nullptr ? size : 4;
+    const Fresh cells = save ? new_empty(inputs.x, {directions, rows, hidden}, cells_size, wide) : Fresh();
     const cpu::ForwardArgs args{address(inputs.x),
                                 address(inputs.h0),
                                 address(inputs.c0),
@@ -96,10 +98,11 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
                                const std::array<Data, 3>& grads, const py::sequence& needs) {
     const std::int64_t directions = inputs.directions(), batch = inputs.steps.front();
     const auto [input, hidden, features] = std::array{inputs.sizes[0], inputs.sizes[1], inputs.sizes[2]};
+    const std::int64_t size = size_of(inputs.dtype());
     py::list found;
     const auto next = [&](const TensorShape& shape, bool there = true) {  // of the next input
         const bool needed = there && py::object(needs[py::len(found)]).cast<bool>();
-        const Fresh made = needed ? new_empty(inputs.x, shape) : Fresh();
+        const Fresh made = needed ? new_empty(inputs.x, shape, size) : Fresh();
         found.append(made.tensor);
         return made.data;
     };
@@ -135,7 +138,7 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
         const py::gil_scoped_release released;
         cpu::layer_backward(inputs.shape(), args);
         for (std::size_t d = 0; d < inputs.weights.size(); ++d) {
-            if (same[d] != nullptr) std::memcpy(same[d], gradients[d].bias, 4 * hidden * size_of(inputs.dtype()));
+            if (same[d] != nullptr) std::memcpy(same[d], gradients[d].bias, 4 * hidden * size);
         }
     }
     return found;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -122,20 +123,24 @@ inline py::object infer(const py::tuple& given, int threads, int set) {
     TensorShape y_shape(call->input.sizes, call->input.sizes + call->input.dims);
     y_shape.back() = module.directions * module.features;
     const std::int64_t size = size_of(call->dtype), count = static_cast<std::int64_t>(call->weights.size());
-    const Fresh y = new_empty(x, y_shape);
-    const Fresh h_n = module.cell ? Fresh() : new_empty(x, call->h_shape);
-    const Fresh c_n = new_empty(x, call->c_shape);
+    const Fresh y = new_empty(x, y_shape, size);
+    const Fresh h_n = module.cell ? Fresh() : new_empty(x, call->h_shape, size);
+    const Fresh c_n = new_empty(x, call->c_shape, size);
     {
         const py::gil_scoped_release released;
         const std::vector<std::int64_t> steps(call->time, call->batch);
         const std::int64_t rows = call->time * call->batch;
-        std::array<std::vector<char>, 2> between;  // y of a layer and of the next, by turns
+        std::array<std::unique_ptr<char[]>, 2> between;  // y of a layer and of the next, by turns
         const void* from = call->input.data;
         for (std::int64_t k = 0; k < count; k += module.directions) {
             const bool last = k + module.directions == count;
             auto& own = between[k / module.directions % 2];
-            if (!last) own.resize(rows * y_shape.back() * size);
-            char* const to = last ? y.data : own.data();
+            if (!last && own == nullptr) {
+                const std::int64_t bytes = rows * y_shape.back() * size;
+                own.reset(new char[bytes]);
+                cpu::ask_for_huge_pages(own.get(), bytes);
+            }
+            char* const to = last ? y.data : own.get();
             const auto at = [&](auto* base, std::int64_t features) {
                 return base == nullptr ? nullptr : base + k * call->batch * features * size;
             };
@@ -170,8 +175,9 @@ inline py::object train(const py::tuple& given, int threads, int set) {
     if (call->weights.size() != static_cast<std::size_t>(module.directions)) return py::none();
 
     const auto zeros = [&](const TensorShape& shape) {
-        const Fresh made = new_empty(call->x, shape);
-        std::memset(made.data, 0, shape[0] * shape[1] * shape[2] * size_of(call->dtype));
+        const std::int64_t size = size_of(call->dtype);
+        const Fresh made = new_empty(call->x, shape, size);
+        std::memset(made.data, 0, shape[0] * shape[1] * shape[2] * size);
         return made.tensor;
     };
     constexpr std::size_t of_direction = std::tuple_size_v<WeightViews>, of_states = 3;

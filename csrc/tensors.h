@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "lstm_math.h"
 
 namespace lstm::tensors {
@@ -90,8 +91,8 @@ struct Fresh {
     char* data = nullptr;
 };
 
-// As `like` in device and dtype, or of `dtype`.
-inline Fresh new_empty(py::handle like, const TensorShape& shape, PyObject* dtype = nullptr) {
+// As `like` in device and dtype, of `size` bytes an element; or of `dtype`.
+inline Fresh new_empty(py::handle like, const TensorShape& shape, std::int64_t size, PyObject* dtype = nullptr) {
     static PyObject* const name = PyUnicode_InternFromString("new_empty");
     static PyObject* const keywords = PyTuple_Pack(1, PyUnicode_InternFromString("dtype"));
     std::vector<py::int_> sizes(shape.begin(), shape.end());
@@ -105,6 +106,8 @@ inline Fresh new_empty(py::handle like, const TensorShape& shape, PyObject* dtyp
     if (!made.tensor) throw py::error_already_set();
     made.data = static_cast<char*>(data_ptr(made.tensor));
     if (PyErr_Occurred()) throw py::error_already_set();
+    for (const std::int64_t n : shape) size *= n;
+    cpu::ask_for_huge_pages(made.data, size);
     return made;
 }
 
