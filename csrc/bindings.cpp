@@ -412,7 +412,7 @@ PYBIND11_MODULE(_C, m) {
         "bfloat16"_a = static_cast<int>(lstm::Dtype::bfloat16), "float16"_a = static_cast<int>(lstm::Dtype::float16));
     m.def("build_info", build_info, "How this extension was built.");
     m.def("environment_has", [](const char* name) { return std::getenv(name) != nullptr; }, "name"_a);
-    m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a);
+    m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a, "cell"_a = false);
     m.def("train_backward", lstm::tensors::train_backward, "saved"_a, "grads"_a, "needs"_a, "threads"_a,
           "instruction_set"_a);
     m.def("train", lstm::tensors::train, "call"_a, "threads"_a, "instruction_set"_a);

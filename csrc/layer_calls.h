@@ -21,9 +21,9 @@ struct LayerInputs {
         : x(inputs[0]), h0(inputs[1]), c0(inputs[2]), steps(inputs[4].cast<std::vector<std::int64_t>>()), sizes(of) {
         for (const py::handle direction : inputs[3]) weights.push_back(direction.cast<std::array<Data, 5>>());
     }
-    // Of the 13 inputs one behind the other (lstm_fast/autograd.py), of a dense call.
-    LayerInputs(const py::tuple& flat, std::int64_t time, std::int64_t batch, const LayerSizes& of)
-        : x(flat[0]), h0(flat[1]), c0(flat[2]), steps(time, batch), sizes(of) {
+    // Of the 13 inputs one behind the other (lstm_fast/autograd.py), of a dense call; or of a cell's.
+    LayerInputs(const py::tuple& flat, std::int64_t time, std::int64_t batch, const LayerSizes& of, bool of_cell)
+        : x(flat[0]), h0(flat[1]), c0(flat[2]), steps(time, batch), sizes(of), cell(of_cell) {
         for (std::size_t first = 3; first < 13 && !py::object(flat[first]).is_none(); first += 5) {
             auto& own = weights.emplace_back();
             for (std::size_t i = 0; i < own.size(); ++i) own[i] = py::object(flat[first + i]).cast<Data>();
@@ -37,6 +37,9 @@ struct LayerInputs {
         return rows;
     }
     Dtype dtype() const { return static_cast<Dtype>(sizes[3]); }
+    TensorShape state_shape(std::int64_t n) const {
+        return cell ? TensorShape{steps.front(), n} : TensorShape{directions(), steps.front(), n};
+    }
     cpu::Shape shape() const {
         return {steps.data(),
                 static_cast<std::int64_t>(steps.size()),
@@ -58,11 +61,12 @@ struct LayerInputs {
     std::vector<std::array<Data, 5>> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr
     const std::vector<std::int64_t> steps;
     const LayerSizes sizes;
+    const bool cell = false;  // states are [B, R] and [B, H], and h_n is y
 };
 
 inline void* address(const py::object& tensor) { return tensor.cast<Data>().address; }
 
-// y [.., D * R], h_n, c_n; gates [D, N, 4H] and cells [D, N, H] with `save`, else None.
+// y [.., D * R], h_n (None of a cell), c_n; gates [D, N, 4H] and cells [D, N, H] with `save`, else None.
 inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
     const auto [hidden, features] = std::array{inputs.sizes[1], inputs.sizes[2]};
     const std::int64_t directions = inputs.directions(), rows = inputs.rows();
@@ -70,8 +74,8 @@ inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
     y_shape.back() = directions * features;
     const std::int64_t size = size_of(inputs.dtype());
     const Fresh y = new_empty(inputs.x, y_shape, size);
-    const Fresh h_n = new_empty(inputs.x, {directions, inputs.steps.front(), features}, size);
-    const Fresh c_n = new_empty(inputs.x, {directions, inputs.steps.front(), hidden}, size);
+    const Fresh h_n = inputs.cell ? Fresh() : new_empty(inputs.x, inputs.state_shape(features), size);
+    const Fresh c_n = new_empty(inputs.x, inputs.state_shape(hidden), size);
     const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}, size) : Fresh();
     PyObject* const wide = size == 2 ? types().float32 : nullptr;
     const std::int64_t cells_size = wide == nullptr ? size : 4;
@@ -96,7 +100,6 @@ inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
 // order, has none. `grads`: of y, h_n and c_n, None for zero.
 inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Data cells,
                                const std::array<Data, 3>& grads, const py::sequence& needs) {
-    const std::int64_t directions = inputs.directions(), batch = inputs.steps.front();
     const auto [input, hidden, features] = std::array{inputs.sizes[0], inputs.sizes[1], inputs.sizes[2]};
     const std::int64_t size = size_of(inputs.dtype());
     py::list found;
@@ -107,8 +110,8 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
         return made.data;
     };
     void* const dx = next(inputs.x.attr("shape").cast<TensorShape>());
-    void* const dh0 = next({directions, batch, features});
-    void* const dc0 = next({directions, batch, hidden});
+    void* const dh0 = next(inputs.state_shape(features));
+    void* const dc0 = next(inputs.state_shape(hidden));
     cpu::WeightGradients gradients[2] = {};
     void* same[2] = {};  // as gradients[d].bias: the other bias's gradient
     for (std::size_t d = 0; d < inputs.weights.size(); ++d) {

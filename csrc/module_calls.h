@@ -166,18 +166,18 @@ inline py::object infer(const py::tuple& given, int threads, int set) {
     return py::make_tuple(y.tensor, py::make_tuple(h_n.tensor, c_n.tensor));
 }
 
-// The 13 inputs of one layer of an LSTM, and what its forward pass gives and saves: (inputs, (y, h_n, c_n, gates,
-// cells)) of lstm_fast/autograd.py; or None. x [T, B, I]; states of zeros are made.
+// The 13 inputs of one layer of an LSTM or of an LSTMCell, and what its forward pass gives and saves: (inputs, (y, h_n,
+// c_n, gates, cells)) of lstm_fast/autograd.py; or None. x [T, B, I], of a cell [B, I]; states of zeros are made.
 inline py::object train(const py::tuple& given, int threads, int set) {
     const auto call = read_call(given);
-    if (!call || call->input.dims != 3 || call->module.batch_first || call->module.cell) return py::none();
+    if (!call || call->input.dims != (call->module.cell ? 2 : 3) || call->module.batch_first) return py::none();
     const Module& module = call->module;
     if (call->weights.size() != static_cast<std::size_t>(module.directions)) return py::none();
 
     const auto zeros = [&](const TensorShape& shape) {
         const std::int64_t size = size_of(call->dtype);
         const Fresh made = new_empty(call->x, shape, size);
-        std::memset(made.data, 0, shape[0] * shape[1] * shape[2] * size);
+        std::memset(made.data, 0, std::accumulate(shape.begin(), shape.end(), size, std::multiplies<>()));
         return made.tensor;
     };
     constexpr std::size_t of_direction = std::tuple_size_v<WeightViews>, of_states = 3;
@@ -196,17 +196,19 @@ inline py::object train(const py::tuple& given, int threads, int set) {
         inputs[of_states + i] = d < call->held.size() ? call->held[d][i % of_direction] : py::none();
     }
     const LayerSizes sizes{module.input, module.hidden, module.features, static_cast<int>(call->dtype), threads, set};
-    return py::make_tuple(inputs, layer_forward({inputs, call->time, call->batch, sizes}, true));
+    return py::make_tuple(inputs, layer_forward({inputs, call->time, call->batch, sizes, module.cell}, true));
 }
 
-// The gradients of the 13 inputs from what was saved of a dense call: those inputs, None, y, gates and cells; or None.
+// The gradients of the 13 inputs from what was saved of a dense call or a cell's: those inputs, None, y, gates and
+// cells; or None.
 inline py::object train_backward(const py::tuple& saved, const py::tuple& grads, const py::sequence& needs, int threads,
                                  int set) {
     constexpr std::size_t of_inputs = 13;
     const auto x = view(py::object(saved[0])), h0 = view(py::object(saved[1])), c0 = view(py::object(saved[2]));
     const auto y = view(py::object(saved[of_inputs + 1]));
     if (!saved[of_inputs].is_none() || !x || !h0 || !c0 || !y) return py::none();
-    if (!layer_inputs_fit(saved)) return py::none();  // who kept them may have changed them
+    const bool cell = c0->dims == 2;
+    if (!layer_inputs_fit(saved, cell)) return py::none();  // who kept them may have changed them
     std::array<Data, 3> of_outputs;
     for (std::size_t i = 0; i < of_outputs.size(); ++i) {
         const py::object grad = grads[i];
@@ -218,13 +220,15 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
             return py::none();
         of_outputs[i].address = found->data;
     }
-    const std::int64_t input = x->sizes[x->dims - 1], batch = c0->sizes[1];
+    const std::int64_t input = x->sizes[x->dims - 1], batch = c0->sizes[c0->dims - 2];
     const std::int64_t rows = std::accumulate(x->sizes, x->sizes + x->dims - 1, std::int64_t{1}, std::multiplies<>());
     const std::optional<Dtype> dtype = dtype_of(*x);
     if (!dtype || rows < 1 || batch < 1 || rows % batch != 0) return py::none();
-    const LayerSizes sizes{input, c0->sizes[2], h0->sizes[2], static_cast<int>(*dtype), threads, set};
+    const LayerSizes sizes{input, c0->sizes[c0->dims - 1], h0->sizes[h0->dims - 1], static_cast<int>(*dtype), threads,
+                           set};
     const auto data = [&](std::size_t i) { return py::object(saved[of_inputs + i]).cast<Data>(); };
-    py::list found = layer_backward({saved, rows / batch, batch, sizes}, data(1), data(2), data(3), of_outputs, needs);
+    py::list found =
+        layer_backward({saved, rows / batch, batch, sizes, cell}, data(1), data(2), data(3), of_outputs, needs);
     while (found.size() < of_inputs) found.append(py::none());
     return found;
 }

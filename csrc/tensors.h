@@ -155,8 +155,9 @@ inline bool weights_fit(const WeightViews& weights, const View& x, std::int64_t 
 }
 
 // Whether the 13 inputs of a layer (lstm_fast/autograd.py), states or none, lie contiguously on one device, in one
-// dtype and with sizes that fit each other. False says no more than that this quick look can't tell.
-inline bool layer_inputs_fit(const py::sequence& inputs) {
+// dtype and with sizes that fit each other; or those of a cell, whose states have no D. False says no more than that
+// this quick look can't tell.
+inline bool layer_inputs_fit(const py::sequence& inputs, bool cell) {
     constexpr std::size_t states = 3, of_direction = std::tuple_size_v<WeightViews>;
     const py::object first = inputs[0], h = inputs[1], c = inputs[2];
     const auto x = view_anywhere(first), one = view_anywhere(py::object(inputs[states + 1]));  // w_hh
@@ -165,9 +166,11 @@ inline bool layer_inputs_fit(const py::sequence& inputs) {
     std::int64_t features = one->sizes[1], hidden = features;
     if (!h.is_none() || !c.is_none()) {
         const auto h0 = view_anywhere(h), c0 = view_anywhere(c);
-        if (!h0 || !c0 || h0->dims != 3 || c0->dims != 3) return false;
-        directions = c0->sizes[0], hidden = c0->sizes[2], features = h0->sizes[2];
-        if (directions < 1 || directions > 2 || !h0->has_sizes({directions, c0->sizes[1], features})) return false;
+        const int dims = cell ? 2 : 3;
+        if (!h0 || !c0 || h0->dims != dims || c0->dims != dims) return false;
+        if (!cell) directions = c0->sizes[0];
+        hidden = c0->sizes[dims - 1], features = h0->sizes[dims - 1];
+        if (directions < 1 || directions > 2 || !std::equal(h0->sizes, h0->sizes + dims - 1, c0->sizes)) return false;
         if (!same_dtype(*h0, *x) || !same_dtype(*c0, *x)) return false;
         if (!same_device(*h0, *x) || !same_device(*c0, *x)) return false;
     }

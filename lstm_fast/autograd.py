@@ -6,7 +6,8 @@ layer to a kernel (lstm_fast/kernels/__init__.py).
 
 The 13 tensor inputs, in order: x, h0, c0, then for the forward and for the reverse direction w_ih, w_hh, b_ih, b_hh,
 w_hr (None where absent). D directions, N rows over all steps (N = T*B when dense), R features of h. x is [.., I] with
-N rows in all, and y has its form: to change it outside would be a node of the graph, as slow as a small layer.
+N rows in all, and y has its form: to change it outside would be a node of the graph, as slow as a small layer. For the
+same reason the node of an LSTMCell has states [B, H], and no h_n.
 """
 
 from __future__ import annotations
@@ -241,6 +242,9 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
         found = cpu.train_backward((*given, batch_sizes, y, gates, cells), (dy, dh_n, dc_n), needs)
         if found is not None:
             return found
+    if _of_cell(given):
+        given, dc_n = _as_layer(given), None if dc_n is None else dc_n.unsqueeze(0)
+        return _as_cell(_backward(dy, None, dc_n, *given, batch_sizes, y, gates, cells, backend, needs))
     inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:_STATES]
     steps = _steps(batch_sizes, x, c0)
@@ -256,6 +260,22 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
             grads = KERNELS[backend].layer_backward(layer_inputs, y, (gates, cells), of_outputs, needs)
             grads += [None] * (_INPUTS - len(grads))
     return grads
+
+
+def _of_cell(inputs: Sequence[Any]) -> bool:
+    return inputs[2] is not None and inputs[2].dim() == 2
+
+
+def _as_layer(inputs: Sequence[Any]) -> list[Any]:
+    """A cell's 13 inputs with the states of a layer."""
+    x, h, c, *weights = inputs
+    return [x, h.unsqueeze(0), c.unsqueeze(0), *weights]
+
+
+def _as_cell(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of a cell's 13 inputs from those of ``_as_layer``'s."""
+    dx, dh, dc, *weights = grads
+    return [dx, None if dh is None else dh[0], None if dc is None else dc[0], *weights]
 
 
 def _no_steps_backward(grads: Sequence[Tensor | None], inputs: Sequence[Any]) -> list[Tensor | None]:
@@ -333,6 +353,9 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
     grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled() or transforms_active() or _batched(grads):
+        cell = _of_cell(inputs)
+        if cell:
+            inputs, grads = _as_layer(inputs), (grads[0], None, None if grads[2] is None else grads[2].unsqueeze(0))
         inputs = _with_states(inputs, batch_sizes)
         steps = _steps(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):
@@ -341,6 +364,7 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
                 found = _reference_backward(grads, inputs, y, gates, cells, steps)
             else:
                 found = _no_steps_backward(grads, inputs)
+        found = _as_cell(found) if cell else found
     else:
         args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, list(needs))
         found = torch.ops.lstm_fast.layer_backward(*args) if _watched(inputs[0]) else _backward(*args)
@@ -370,9 +394,9 @@ class LayerFunction(torch.autograd.Function):
 _apply = super(torch.autograd.Function, LayerFunction).apply
 
 
-def done_on_cpu(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h_n, c_n of a dense layer as a node of the graph, from its 13 inputs and from what the CPU's kernel made of
-    them: y, h_n, c_n, gates, cells."""
+def done_on_cpu(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Tensor, Any, Tensor]:
+    """y, h_n, c_n of a dense layer, or y, None, c_n of a cell, as a node of the graph, from its 13 inputs and from what
+    the CPU's kernel made of them: y, h_n, c_n, gates, cells."""
     y, h_n, c_n = _apply(*inputs, None, "cpu", outputs)
     return y, h_n, c_n
 

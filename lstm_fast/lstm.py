@@ -392,6 +392,13 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
         return (y, c_n[0]) if batched else (y[0], c_n[0, 0])
 
+    def _train(self, call: ModuleCall) -> Any:
+        found = train(call)
+        if found is None:
+            return None
+        h, _, c = done_on_cpu(*found)
+        return h, c
+
     def _kind(self, x: Tensor | PackedSequence) -> str:
         return "cell"
 

@@ -26,14 +26,14 @@ def infer(call: ModuleCall) -> Any:
 
 
 def train(call: ModuleCall) -> Any:
-    """The 13 inputs of a module's only layer, and y, h_n, c_n, gates and cells; None likewise."""
+    """The 13 inputs of a module's only layer, and y, h_n (None of a cell), c_n, gates and cells; None likewise."""
     return None if _problem is not None else _C.train(call, *_means())
 
 
 def train_backward(
     saved: Sequence[Any], grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None] | None:
-    """The gradients of a dense layer's 13 inputs from those, None, y, gates and cells; None likewise."""
+    """The gradients of a dense layer's or a cell's 13 inputs from those, None, y, gates and cells; None likewise."""
     whole = tuple(None if grad is None else grad.contiguous() for grad in grads)
     return _C.train_backward(saved, whole, needs, *_means())
 
