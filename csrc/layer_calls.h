@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cpu/layer.h"
@@ -21,9 +22,9 @@ struct LayerInputs {
         : x(inputs[0]), h0(inputs[1]), c0(inputs[2]), steps(inputs[4].cast<std::vector<std::int64_t>>()), sizes(of) {
         for (const py::handle direction : inputs[3]) weights.push_back(direction.cast<std::array<Data, 5>>());
     }
-    // Of the 13 inputs one behind the other (lstm_fast/autograd.py), of a dense call; or of a cell's.
-    LayerInputs(const py::tuple& flat, std::int64_t time, std::int64_t batch, const LayerSizes& of, bool of_cell)
-        : x(flat[0]), h0(flat[1]), c0(flat[2]), steps(time, batch), sizes(of), cell(of_cell) {
+    // Of the 13 inputs one behind the other (lstm_fast/autograd.py), of a layer or of a cell.
+    LayerInputs(const py::tuple& flat, std::vector<std::int64_t> of_steps, const LayerSizes& of, bool of_cell)
+        : x(flat[0]), h0(flat[1]), c0(flat[2]), steps(std::move(of_steps)), sizes(of), cell(of_cell) {
         for (std::size_t first = 3; first < 13 && !py::object(flat[first]).is_none(); first += 5) {
             auto& own = weights.emplace_back();
             for (std::size_t i = 0; i < own.size(); ++i) own[i] = py::object(flat[first + i]).cast<Data>();

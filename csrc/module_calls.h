@@ -3,6 +3,7 @@
 // than a small product.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -29,13 +30,32 @@ struct Module {
     bool batch_first, cell;
 };
 
+// The active sequences of each step of so many rows: `batch` at every one, or what a PackedSequence's batch_sizes say;
+// nothing where those don't fit.
+inline std::optional<std::vector<std::int64_t>> read_steps(const py::object& batch_sizes, std::int64_t rows,
+                                                           std::int64_t batch) {
+    if (batch_sizes.is_none()) {
+        if (rows < 1 || batch < 1 || rows % batch != 0) return std::nullopt;
+        return std::vector<std::int64_t>(rows / batch, batch);
+    }
+    constexpr std::uint8_t signed_integer = 0;  // DLPack's code
+    const auto found = view(batch_sizes);
+    if (!found || found->dims != 1 || found->kind != signed_integer || found->bits != 64) return std::nullopt;
+    const auto* const first = static_cast<const std::int64_t*>(found->data);
+    std::vector<std::int64_t> steps(first, first + found->sizes[0]);
+    const bool falls = std::is_sorted(steps.begin(), steps.end(), std::greater<>());
+    if (steps.empty() || !falls || steps.back() < 1) return std::nullopt;
+    if (std::accumulate(steps.begin(), steps.end(), std::int64_t{0}) != rows) return std::nullopt;
+    return steps;
+}
+
 // kernels.ModuleCall, with what it says about itself.
 struct ModuleCall {
     Module module;
-    py::object x, hx;
+    py::object x, hx, batch_sizes;
     View input;
     Dtype dtype;
-    std::int64_t time, batch;
+    std::vector<std::int64_t> steps;
     TensorShape h_shape, c_shape;                 // of all layers' states
     std::array<const void*, 2> states = {};       // null for zeros
     std::vector<std::array<py::object, 5>> held;  // each direction's weights, while others may change the module
@@ -45,22 +65,25 @@ struct ModuleCall {
 // None where this quick look can't tell that all fit each other, or where something has to be copied first.
 inline std::optional<ModuleCall> read_call(const py::tuple& given) {
     ModuleCall call;
-    const auto of_module = py::object(given[4]).cast<std::array<std::int64_t, 6>>();
+    const auto of_module = py::object(given[5]).cast<std::array<std::int64_t, 6>>();
     const Module& module =
         call.module = {of_module[0], of_module[1], of_module[2], of_module[3], of_module[4] != 0, of_module[5] != 0};
     const py::dict parameters = given[0];
     const py::list names = given[1];
-    const py::object &x = call.x = given[2], &hx = call.hx = given[3];
+    const py::object &x = call.x = given[2], &hx = call.hx = given[3], &sizes = call.batch_sizes = given[4];
     const auto input = view(x);
-    const int dims = module.cell ? 2 : 3;
+    const bool packed = !sizes.is_none();
+    const int dims = module.cell || packed ? 2 : 3;
     if (!input || (input->dims != dims && input->dims != dims - 1)) return std::nullopt;
     const std::optional<Dtype> dtype = dtype_of(*input);
     if (!dtype || input->sizes[input->dims - 1] != module.input) return std::nullopt;
 
-    const bool batched = input->dims == dims, turned = batched && module.batch_first;
-    const std::int64_t time = module.cell ? 1 : input->sizes[turned ? 1 : 0];
-    const std::int64_t batch = batched ? input->sizes[module.cell || turned ? 0 : 1] : 1;
-    if (time < 1 || batch < 1 || (turned && time > 1 && batch > 1)) return std::nullopt;
+    const bool batched = input->dims == dims, turned = batched && !packed && module.batch_first;
+    const std::int64_t rows =
+        std::accumulate(input->sizes, input->sizes + input->dims - 1, std::int64_t{1}, std::multiplies<>());
+    auto steps = read_steps(sizes, rows, batched && !packed ? input->sizes[module.cell || turned ? 0 : 1] : 1);
+    if (!steps || (packed && !batched) || (turned && steps->size() > 1 && steps->front() > 1)) return std::nullopt;
+    const std::int64_t batch = steps->front();
 
     // of states, [D * layers, B, features], without the dimensions that a cell and an unbatched input don't have
     const auto count = static_cast<std::int64_t>(names.size());
@@ -109,8 +132,7 @@ inline std::optional<ModuleCall> read_call(const py::tuple& given) {
     }
     call.input = *input;
     call.dtype = *dtype;
-    call.time = time;
-    call.batch = batch;
+    call.steps = std::move(*steps);
     return call;
 }
 
@@ -128,8 +150,8 @@ inline py::object infer(const py::tuple& given, int threads, int set) {
     const Fresh c_n = new_empty(x, call->c_shape, size);
     {
         const py::gil_scoped_release released;
-        const std::vector<std::int64_t> steps(call->time, call->batch);
-        const std::int64_t rows = call->time * call->batch;
+        const auto time = static_cast<std::int64_t>(call->steps.size()), batch = call->steps.front();
+        const std::int64_t rows = std::accumulate(call->steps.begin(), call->steps.end(), std::int64_t{0});
         std::array<std::unique_ptr<char[]>, 2> between;  // y of a layer and of the next, by turns
         const void* from = call->input.data;
         for (std::int64_t k = 0; k < count; k += module.directions) {
@@ -142,14 +164,14 @@ inline py::object infer(const py::tuple& given, int threads, int set) {
             }
             char* const to = last ? y.data : own.get();
             const auto at = [&](auto* base, std::int64_t features) {
-                return base == nullptr ? nullptr : base + k * call->batch * features * size;
+                return base == nullptr ? nullptr : base + k * batch * features * size;
             };
             const auto state = [&](int i, std::int64_t features) {
                 return at(static_cast<const char*>(call->states[i]), features);
             };
-            cpu::layer_forward({steps.data(), call->time, call->batch, k == 0 ? module.input : y_shape.back(),
-                                module.hidden, module.features, static_cast<int>(module.directions), call->dtype,
-                                threads, static_cast<cpu::InstructionSet>(set)},
+            cpu::layer_forward({call->steps.data(), time, batch, k == 0 ? module.input : y_shape.back(), module.hidden,
+                                module.features, static_cast<int>(module.directions), call->dtype, threads,
+                                static_cast<cpu::InstructionSet>(set)},
                                {from,
                                 state(0, module.features),
                                 state(1, module.hidden),
@@ -170,8 +192,9 @@ inline py::object infer(const py::tuple& given, int threads, int set) {
 // c_n, gates, cells)) of lstm_fast/autograd.py; or None. x [T, B, I], of a cell [B, I]; states of zeros are made.
 inline py::object train(const py::tuple& given, int threads, int set) {
     const auto call = read_call(given);
-    if (!call || call->input.dims != (call->module.cell ? 2 : 3) || call->module.batch_first) return py::none();
+    if (!call || call->module.batch_first) return py::none();
     const Module& module = call->module;
+    if (call->input.dims != (module.cell || !call->batch_sizes.is_none() ? 2 : 3)) return py::none();
     if (call->weights.size() != static_cast<std::size_t>(module.directions)) return py::none();
 
     const auto zeros = [&](const TensorShape& shape) {
@@ -196,7 +219,7 @@ inline py::object train(const py::tuple& given, int threads, int set) {
         inputs[of_states + i] = d < call->held.size() ? call->held[d][i % of_direction] : py::none();
     }
     const LayerSizes sizes{module.input, module.hidden, module.features, static_cast<int>(call->dtype), threads, set};
-    return py::make_tuple(inputs, layer_forward({inputs, call->time, call->batch, sizes, module.cell}, true));
+    return py::make_tuple(inputs, layer_forward({inputs, call->steps, sizes, module.cell}, true));
 }
 
 // The gradients of the 13 inputs from what was saved of a dense call or a cell's: those inputs, None, y, gates and
@@ -206,7 +229,7 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     constexpr std::size_t of_inputs = 13;
     const auto x = view(py::object(saved[0])), h0 = view(py::object(saved[1])), c0 = view(py::object(saved[2]));
     const auto y = view(py::object(saved[of_inputs + 1]));
-    if (!saved[of_inputs].is_none() || !x || !h0 || !c0 || !y) return py::none();
+    if (!x || !h0 || !c0 || !y) return py::none();
     const bool cell = c0->dims == 2;
     if (!layer_inputs_fit(saved, cell)) return py::none();  // who kept them may have changed them
     std::array<Data, 3> of_outputs;
@@ -220,15 +243,17 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
             return py::none();
         of_outputs[i].address = found->data;
     }
-    const std::int64_t input = x->sizes[x->dims - 1], batch = c0->sizes[c0->dims - 2];
     const std::int64_t rows = std::accumulate(x->sizes, x->sizes + x->dims - 1, std::int64_t{1}, std::multiplies<>());
     const std::optional<Dtype> dtype = dtype_of(*x);
-    if (!dtype || rows < 1 || batch < 1 || rows % batch != 0) return py::none();
-    const LayerSizes sizes{input, c0->sizes[c0->dims - 1], h0->sizes[h0->dims - 1], static_cast<int>(*dtype), threads,
-                           set};
+    const std::int64_t batch = c0->sizes[c0->dims - 2];
+    auto steps = read_steps(saved[of_inputs], rows, batch);
+    if (!dtype || !steps || steps->front() != batch) return py::none();
+    const std::int64_t input = x->sizes[x->dims - 1], hidden = c0->sizes[c0->dims - 1],
+                       features = h0->sizes[h0->dims - 1];
+    const LayerSizes sizes{input, hidden, features, static_cast<int>(*dtype), threads, set};
     const auto data = [&](std::size_t i) { return py::object(saved[of_inputs + i]).cast<Data>(); };
     py::list found =
-        layer_backward({saved, rows / batch, batch, sizes, cell}, data(1), data(2), data(3), of_outputs, needs);
+        layer_backward({saved, std::move(*steps), sizes, cell}, data(1), data(2), data(3), of_outputs, needs);
     while (found.size() < of_inputs) found.append(py::none());
     return found;
 }

@@ -31,7 +31,7 @@ try:
     from lstm_fast._C import layer_inputs_fit
 except ImportError:  # then the reference serves, and everything is checked here
 
-    def layer_inputs_fit(inputs: Sequence[Tensor | None]) -> bool:
+    def layer_inputs_fit(inputs: Sequence[Tensor | None], cell: bool = False) -> bool:
         return False
 
 
@@ -394,10 +394,12 @@ class LayerFunction(torch.autograd.Function):
 _apply = super(torch.autograd.Function, LayerFunction).apply
 
 
-def done_on_cpu(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Tensor, Any, Tensor]:
-    """y, h_n, c_n of a dense layer, or y, None, c_n of a cell, as a node of the graph, from its 13 inputs and from what
-    the CPU's kernel made of them: y, h_n, c_n, gates, cells."""
-    y, h_n, c_n = _apply(*inputs, None, "cpu", outputs)
+def done_on_cpu(
+    inputs: tuple[Any, ...], outputs: tuple[Any, ...], batch_sizes: Tensor | None = None
+) -> tuple[Tensor, Any, Tensor]:
+    """y, h_n, c_n of a layer, or y, None, c_n of a cell, as a node of the graph, from its 13 inputs and from what the
+    CPU's kernel made of them: y, h_n, c_n, gates, cells."""
+    y, h_n, c_n = _apply(*inputs, batch_sizes, "cpu", outputs)
     return y, h_n, c_n
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_fast
@@ -56,6 +57,8 @@ def without(monkeypatch, call):
 
 
 def flat(result):
+    if isinstance(result, PackedSequence):
+        return [result.data]
     return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
 
 
@@ -101,6 +104,40 @@ def test_an_lstm_gives_torchs_values_and_the_slower_ways_bits(answers, monkeypat
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[x.dtype]
     for a, b in zip(flat(got), flat(exact), strict=True):
         torch.testing.assert_close(a.double(), b, atol=bound, rtol=0)
+
+
+PACKED = {"sorted": ([4, 4, 1], True), "unsorted": ([1, 4, 2], False), "one": ([3], True)}
+
+
+def packed_case(lengths, in_order, config):
+    """A packed input, states of as many sequences, and the module in fp64 that both sides are compared with."""
+    torch.manual_seed(0)
+    module = lstm_fast.LSTM(IN, H, batch_first=True, **config).eval()
+    oracle = nn.LSTM(IN, H, batch_first=True, **(config | {"dtype": torch.float64})).eval()
+    oracle.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
+    x = torch.randn(max(lengths), len(lengths), IN).to(module.weight_ih_l0.dtype)
+    return module, pack_padded_sequence(x, lengths, enforce_sorted=in_order), oracle
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("lengths, in_order", PACKED.values(), ids=PACKED.keys())
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_packed_input_gives_torchs_values_and_the_slower_ways_bits(
+    answers, monkeypatch, config, lengths, in_order, given
+):
+    module, x, oracle = packed_case(lengths, in_order, config)
+    hx = lstm_state(module, len(lengths)) if given and in_order else None
+    with torch.no_grad():
+        got = module(x, hx)
+        want = without(monkeypatch, lambda: module(x, hx))
+        exact = oracle(x.to(torch.float64), hx and tuple(t.double() for t in hx))
+    assert len(answers) == 1 and answers[0] is not None
+    assert type(got[0]) is PackedSequence
+    assert all(a is b for a, b in zip(got[0][1:], x[1:], strict=True))
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[x.data.dtype]
+    for a, b, c in zip(flat(got), flat(want), flat(exact), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        torch.testing.assert_close(a.double(), c, atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
@@ -159,7 +196,7 @@ def test_inference_mode_gives_inference_tensors(answers):
 def gradients(module, x, hx, weights):
     """Outputs, and the gradients of everything that has one."""
     outputs = flat(module(x, hx))
-    inputs = [t for t in (x, *(hx or ()), *module.parameters()) if t.requires_grad]
+    inputs = [t for t in (*flat(x), *(hx or ()), *module.parameters()) if t.requires_grad]
     loss = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
     return [*outputs, *torch.autograd.grad(loss, inputs)]
 
@@ -192,6 +229,73 @@ def test_training_gives_torchs_gradients_and_the_slower_ways_bits(trained, monke
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[x.dtype]
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.double(), b, atol=bound, rtol=bound)
+
+
+def doubled(*tensors):
+    return tuple(t.detach().double().requires_grad_() for t in tensors)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("lengths, in_order", PACKED.values(), ids=PACKED.keys())
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_packed_training_gives_torchs_gradients_and_the_slower_ways_bits(
+    trained, monkeypatch, config, lengths, in_order, given
+):
+    module, packed, oracle = packed_case(lengths, in_order, config)
+    x = PackedSequence(packed.data.requires_grad_(), *packed[1:])
+    hx = tuple(t.requires_grad_() for t in lstm_state(module, len(lengths))) if given and in_order else None
+    weights = [torch.randn(out.shape).to(x.data.dtype) for out in flat(module(x, hx))]
+    trained.clear()
+    backward = watched(monkeypatch, cpu, "train_backward")
+    got = gradients(module, x, hx, weights)
+    taken = hx is None or module.num_layers == 1
+    assert len(trained) == (module.num_layers if taken else 0) and None not in trained
+    assert len(backward) == module.num_layers and None not in backward
+    want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    in_double = PackedSequence(*doubled(x.data), *packed[1:])
+    exact = gradients(oracle, in_double, hx and doubled(*hx), [weight.double() for weight in weights])
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[x.data.dtype]
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cell_in_training_gives_torchs_gradients_and_the_slower_ways_bits(trained, monkeypatch, batch, bias, given):
+    torch.manual_seed(0)
+    module = lstm_fast.LSTMCell(IN, H, bias=bias, backend="cpu")
+    oracle = nn.LSTMCell(IN, H, bias=bias).double()
+    oracle.load_state_dict(module.state_dict())
+    x = torch.randn(batch, IN).requires_grad_()
+    hx = tuple(torch.randn(batch, H).requires_grad_() for _ in range(2)) if given else None
+    weights = [torch.randn(batch, H) for _ in range(2)]
+    backward = watched(monkeypatch, cpu, "train_backward")
+    got = gradients(module, x, hx, weights)
+    assert len(trained) == len(backward) == 1 and trained[0] is not None and backward[0] is not None
+    want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    exact = gradients(oracle, *doubled(x), hx and doubled(*hx), [weight.double() for weight in weights])
+    for a, b in zip(got, exact, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_cells_backward_pass_by_every_other_way(trained, monkeypatch):
+    cell = lstm_fast.LSTMCell(IN, H, backend="cpu").double()
+    x, h, c = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (IN, H, H))
+    assert torch.autograd.gradgradcheck(lambda x, h, c: cell(x, (h, c)), (x, h, c))
+    assert None not in trained and len(trained) > 0
+    _, c_new = cell(x, (h, c))  # h' without a gradient
+    (want,) = torch.autograd.grad(c_new.sum(), h, retain_graph=True)
+    (batched,) = torch.autograd.grad(c_new, h, torch.ones(3, 2, H, dtype=torch.float64), is_grads_batched=True)
+    torch.testing.assert_close(batched, want.expand(3, 2, H))
+    h_new, _ = cell(x, (h, c))
+    (want,) = torch.autograd.grad(h_new.sum(), c, retain_graph=True)
+    monkeypatch.setattr(cpu, "train_backward", lambda *_: None)  # as where what was saved came back otherwise
+    (got,) = torch.autograd.grad(h_new.sum(), c)
+    assert torch.equal(got, want) and got.shape == c.shape
 
 
 def test_a_frozen_module_saves_nothing(answers, trained):
@@ -274,10 +378,20 @@ def test_what_needs_a_longer_look_gets_it(answers, make, x, hx):
     assert answers == [None]
 
 
-def test_packed_input_is_not_looked_at(answers):
-    packed = nn.utils.rnn.pack_padded_sequence(X, [4, 2])
-    with torch.no_grad():
+@pytest.mark.parametrize("sizes", [[2.0, 1.0], [1, 2], [2, 2], [3, 0], [[2, 1]]], ids=str)
+def test_batch_sizes_that_do_not_fit_are_not_taken(answers, sizes):
+    packed = PackedSequence(torch.randn(3, IN), torch.tensor(sizes))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="batch_sizes should"):
         lstm_fast.LSTM(IN, H)(packed)
+    assert answers == [None]
+
+
+def test_states_of_a_packed_input_that_has_to_be_sorted_are_not_taken(answers):
+    packed = pack_padded_sequence(X, [2, 4], enforce_sorted=False)
+    ours, theirs = twins(*plain())
+    hx = lstm_state(ours, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(flat(ours(packed, hx)), flat(theirs(packed, hx)))
     assert answers == []
 
 

@@ -53,12 +53,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 class ModuleCall(NamedTuple):
     """A module's call as csrc/module_calls.h reads it: ``names`` of the weights among ``parameters``, a list for each
-    direction of each layer; ``sizes``: I, H, R, D, whether batches come first, whether it is a cell."""
+    direction of each layer; ``batch_sizes`` where ``x`` is packed; ``sizes``: I, H, R, D, whether batches come first,
+    whether it is a cell."""
 
     parameters: dict[str, Any]
     names: list[list[str]]
     x: Tensor
     hx: Any
+    batch_sizes: Tensor | None
     sizes: tuple[int, int, int, int, bool, bool]
 
 

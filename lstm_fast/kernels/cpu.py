@@ -33,7 +33,7 @@ def train(call: ModuleCall) -> Any:
 def train_backward(
     saved: Sequence[Any], grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None] | None:
-    """The gradients of a dense layer's or a cell's 13 inputs from those, None, y, gates and cells; None likewise."""
+    """The gradients of a layer's or a cell's 13 inputs from those, batch_sizes, y, gates and cells; None likewise."""
     whole = tuple(None if grad is None else grad.contiguous() for grad in grads)
     return _C.train_backward(saved, whole, needs, *_means())
 
