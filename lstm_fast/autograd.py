@@ -126,7 +126,10 @@ def _with_states(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[
 
 def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
     """B where there are no states to tell."""
-    return x.size(-2) if batch_sizes is None else int(batch_sizes[0])
+    if batch_sizes is None:
+        return x.size(-2)
+    _check_kind(batch_sizes)
+    return int(batch_sizes[0]) if batch_sizes.numel() > 0 else 0
 
 
 def _ready(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
@@ -181,17 +184,21 @@ def _wrong_kind(name: str, tensor: Tensor, x: Tensor) -> RuntimeError:
     )
 
 
+def _check_kind(batch_sizes: Tensor) -> None:
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
+        raise RuntimeError(
+            "batch_sizes should be a 1-D int64 tensor on the CPU, "
+            f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+
+
 def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor | None) -> list[int]:
     """Active sequences of each step; [] for an empty batch."""
     rows = x.shape[:-1].numel()
     batch = _batch(x, batch_sizes) if c0 is None else c0.size(1)
     if batch_sizes is None:
         return [batch] * (rows // batch) if batch > 0 else []
-    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
-        raise RuntimeError(
-            "batch_sizes should be a 1-D int64 tensor on the CPU, "
-            f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
-        )
+    _check_kind(batch_sizes)
     steps: list[int] = batch_sizes.tolist()
     if not steps or steps[0] != batch or steps[-1] < 1 or any(a < b for a, b in pairwise(steps)):
         raise RuntimeError(f"batch_sizes should start at {batch}, never grow and stay above 0, got {steps}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lstm_fast import measured
+from lstm_fast import lstm, measured
+from tests.quick_case import watched
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -21,6 +23,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS 
 def no_users_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests dispatch by the shipped table, whatever their machine was tuned to."""
     monkeypatch.setattr(measured, "users_table", lambda: Path(os.devnull))
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each quick look at inference gave."""
+    return watched(monkeypatch, lstm, "infer")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each quick look at a layer in training gave."""
+    return watched(monkeypatch, lstm, "train")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,72 @@
+"""What tests of the quick way from Python to the CPU's kernel (csrc/module_calls.h) share: cases, and who was asked."""
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_fast
+from lstm_fast import lstm as module_file
+from lstm_fast.kernels import cpu
+
+IN, H = 3, 5
+X = torch.randn(4, 2, IN)
+
+
+def watched(monkeypatch, module, name):
+    """What each call of the module's function gives from now on."""
+    found = []
+
+    def spy(*args):
+        found.append(function(*args))
+        return found[-1]
+
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, spy)
+    return found
+
+
+def without(monkeypatch, call):
+    """``call()`` where the quick look never tells."""
+    with monkeypatch.context() as patch:
+        for module, name in ((module_file, "infer"), (module_file, "train"), (cpu, "train_backward")):
+            patch.setattr(module, name, lambda *_: None)
+        return call()
+
+
+def flat(result):
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
+
+
+def lstm_state(module, batch):
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    features = module.proj_size or module.hidden_size
+    dtype = module.weight_ih_l0.dtype
+    middle = () if batch is None else (batch,)
+    return torch.randn(count, *middle, features).to(dtype), torch.randn(count, *middle, H).to(dtype)
+
+
+CONFIGS = {
+    "one layer": {},
+    "three layers": {"num_layers": 3},
+    "both directions": {"bidirectional": True, "num_layers": 2},
+    "projected": {"proj_size": 2, "num_layers": 2},
+    "no bias": {"bias": False},
+    "projected, no bias": {"bias": False, "proj_size": 2, "bidirectional": True},
+    "dropout outside training": {"dropout": 0.5, "num_layers": 2},
+    **{name: {"dtype": getattr(torch, name)} for name in ("float64", "bfloat16", "float16")},
+}
+
+
+PACKED = {"sorted": ([4, 4, 1], True), "unsorted": ([1, 4, 2], False), "one": ([3], True)}
+
+
+def packed_case(lengths, in_order, config):
+    """A packed input, states of as many sequences, and the module in fp64 that both sides are compared with."""
+    torch.manual_seed(0)
+    module = lstm_fast.LSTM(IN, H, batch_first=True, **config).eval()
+    oracle = nn.LSTM(IN, H, batch_first=True, **(config | {"dtype": torch.float64})).eval()
+    oracle.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
+    x = torch.randn(max(lengths), len(lengths), IN).to(module.weight_ih_l0.dtype)
+    return module, pack_padded_sequence(x, lengths, enforce_sorted=in_order), oracle
