@@ -117,9 +117,9 @@ def layer(
     ("hidden", "steps"),
     [
         *((450, [1] * 12), (450, [3] * 6), (450, [17, 16, 9, 9, 2, 1]), (450, [40]), (100, [40] * 6)),
-        (175, [13] * 40 + [7] * 20),
+        *((130, [1] * 16), (175, [13] * 40 + [7] * 20)),
     ],
-    ids=["one sequence", "three", "packed", "one step", "many", "several chunks"],
+    ids=["one sequence", "three", "packed", "one step", "many", "one of small weights", "several chunks"],
 )
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits(
@@ -162,7 +162,7 @@ def test_any_number_of_threads_gives_the_same_bits_in_planes_over_all_steps(
     test_any_number_of_threads_gives_the_same_bits(hidden, steps, directions, proj, torch.float32, 72)
 
 
-@pytest.mark.parametrize("steps", [[90] * 3, [1] * 20], ids=["many rows", "one sequence"])
+@pytest.mark.parametrize("steps", [[90] * 3, [1] * 20, [1]], ids=["many rows", "one sequence", "one row"])
 @pytest.mark.parametrize("proj", [0, 256])
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits_of_large_weights(steps: list[int], proj: int) -> None:

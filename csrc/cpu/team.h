@@ -30,15 +30,20 @@ struct Team {
 
 LSTM_HD Index row_blocks(const Shape& s) { return tiles_of(s.batch, kRows); }
 
-// Threads worth waking: each has to save more than it costs, and a meeting at every step costs more.
+// Threads worth waking: each has to save more than it costs, of the products' time and of what it takes to read the
+// weights, and a meeting at every step costs more. Two pay early where W_hh lies in the second cache, as they read half
+// of it each; but not in bf16, whose products take less.
 inline int useful_threads(const Shape& s, Index rows, Index tiles) {
-    const double row_work =
-        4.0 * s.hidden * (s.input + s.features + 32);  // multiply-adds; the gates count as 32 a column
-    const double work = row_work * rows * s.directions / 1e6, step_work = row_work * s.batch / 2e5;
-    const Index threads = std::clamp<Index>(static_cast<Index>(std::min(work, 1e6)), 1, std::max(s.threads, 1));
+    const double pairs = 4.0 * s.hidden * (s.input + s.features);  // that a row multiplies and adds
+    const double row_work = pairs + 4.0 * s.hidden * 32;           // the gates count as 32 a column
+    const double work = row_work * rows / 1e6 + pairs * static_cast<double>(size_of(s.dtype)) / 3e5;
+    const Index of_work = static_cast<Index>(std::min(work * s.directions, 1e6));
+    const Index threads = std::clamp<Index>(of_work, 1, std::max(s.threads, 1));
     if (s.directions * row_blocks(s) >= threads) return static_cast<int>(threads);
-    return static_cast<int>(
-        std::clamp<Index>(static_cast<Index>(std::min(step_work, 1e6)), 1, std::min(threads, tiles)));
+    const double step_work = row_work * s.batch;
+    const bool two = s.dtype != Dtype::bfloat16 && 4 * s.hidden * s.features > 1 << 15 && step_work > 1.4e5;
+    const Index of_step = std::max<Index>(static_cast<Index>(std::min(step_work / 2e5, 1e6)), two ? 2 : 1);
+    return static_cast<int>(std::min({of_step, threads, tiles}));
 }
 
 // Whether a step takes less time by rows than by tiles, in nanoseconds of a core that multiplies so many pairs in one
