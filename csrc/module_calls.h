@@ -222,8 +222,8 @@ inline py::object train(const py::tuple& given, int threads, int set) {
     return py::make_tuple(inputs, layer_forward({inputs, call->steps, sizes, module.cell}, true));
 }
 
-// The gradients of the 13 inputs from what was saved of a dense call or a cell's: those inputs, None, y, gates and
-// cells; or None.
+// The gradients of the 13 inputs from what was saved of a layer's call or a cell's: those inputs, batch_sizes, y, gates
+// and cells; or None.
 inline py::object train_backward(const py::tuple& saved, const py::tuple& grads, const py::sequence& needs, int threads,
                                  int set) {
     constexpr std::size_t of_inputs = 13;
@@ -247,7 +247,7 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     const std::optional<Dtype> dtype = dtype_of(*x);
     const std::int64_t batch = c0->sizes[c0->dims - 2];
     auto steps = read_steps(saved[of_inputs], rows, batch);
-    if (!dtype || !steps || steps->front() != batch) return py::none();
+    if (!dtype || !steps || steps->front() != batch || (cell && steps->size() > 1)) return py::none();
     const std::int64_t input = x->sizes[x->dims - 1], hidden = c0->sizes[c0->dims - 1],
                        features = h0->sizes[h0->dims - 1];
     const LayerSizes sizes{input, hidden, features, static_cast<int>(*dtype), threads, set};

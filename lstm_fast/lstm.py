@@ -208,16 +208,10 @@ class LSTM(_Fused, nn.RNNBase):
             return self._as_fx_leaf(input, hx)
         if isinstance(hx, Tensor):
             raise TypeError("hx should be a tuple (h_0, c_0), got: Tensor")
-        features, directions = self.proj_size or self.hidden_size, 2 if self.bidirectional else 1
-        sizes = (self.input_size, self.hidden_size, features, directions, self.batch_first, False)
         packed = isinstance(input, PackedSequence)
-        # states of a packed input that has to be sorted are looked at before they are
-        if not self._drops() and not (packed and hx is not None and input.sorted_indices is not None):
-            x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
-            call = ModuleCall(self._parameters, self._all_weights, x, hx, batch_sizes, sizes)
-            found = self._quick(input, call)
-            if found is not None:
-                return self._packed(input, *found) if packed else found
+        found = self._in_one_call(input, hx, packed)
+        if found is not None:
+            return found
         if not packed and input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         dtype = self._compute_dtype(input.data if packed else input, hx, packed)
@@ -226,6 +220,16 @@ class LSTM(_Fused, nn.RNNBase):
             return self._torch_class.forward(self, input, hx)
         forward = self._forward_packed if packed else self._forward_dense
         return forward(input, hx, dtype, choice)
+
+    def _in_one_call(self, input: Any, hx: Any, packed: bool) -> Any:
+        """``_quick``'s results in the input's form, or None."""
+        if self._drops() or (packed and hx is not None and input.sorted_indices is not None):
+            return None  # states that have to be sorted are checked before they are
+        features, directions = self.proj_size or self.hidden_size, 2 if self.bidirectional else 1
+        sizes = (self.input_size, self.hidden_size, features, directions, self.batch_first, False)
+        x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
+        found = self._quick(input, ModuleCall(self._parameters, self._all_weights, x, hx, batch_sizes, sizes))
+        return self._packed(input, *found) if packed and found is not None else found
 
     def _train(self, call: ModuleCall) -> Any:
         parameters, names, x, hx, batch_sizes, sizes = call
