@@ -1,7 +1,11 @@
 """The C++ recurrence on a CPU in each instruction set this one runs, and on any number of threads."""
 
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -344,3 +348,24 @@ def test_calls_side_by_side_have_their_own_memory() -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(run, modules * 50))
     assert all(torch.equal(a, b) for a, b in zip(alone * 50, together, strict=True))
+
+
+def advised(address: int) -> bool:
+    """Whether huge pages were asked for where ``address`` lies (proc(5), VmFlags)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False
+
+
+def test_large_results_lie_in_huge_pages_where_the_second_cache_holds_one() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists() or shutil.which("getconf") is None:
+        pytest.skip("this system has no huge pages to ask for, or doesn't tell the size of caches")
+    told = subprocess.run(["getconf", "LEVEL2_CACHE_SIZE"], capture_output=True, text=True).stdout.strip()
+    page = 2 << 20
+    with torch.no_grad():
+        y, _ = LSTM(8, 256, backend="cpu")(torch.zeros(20, 2048, 8))  # 40 MiB, of which malloc keeps none
+    assert advised((y.data_ptr() + page - 1) // page * page) == (told.isdigit() and int(told) >= page)
