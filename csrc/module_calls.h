@@ -232,6 +232,10 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     if (!x || !h0 || !c0 || !y) return py::none();
     const bool cell = c0->dims == 2;
     if (!layer_inputs_fit(saved, cell)) return py::none();  // who kept them may have changed them
+    const std::int64_t batch = c0->sizes[c0->dims - 2], hidden = c0->sizes[c0->dims - 1];
+    const std::int64_t features = h0->sizes[h0->dims - 1], directions = cell ? 1 : c0->sizes[0];
+    const bool alike = y->dims == x->dims && std::equal(x->sizes, x->sizes + x->dims - 1, y->sizes);
+    if (!alike || y->sizes[y->dims - 1] != directions * features) return py::none();
     std::array<Data, 3> of_outputs;
     for (std::size_t i = 0; i < of_outputs.size(); ++i) {
         const py::object grad = grads[i];
@@ -245,12 +249,9 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     }
     const std::int64_t rows = std::accumulate(x->sizes, x->sizes + x->dims - 1, std::int64_t{1}, std::multiplies<>());
     const std::optional<Dtype> dtype = dtype_of(*x);
-    const std::int64_t batch = c0->sizes[c0->dims - 2];
     auto steps = read_steps(saved[of_inputs], rows, batch);
     if (!dtype || !steps || steps->front() != batch || (cell && steps->size() > 1)) return py::none();
-    const std::int64_t input = x->sizes[x->dims - 1], hidden = c0->sizes[c0->dims - 1],
-                       features = h0->sizes[h0->dims - 1];
-    const LayerSizes sizes{input, hidden, features, static_cast<int>(*dtype), threads, set};
+    const LayerSizes sizes{x->sizes[x->dims - 1], hidden, features, static_cast<int>(*dtype), threads, set};
     const auto data = [&](std::size_t i) { return py::object(saved[of_inputs + i]).cast<Data>(); };
     py::list found =
         layer_backward({saved, std::move(*steps), sizes, cell}, data(1), data(2), data(3), of_outputs, needs);

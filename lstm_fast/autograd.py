@@ -250,10 +250,13 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
         if found is not None:
             return found
     if _of_cell(given):
-        given, dc_n = _as_layer(given), None if dc_n is None else dc_n.unsqueeze(0)
-        return _as_cell(_backward(dy, None, dc_n, *given, batch_sizes, y, gates, cells, backend, needs))
+        of_layer, its_grads = _as_layer(given, (dy, dh_n, dc_n))
+        return _as_cell(_backward(*its_grads, *of_layer, batch_sizes, y, gates, cells, backend, needs))
     inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:_STATES]
+    if y.shape != (*x.shape[:-1], h0.size(0) * h0.size(2)):
+        sizes = f"{[*x.shape]} and {[*y.shape]}"
+        raise RuntimeError(f"input and output should have kept their sizes until the backward pass, got {sizes}")
     steps = _steps(batch_sizes, x, c0)
     grads: list[Tensor | None]
     with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, _without_autocast(x):
@@ -273,10 +276,11 @@ def _of_cell(inputs: Sequence[Any]) -> bool:
     return inputs[2] is not None and inputs[2].dim() == 2
 
 
-def _as_layer(inputs: Sequence[Any]) -> list[Any]:
-    """A cell's 13 inputs with the states of a layer."""
+def _as_layer(inputs: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
+    """A cell's 13 inputs and the gradients of its outputs with the states of a layer."""
     x, h, c, *weights = inputs
-    return [x, h.unsqueeze(0), c.unsqueeze(0), *weights]
+    dh, _, dc = grads
+    return [x, h.unsqueeze(0), c.unsqueeze(0), *weights], (dh, None, None if dc is None else dc.unsqueeze(0))
 
 
 def _as_cell(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -362,7 +366,7 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
     if torch.is_grad_enabled() or transforms_active() or _batched(grads):
         cell = _of_cell(inputs)
         if cell:
-            inputs, grads = _as_layer(inputs), (grads[0], None, None if grads[2] is None else grads[2].unsqueeze(0))
+            inputs, grads = _as_layer(inputs, grads)
         inputs = _with_states(inputs, batch_sizes)
         steps = _steps(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):

@@ -1,5 +1,8 @@
 """What tests of the quick way from Python to the CPU's kernel (csrc/module_calls.h) share: cases, and who was asked."""
 
+from functools import partial
+
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -57,16 +60,45 @@ CONFIGS = {
     "dropout outside training": {"dropout": 0.5, "num_layers": 2},
     **{name: {"dtype": getattr(torch, name)} for name in ("float64", "bfloat16", "float16")},
 }
-
-
 PACKED = {"sorted": ([4, 4, 1], True), "unsorted": ([1, 4, 2], False), "one": ([3], True)}
 
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+every_packing = pytest.mark.parametrize(("lengths", "in_order"), PACKED.values(), ids=PACKED.keys())
+given_or_zeros = pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 
-def packed_case(lengths, in_order, config):
-    """A packed input, states of as many sequences, and the module in fp64 that both sides are compared with."""
-    torch.manual_seed(0)
-    module = lstm_fast.LSTM(IN, H, batch_first=True, **config).eval()
-    oracle = nn.LSTM(IN, H, batch_first=True, **(config | {"dtype": torch.float64})).eval()
+
+def in_double(module, kind):
+    """torch's module with the same weights, which both ways are compared with; ``kind`` makes it."""
+    oracle = kind(dtype=torch.float64).eval()
     oracle.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
+    return oracle
+
+
+def doubled(value):
+    """The same value in fp64, as a new leaf where it is one."""
+    if value is None:
+        return None
+    if isinstance(value, PackedSequence):
+        return PackedSequence(doubled(value.data), *value[1:])
+    if isinstance(value, tuple):
+        return tuple(doubled(t) for t in value)
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def lstm_case(config, batch_first=False):
+    """A module, and torch's in fp64."""
+    torch.manual_seed(0)
+    module = lstm_fast.LSTM(IN, H, batch_first=batch_first, **config).eval()
+    config = {k: v for k, v in config.items() if k != "dtype"}
+    return module, in_double(module, partial(nn.LSTM, IN, H, batch_first=batch_first, **config))
+
+
+def cell_case(bias):
+    torch.manual_seed(0)
+    module = lstm_fast.LSTMCell(IN, H, bias=bias, backend="cpu")
+    return module, in_double(module, partial(nn.LSTMCell, IN, H, bias=bias))
+
+
+def packed_input(module, lengths, in_order):
     x = torch.randn(max(lengths), len(lengths), IN).to(module.weight_ih_l0.dtype)
-    return module, pack_padded_sequence(x, lengths, enforce_sorted=in_order), oracle
+    return pack_padded_sequence(x, lengths, enforce_sorted=in_order)

@@ -14,76 +14,74 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_fast
 from lstm_fast import lstm as module_file
-from tests.quick_case import CONFIGS, IN, PACKED, H, X, flat, lstm_state, packed_case, without
+from tests.quick_case import (
+    IN,
+    H,
+    X,
+    cell_case,
+    doubled,
+    every_config,
+    every_packing,
+    flat,
+    given_or_zeros,
+    lstm_case,
+    lstm_state,
+    packed_input,
+    without,
+)
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no exchange API"
 )
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-@pytest.mark.parametrize("shape", [(4, 2), (1, 1), (130, 3), (4,)], ids=str)
-def test_an_lstm_gives_torchs_values_and_the_slower_ways_bits(answers, monkeypatch, config, shape, given):
-    torch.manual_seed(0)
-    module = lstm_fast.LSTM(IN, H, **config).eval()
-    x = torch.randn(*shape, IN).to(module.weight_ih_l0.dtype)
-    hx = lstm_state(module, shape[1] if len(shape) == 2 else None) if given else None
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def check(monkeypatch, answers, module, oracle, x, hx):
+    """The one quick answer is torch's within bounds, and the longer way's bit by bit; what it was."""
     with torch.no_grad():
         got = module(x, hx)
         want = without(monkeypatch, lambda: module(x, hx))
-    assert len(answers) == 1 and answers[0] is got
-    assert isinstance(got, tuple) and isinstance(got[1], tuple)
-    for a, b in zip(flat(got), flat(want), strict=True):
+        exact = oracle(doubled(x), doubled(hx))
+    assert len(answers) == 1 and answers[0] is not None
+    for a, b, c in zip(flat(got), flat(want), flat(exact), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    oracle = nn.LSTM(IN, H, **(config | {"dtype": torch.float64})).eval()
-    oracle.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
-    with torch.no_grad():
-        exact = oracle(x.double(), None if hx is None else (hx[0].double(), hx[1].double()))
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[x.dtype]
-    for a, b in zip(flat(got), flat(exact), strict=True):
-        torch.testing.assert_close(a.double(), b, atol=bound, rtol=0)
+        torch.testing.assert_close(a.double(), c, atol=BOUNDS[a.dtype], rtol=0)
+    return got
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
-@pytest.mark.parametrize("lengths, in_order", PACKED.values(), ids=PACKED.keys())
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@given_or_zeros
+@every_config
+@pytest.mark.parametrize("shape", [(4, 2), (1, 1), (130, 3), (4,)], ids=str)
+def test_an_lstm_gives_torchs_values_and_the_slower_ways_bits(answers, monkeypatch, config, shape, given):
+    module, oracle = lstm_case(config)
+    x = torch.randn(*shape, IN).to(module.weight_ih_l0.dtype)
+    hx = lstm_state(module, shape[1] if len(shape) == 2 else None) if given else None
+    got = check(monkeypatch, answers, module, oracle, x, hx)
+    assert answers[0] is got and isinstance(got, tuple) and isinstance(got[1], tuple)
+
+
+@given_or_zeros
+@every_packing
+@every_config
 def test_packed_input_gives_torchs_values_and_the_slower_ways_bits(
     answers, monkeypatch, config, lengths, in_order, given
 ):
-    module, x, oracle = packed_case(lengths, in_order, config)
+    module, oracle = lstm_case(config, batch_first=True)
+    x = packed_input(module, lengths, in_order)
     hx = lstm_state(module, len(lengths)) if given and in_order else None
-    with torch.no_grad():
-        got = module(x, hx)
-        want = without(monkeypatch, lambda: module(x, hx))
-        exact = oracle(x.to(torch.float64), hx and tuple(t.double() for t in hx))
-    assert len(answers) == 1 and answers[0] is not None
-    assert type(got[0]) is PackedSequence
-    assert all(a is b for a, b in zip(got[0][1:], x[1:], strict=True))
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[x.data.dtype]
-    for a, b, c in zip(flat(got), flat(want), flat(exact), strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-        torch.testing.assert_close(a.double(), c, atol=bound, rtol=0)
+    y, _ = check(monkeypatch, answers, module, oracle, x, hx)
+    assert type(y) is PackedSequence and all(a is b for a, b in zip(y[1:], x[1:], strict=True))
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@given_or_zeros
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(2,), ()], ids=str)
 def test_a_cell_gives_torchs_values_and_the_slower_ways_bits(answers, monkeypatch, shape, bias, given):
-    torch.manual_seed(0)
-    module = lstm_fast.LSTMCell(IN, H, bias=bias, backend="cpu")
-    x = torch.randn(*shape, IN)
+    module, oracle = cell_case(bias)
     hx = (torch.randn(*shape, H), torch.randn(*shape, H)) if given else None
-    oracle = nn.LSTMCell(IN, H, bias=bias).double()
-    oracle.load_state_dict(module.state_dict())
-    with torch.no_grad():
-        got = module(x, hx)
-        want = without(monkeypatch, lambda: module(x, hx))
-        exact = oracle(x.double(), None if hx is None else (hx[0].double(), hx[1].double()))
-    assert answers[0] is got
-    for a, b, c in zip(got, want, exact, strict=True):
-        assert a.shape == b.shape and torch.equal(a, b)
-        torch.testing.assert_close(a.double(), c, atol=1e-6, rtol=0)
+    assert check(monkeypatch, answers, module, oracle, torch.randn(*shape, IN), hx) is answers[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (3, 1)], ids=str)

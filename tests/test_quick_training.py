@@ -3,12 +3,26 @@ and bit by bit against the longer way."""
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_fast
 from lstm_fast.kernels import cpu
-from tests.quick_case import CONFIGS, IN, PACKED, H, X, flat, lstm_state, packed_case, watched, without
+from tests.quick_case import (
+    IN,
+    H,
+    X,
+    cell_case,
+    doubled,
+    every_config,
+    every_packing,
+    flat,
+    given_or_zeros,
+    lstm_case,
+    lstm_state,
+    packed_input,
+    watched,
+    without,
+)
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no exchange API"
@@ -23,85 +37,70 @@ def gradients(module, x, hx, weights):
     return [*outputs, *torch.autograd.grad(loss, inputs)]
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
-@pytest.mark.parametrize("batch_first", [False, True], ids=["steps first", "batch first"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_training_gives_torchs_gradients_and_the_slower_ways_bits(trained, monkeypatch, config, batch_first, given):
-    torch.manual_seed(0)
-    module = lstm_fast.LSTM(IN, H, batch_first=batch_first, **config).eval()
-    x = torch.randn(2, 4, IN).to(module.weight_ih_l0.dtype).requires_grad_()
-    hx = tuple(t.requires_grad_() for t in lstm_state(module, 2 if batch_first else 4)) if given else None
-    weights = [torch.randn(out.shape).to(x.dtype) for out in flat(module(x, hx))]
+# absolute, relative
+BOUNDS = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-6, 1e-5),
+    torch.float16: (2e-2, 2e-2),
+    torch.bfloat16: (1e-1, 1e-1),
+}
+
+
+def check(monkeypatch, trained, module, oracle, x, hx, forward, backward):
+    """Outputs and gradients are torch's within bounds and the longer way's bit by bit, after so many quick calls."""
+    weights = [torch.randn(out.shape).to(out.dtype) for out in flat(module(x, hx))]
     trained.clear()
-    backward = watched(monkeypatch, cpu, "train_backward")
+    answers = watched(monkeypatch, cpu, "train_backward")
     got = gradients(module, x, hx, weights)
-    taken = hx is None or module.num_layers == 1
-    assert len(trained) == (module.num_layers if taken else 0) and None not in trained
-    assert len(backward) == module.num_layers and None not in backward
+    assert len(trained) == forward and None not in trained
+    assert len(answers) == backward and None not in answers
     want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    oracle = nn.LSTM(IN, H, batch_first=batch_first, **(config | {"dtype": torch.float64})).eval()
-    oracle.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
-    exact = gradients(
-        oracle,
-        x.detach().double().requires_grad_(),
-        hx and tuple(t.detach().double().requires_grad_() for t in hx),
-        [weight.double() for weight in weights],
-    )
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[x.dtype]
-    for a, b in zip(got, exact, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=bound, rtol=bound)
+    exact = gradients(oracle, doubled(x), doubled(hx), [weight.double() for weight in weights])
+    for a, b, c in zip(got, want, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        absolute, relative = BOUNDS[a.dtype]
+        torch.testing.assert_close(a.double(), c, atol=absolute, rtol=relative)
 
 
-def doubled(*tensors):
-    return tuple(t.detach().double().requires_grad_() for t in tensors)
+def with_gradients(states):
+    return tuple(t.requires_grad_() for t in states)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
-@pytest.mark.parametrize("lengths, in_order", PACKED.values(), ids=PACKED.keys())
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def check_lstm(monkeypatch, trained, module, oracle, x, hx):
+    taken = hx is None or module.num_layers == 1
+    check(monkeypatch, trained, module, oracle, x, hx, module.num_layers if taken else 0, module.num_layers)
+
+
+@given_or_zeros
+@pytest.mark.parametrize("batch_first", [False, True], ids=["steps first", "batch first"])
+@every_config
+def test_training_gives_torchs_gradients_and_the_slower_ways_bits(trained, monkeypatch, config, batch_first, given):
+    module, oracle = lstm_case(config, batch_first)
+    x = torch.randn(2, 4, IN).to(module.weight_ih_l0.dtype).requires_grad_()
+    hx = with_gradients(lstm_state(module, 2 if batch_first else 4)) if given else None
+    check_lstm(monkeypatch, trained, module, oracle, x, hx)
+
+
+@given_or_zeros
+@every_packing
+@every_config
 def test_packed_training_gives_torchs_gradients_and_the_slower_ways_bits(
     trained, monkeypatch, config, lengths, in_order, given
 ):
-    module, packed, oracle = packed_case(lengths, in_order, config)
+    module, oracle = lstm_case(config, batch_first=True)
+    packed = packed_input(module, lengths, in_order)
+    hx = with_gradients(lstm_state(module, len(lengths))) if given and in_order else None
     x = PackedSequence(packed.data.requires_grad_(), *packed[1:])
-    hx = tuple(t.requires_grad_() for t in lstm_state(module, len(lengths))) if given and in_order else None
-    weights = [torch.randn(out.shape).to(x.data.dtype) for out in flat(module(x, hx))]
-    trained.clear()
-    backward = watched(monkeypatch, cpu, "train_backward")
-    got = gradients(module, x, hx, weights)
-    taken = hx is None or module.num_layers == 1
-    assert len(trained) == (module.num_layers if taken else 0) and None not in trained
-    assert len(backward) == module.num_layers and None not in backward
-    want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    in_double = PackedSequence(*doubled(x.data), *packed[1:])
-    exact = gradients(oracle, in_double, hx and doubled(*hx), [weight.double() for weight in weights])
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[x.data.dtype]
-    for a, b in zip(got, exact, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=bound, rtol=bound)
+    check_lstm(monkeypatch, trained, module, oracle, x, hx)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@given_or_zeros
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_cell_in_training_gives_torchs_gradients_and_the_slower_ways_bits(trained, monkeypatch, batch, bias, given):
-    torch.manual_seed(0)
-    module = lstm_fast.LSTMCell(IN, H, bias=bias, backend="cpu")
-    oracle = nn.LSTMCell(IN, H, bias=bias).double()
-    oracle.load_state_dict(module.state_dict())
-    x = torch.randn(batch, IN).requires_grad_()
-    hx = tuple(torch.randn(batch, H).requires_grad_() for _ in range(2)) if given else None
-    weights = [torch.randn(batch, H) for _ in range(2)]
-    backward = watched(monkeypatch, cpu, "train_backward")
-    got = gradients(module, x, hx, weights)
-    assert len(trained) == len(backward) == 1 and trained[0] is not None and backward[0] is not None
-    want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    exact = gradients(oracle, *doubled(x), hx and doubled(*hx), [weight.double() for weight in weights])
-    for a, b in zip(got, exact, strict=True):
-        assert a.shape == b.shape
-        torch.testing.assert_close(a.double(), b, atol=1e-6, rtol=1e-5)
+    module, oracle = cell_case(bias)
+    hx = with_gradients(torch.randn(2, batch, H).unbind()) if given else None
+    check(monkeypatch, trained, module, oracle, torch.randn(batch, IN).requires_grad_(), hx, 1, 1)
 
 
 def test_a_cells_backward_pass_by_every_other_way(trained, monkeypatch):
@@ -139,6 +138,19 @@ def test_second_derivatives_and_a_second_backward_pass_after_a_quick_call(traine
     assert torch.equal(first, second)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, x)
+
+
+@pytest.mark.parametrize("rows", [400, 1], ids=["more rows", "fewer"])
+@pytest.mark.parametrize("cell", [False, True], ids=["layer", "cell"])
+def test_an_input_that_another_has_replaced_before_the_backward_pass_is_refused(trained, cell, rows):
+    """What was saved has the rows of the forward pass, and would be read behind its end."""
+    module = lstm_fast.LSTMCell(IN, H, backend="cpu") if cell else lstm_fast.LSTM(IN, H)
+    x = (X[0] if cell else X).clone().requires_grad_()
+    y = module(x)[0]
+    assert trained[0] is not None
+    x.data = torch.randn(rows, *x.shape[1:])
+    with pytest.raises(RuntimeError, match="input and output should have kept their sizes"):
+        y.sum().backward()
 
 
 def test_a_weight_that_another_has_replaced_before_the_backward_pass_is_refused(trained):
