@@ -254,7 +254,8 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
         return _as_cell(_backward(*its_grads, *of_layer, batch_sizes, y, gates, cells, backend, needs))
     inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:_STATES]
-    if y.shape != (*x.shape[:-1], h0.size(0) * h0.size(2)):
+    weights = _directions(inputs)
+    if y.shape != (*x.shape[:-1], len(weights) * weights[0][1].size(1)):  # w_hh [4H, R]
         sizes = f"{[*x.shape]} and {[*y.shape]}"
         raise RuntimeError(f"input and output should have kept their sizes until the backward pass, got {sizes}")
     steps = _steps(batch_sizes, x, c0)
@@ -266,7 +267,7 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
             grads = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
         else:
             of_outputs = [None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)]
-            layer_inputs = LayerInputs(x, h0, c0, _directions(inputs), steps)
+            layer_inputs = LayerInputs(x, h0, c0, weights, steps)
             grads = KERNELS[backend].layer_backward(layer_inputs, y, (gates, cells), of_outputs, needs)
             grads += [None] * (_INPUTS - len(grads))
     return grads
