@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lstm_fast import lstm, measured
+from lstm_fast import cli, lstm, measured
 from tests.quick_case import watched
 
 GPU = torch.cuda.is_available()
@@ -35,6 +37,26 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each quick look at a layer in training gave."""
     return watched(monkeypatch, lstm, "train")
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs ``lstm-fast`` in an empty folder of its own: exit status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lstm-fast", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.hookimpl(tryfirst=True)

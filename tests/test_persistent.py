@@ -44,8 +44,9 @@ def uneven(batch: int, longest: int) -> list[int]:
     return [max(1, longest - b * longest // batch) for b in range(batch)]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 17])
-@pytest.mark.parametrize("hidden", [1, 7, 33, 64, 100])
+@pytest.mark.parametrize(
+    ("hidden", "batch"), [(1, 1), (1, 17), (7, 3), (7, 17), (33, 1), (33, 17), (64, 3), (64, 17), (100, 1), (100, 3)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_awkward_sizes(exchange, kind, hidden, batch):
     for directions, lengths in ((1, [5] * batch), (2, uneven(batch, 6))):
@@ -219,7 +220,7 @@ def test_the_same_bits_under_every_schedule(kind, hidden, directions, clusters, 
     with granted(clusters, grid):
         case = Case(kind, hidden, uneven(19, 5), directions)
         wanted = case.both()
-        for schedule in range(1, 37):
+        for schedule in range(1, 25):
             found = case.both(schedule)
             for name, value in wanted.items():
                 assert torch.equal(value, found[name]), f"{name} differs under schedule {schedule}"
