@@ -307,8 +307,9 @@ def test_peak_memory_counts_one_side_alone(monkeypatch: pytest.MonkeyPatch) -> N
         assert made[-1]() is (None if side == "ours" else module)
 
 
-def test_peak_memory_is_that_of_the_shape() -> None:
+def test_peak_memory_is_that_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """40,000 rows of 64 hidden units: gates, cells and outputs are 40 MB at least, and not ten times as many."""
+    monkeypatch.setattr(memory, "_PROCESSES", 1)
     found = memory.peak(Case(400, 100, 64), "cpu")
     assert all(40 < megabytes < 400 for megabytes in found.values())
 

@@ -86,9 +86,9 @@ def test_a_cluster_of_several_tiles(kind, clusters, grid):
 )
 def test_every_layout_of_the_weights(kind, hidden, clusters, groups):
     with granted(clusters):
-        case = Case(kind, hidden, [2] * 9)
+        case = Case(kind, hidden, [2] * 3)
         for backward in (False, True):
-            assert persistent._plan(NUMBERS[kind], backward, hidden, 9, 1, None).groups == groups
+            assert persistent._plan(NUMBERS[kind], backward, hidden, 3, 1, None).groups == groups
         check(case, case.both())
 
 
@@ -163,7 +163,7 @@ def test_directions_that_a_grid_holds_only_one_at_a_time():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_walk(exchange, kind):
-    case = Case(kind, 16, [400, 399, 7])
+    case = Case(kind, 16, [200, 199, 7])
     check(case, case.both())
 
 

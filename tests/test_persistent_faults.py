@@ -22,7 +22,7 @@ from tests.persistent_case import Case, granted
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SHIM = Path(__file__).with_name("persistent_shim.cpp")
-SCHEDULES = range(36)
+SCHEDULES = range(24)
 BF16 = 0
 FORWARD, BACKWARD, COMMON = "persistent_fwd.h", "persistent_bwd.h", "persistent_common.h"
 
