@@ -104,6 +104,19 @@ def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
     assert changes >= 3 * timing.FEWEST_ROUNDS / 2
 
 
+def test_short_calls_are_timed_in_a_row_even_if_the_first_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def call() -> None:
+        nonlocal now, calls
+        now, calls = now + (1e-5 if calls > 0 else 1e-2), calls + 1
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    timed = timing.timer("cpu", call)
+    before = calls
+    assert timed() == pytest.approx(1e-2) and calls - before in (99, 100)
+
+
 def test_a_long_case_is_over_after_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_LONG_SECONDS", 0.0)
     times = timing.interleave({"ours": lambda: None, "torch": lambda: None}, "cpu", 0.0)

@@ -12,11 +12,12 @@ import torch
 
 FEWEST_ROUNDS = 7
 _LONG_SECONDS, _LONG_ROUNDS = 30.0, 3  # a case that takes so long is over after so many rounds
-_CALL_SECONDS = 2e-4  # a shorter call is timed several times in a row
+_CALL_SECONDS = 1e-3  # shorter calls follow each other for so long: what another left in the caches is not theirs
 
 
 def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
-    """What measures the milliseconds of one call of ``call``: by events on a GPU, by the clock on a CPU."""
+    """What measures the milliseconds of one call of ``call``: by events on a GPU, by the clock on a CPU, there
+    of as many in a row as take a millisecond."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
@@ -28,9 +29,7 @@ def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
             return float(start.elapsed_time(end))
 
         return on_gpu
-    begin = time.perf_counter()
-    call()
-    calls = max(1, int(_CALL_SECONDS / (time.perf_counter() - begin)))
+    calls = 1
 
     def on_cpu() -> float:
         begin = time.perf_counter()
@@ -38,6 +37,7 @@ def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
             call()
         return 1e3 * (time.perf_counter() - begin) / calls
 
+    calls = max(1, int(1e3 * _CALL_SECONDS / min(on_cpu() for _ in range(3))))  # the first comes with cold caches
     return on_cpu
 
 
