@@ -177,29 +177,29 @@ LSTM_HD Right<Operand<Isa, T>> packed_weight(Acc<T>* packed, Index rows, Index c
     return packed_at<Isa>(reinterpret_cast<O*>(packed) + (d * tiles_of(columns) + tile) * tile_size(rows), rows);
 }
 
-// Tile of w [rows, columns] of direction d: packed in some place, or as it lies.
+// Of a tile of w [.., columns], rows k and on: `packed`, or as they lie.
 template <typename Isa, typename T>
-LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w, Index rows, Index columns,
-                                                Acc<T>* packed, int d, Index tile, Index place) {
+LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w, Index columns, Index tile, Index k,
+                                                const Right<Operand<Isa, T>>& packed) {
     if constexpr (std::is_same_v<Operand<Isa, T>, T>) {
-        if (lies_right<Isa>(f, columns, tile)) return {w + tile * kTile, columns, panel_width<Isa, Acc<T>>};
+        if (lies_right<Isa>(f, columns, tile))
+            return {w + k * columns + tile * kTile, columns, panel_width<Isa, Acc<T>>};
     }
-    const auto right = packed_weight<Isa, T>(packed, rows, columns, d, place);
-    return {right.b, right.ld, right.panel};
+    return {packed.b, packed.ld, packed.panel};
 }
 
+// Packs rows first .. first + rows of a tile, unless they are read as they lie.
 template <typename Isa, typename T>
-LSTM_HD void pack_tile(const Backward<T>& f, const T* w, Index rows, Index columns, Acc<T>* packed, int d, Index tile,
-                       Index place) {
+LSTM_HD void pack_tile(const Backward<T>& f, const T* w, Index columns, Index tile, Index first, Index rows,
+                       const Right<Operand<Isa, T>>& to) {
     if (lies_right<Isa>(f, columns, tile)) return;
-    const Index first = tile * kTile;
+    const T* const begin = w + first * columns + tile * kTile;
     pack_columns<Isa, T>(
-        rows, std::min(kTile, columns - first), [&](Index k) LSTM_INLINED { return w + k * columns + first; },
-        packed_weight<Isa, T>(packed, rows, columns, d, place));
+        rows, std::min(kTile, columns - tile * kTile), [&](Index k) LSTM_INLINED { return begin + k * columns; }, to);
 }
 
-// Whether each tile of the weights that a step multiplies by is needed once and by one thread, which then packs it in
-// one place after the other's use.
+// Whether each tile of the weights that a step multiplies by is needed once and by one thread, which then packs some
+// rows of it at a time in one place after the other's use.
 template <typename T>
 LSTM_HD bool packs_in_passing(const Backward<T>& f, const Team& team) {
     return f.s.time == 1 && (!team.by_rows || team.threads == 1);
@@ -208,8 +208,11 @@ LSTM_HD bool packs_in_passing(const Backward<T>& f, const Team& team) {
 template <typename Isa, typename T>
 LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index rows, Index columns, Acc<T>* packed, int d,
                          const Team& team, int thread) {
-    for (Index tile = thread; tile < tiles_of(columns); tile += team.threads)
-        pack_tile<Isa>(f, w, rows, columns, packed, d, tile, tile);
+    for (Index k = 0; k < rows; k += Isa::depth) {  // all tiles' before the next: rows may be pages apart
+        for (Index tile = thread; tile < tiles_of(columns); tile += team.threads)
+            pack_tile<Isa>(f, w, columns, tile, k, std::min(Isa::depth, rows - k),
+                           packed_weight<Isa, T>(packed, rows, columns, d, tile).from(k));
+    }
 }
 
 // 16 units in vectors, from where they lie or, where only count < 16 of them exist, from a copy with 0 behind.
@@ -324,13 +327,16 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
     using O = Operand<Isa, T>;
     const Backward<T>& f = step.f;
     const bool in_passing = packs_in_passing(f, step.team);
-    const auto piece_of = [&](Index tile, Index k, Index place) LSTM_INLINED {
-        return right_side<Isa>(f, w, depth, columns, packed, step.d, tile, place).from(k);
+    const auto packed_piece = [&](Index tile, Index k) LSTM_INLINED {
+        const auto whole = packed_weight<Isa, T>(packed, depth, columns, step.d, in_passing ? part.tile : tile);
+        return in_passing ? packed_at<Isa>(whole.b, std::min(Isa::depth, depth - k)) : whole.from(k);
     };
+    const auto piece_of = [&](Index tile, Index k)
+                              LSTM_INLINED { return right_side<Isa>(f, w, columns, tile, k, packed_piece(tile, k)); };
     const auto multiply_piece = [&](Index tile, Index k, const O* next) LSTM_INLINED {  // which stays for all rows
-        const Index place = in_passing ? part.tile : tile, some = std::min(Isa::depth, depth - k);
-        if (in_passing && k == 0) pack_tile<Isa>(f, w, depth, columns, packed, step.d, tile, place);
-        Right<const O> right = piece_of(tile, k, place);
+        const Index some = std::min(Isa::depth, depth - k);
+        if (in_passing) pack_tile<Isa>(f, w, columns, tile, k, some, packed_piece(tile, k));
+        Right<const O> right = piece_of(tile, k);
         right.far = is_far(depth * columns);
         for_blocks(step.team, part, f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
             if (!in_passing) ask_for<Isa, O>(next, some, f.s.steps[step.t], b > 0, right);
@@ -340,15 +346,15 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
     const Index pieces = tiles_of(depth, Isa::depth), tiles = part.tile_end - part.tile;
     const bool stays =
         f.walk.of_step.room(f.s.steps[step.t] * depth) * static_cast<Index>(sizeof(Acc<T>)) <= kLeftBytes;
-    const bool by_tiles = stays || in_passing;  // else by pieces of the left side, each of which then stays
-    const auto tile_of = [&](Index i) {         // there and back: the tiles of the last step's end are still in cache
+    const bool by_tiles = stays && !in_passing;  // else by pieces of the left side, each of which then stays
+    const auto tile_of = [&](Index i) {          // there and back: the tiles of the last step's end are still in cache
         const Index tile = by_tiles ? i / pieces : i % tiles;
         return step.t % 2 == 0 ? part.tile + tile : part.tile_end - 1 - tile;
     };
     const auto first_of = [&](Index i) { return (by_tiles ? i % pieces : i / tiles) * Isa::depth; };
     for (Index i = 0; i < tiles * pieces; ++i) {
         const Index next = std::min(i + 1, tiles * pieces - 1);
-        multiply_piece(tile_of(i), first_of(i), piece_of(tile_of(next), first_of(next), tile_of(next)).b);
+        multiply_piece(tile_of(i), first_of(i), piece_of(tile_of(next), first_of(next)).b);
     }
 }
 

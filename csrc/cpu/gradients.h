@@ -81,25 +81,31 @@ LSTM_HD bool packs_ih_in_passing(const Backward<T>& f, const Team& team) {
     return f.walk.chunks() == 1 && (team.threads == 1 || f.walk.rows() <= kRowsAtOnce<Isa>);
 }
 
-// What columns k .. k + Isa::depth of da add to dx of rows first .. first + rows and of one tile. Where a sum has to be
-// rounded or cut off to become dx, it is made whole at the first k.
+// Columns of da, from k on, that are multiplied in one go by a tile of W_ih: all, where a sum has to be rounded or cut
+// off to become dx.
+template <typename Isa, typename T>
+LSTM_HD Index depth_at_once(const Backward<T>& f, Index tile, Index k) {
+    const Index depth = 4 * f.s.hidden - k;
+    return Backward<T>::rounded || (tile + 1) * kTile > f.s.input ? depth : std::min(Isa::depth, depth);
+}
+
+// What they add to dx of rows first .. first + rows.
 template <typename Isa, typename T>
 LSTM_HD void input_gradient(const Backward<T>& f, int d, const Chunk& chunk, Index first, Index rows, Index tile,
-                            Index place, Index k) {
+                            Index k, const Right<Operand<Isa, T>>& packed) {
     using O = Operand<Isa, T>;
-    const Index input = f.s.input, depth = 4 * f.s.hidden, count = std::min(kTile, input - tile * kTile);
+    const Index input = f.s.input, count = std::min(kTile, input - tile * kTile);
+    const Index depth = depth_at_once<Isa>(f, tile, k);
     const bool add = f.s.directions > 1;
-    const O* const left = chunk_split<const O>(f, f.da, d) + (first - chunk.base) * f.da.ld;
-    const auto right = right_side<Isa>(f, f.weights[d].w_ih, depth, input, f.w_ih, d, tile, place);
+    const O* const left = chunk_split<const O>(f, f.da, d) + (first - chunk.base) * f.da.ld + k;
+    const auto right = right_side<Isa>(f, f.weights[d].w_ih, input, tile, k, packed);
     T* const dx = f.dx + first * input + tile * kTile;
     if constexpr (!Backward<T>::rounded) {
         if (count == kTile) {
-            multiply<Isa>(rows, left + k, f.da.ld, right.from(k), std::min(Isa::depth, depth - k), dx, input,
-                          add || k > 0);  // B7
+            multiply<Isa>(rows, left, f.da.ld, right, depth, dx, input, add || k > 0);  // B7
             return;
         }
     }
-    if (k > 0) return;
     alignas(64) Acc<T> products[kRowsAtOnce<Isa> * kTile];
     multiply<Isa>(rows, left, f.da.ld, right, depth, products, kTile, false);
     for (Index r = 0; r < rows; ++r) {
@@ -111,7 +117,7 @@ LSTM_HD void input_gradient(const Backward<T>& f, int d, const Chunk& chunk, Ind
 // dx of this thread's tiles and rows: those of absolute number, so that both directions find one thread.
 template <typename Isa, typename T>
 LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, const Team& team, int thread) {
-    const Index depth = 4 * f.s.hidden;
+    const Index depth = 4 * f.s.hidden, input = f.s.input;
     constexpr Index at_once = kRowsAtOnce<Isa>;
     const auto for_row_blocks = [&](const auto& take) LSTM_INLINED {
         for (Index block = chunk.base / at_once; block * at_once < chunk.base + chunk.rows; ++block) {
@@ -119,23 +125,31 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
             take(block, first, std::min((block + 1) * at_once, chunk.base + chunk.rows) - first);
         }
     };
-    if (packs_ih_in_passing<Isa>(f, team)) {
-        for (Index tile = thread; tile < f.input_tiles; tile += team.threads) {
-            pack_tile<Isa>(f, f.weights[d].w_ih, depth, f.s.input, f.w_ih, d, tile, thread);
-            for_row_blocks([&](Index, Index first, Index rows) LSTM_INLINED {
-                for (Index k = 0; k < depth; k += Isa::depth)
-                    input_gradient<Isa>(f, d, chunk, first, rows, tile, thread, k);
-            });
+    const auto for_pieces = [&](const auto& take) LSTM_INLINED {  // of da stay in cache while the weight goes by
+        for (Index k = 0; k < depth; k += Isa::depth) {
+            for (Index tile = 0; tile < f.input_tiles; ++tile) {
+                if (k == 0 || depth_at_once<Isa>(f, tile, 0) < depth) take(k, tile);
+            }
         }
+    };
+    if (packs_ih_in_passing<Isa>(f, team)) {
+        const auto place = packed_weight<Isa, T>(f.w_ih, depth, input, d, thread);
+        for_pieces([&](Index k, Index tile) LSTM_INLINED {
+            if (tile % team.threads != thread) return;
+            const Index some = depth_at_once<Isa>(f, tile, k);
+            const auto packed = packed_at<Isa>(place.b, some);
+            pack_tile<Isa>(f, f.weights[d].w_ih, input, tile, k, some, packed);
+            for_row_blocks([&](Index, Index first, Index rows)
+                               LSTM_INLINED { input_gradient<Isa>(f, d, chunk, first, rows, tile, k, packed); });
+        });
         return;
     }
     for_row_blocks([&](Index block, Index first, Index rows) LSTM_INLINED {
-        for (Index k = 0; k < depth; k += Isa::depth) {  // a piece of da stays in cache while the weight goes by
-            for (Index tile = 0; tile < f.input_tiles; ++tile) {
-                if ((tile + block) % team.threads == thread)
-                    input_gradient<Isa>(f, d, chunk, first, rows, tile, tile, k);
-            }
-        }
+        for_pieces([&](Index k, Index tile) LSTM_INLINED {
+            if ((tile + block) % team.threads == thread)
+                input_gradient<Isa>(f, d, chunk, first, rows, tile, k,
+                                    packed_weight<Isa, T>(f.w_ih, depth, input, d, tile).from(k));
+        });
     });
 }
 

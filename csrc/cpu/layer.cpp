@@ -52,7 +52,7 @@ template <template <typename> class Job>
 bool planes_pay_over_steps(const Shape& s, Index rows) {
     constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
     const bool large = s.features < s.hidden && is_far(4 * s.hidden * s.features);
-    if (back) return !large && s.hidden > 64 && rows >= s.directions * (80 + s.hidden / 8);
+    if (back) return !large && s.hidden > 64 && rows >= s.directions * 64;
     // of small weights, as joins() sees them, one product a step is better for two threads, each of which has its rows
     const bool small = 4 * s.hidden * (s.input + s.features) * static_cast<Index>(sizeof(float)) <= kJoinedBytes;
     const bool joined = small && s.directions * rows > kRows * s.time;
@@ -67,7 +67,7 @@ bool planes_pay(const Shape& s, Index rows, bool over_steps) {
     constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
     const bool whole = s.hidden % kDeep == 0 && s.features % kDeep == 0;
     const bool nearly = !back && nearly_whole(s.hidden) && nearly_whole(s.features);
-    const Index all = back ? std::max<Index>(128, s.hidden / 2) : 64, weight = 4 * s.hidden * s.features;
+    const Index all = std::max<Index>(48, back ? (1 << 13) / s.hidden : 0), weight = 4 * s.hidden * s.features;
     Index sequences = std::clamp<Index>(3 + 6 * weight / kPlanesStay, 8, over_steps ? 14 : 12);
     if (!whole) sequences = 16;
     return (whole || nearly) && s.hidden >= (back ? 65 : 64) && rows >= sequences * s.time && rows >= all;
