@@ -12,6 +12,7 @@ namespace lstm::cpu {
 constexpr Index kBackwardRows = 512, kSplitRows = 256;
 constexpr Index kFewStepsBack = 4;     // that don't pay for packing weights behind the second cache
 constexpr Index kPartBytes = 3 << 18;  // of their gradients, multiplied in one go
+constexpr Index kFewRowsOfPart = 64, kColumnsOfPart = 32;
 constexpr Index kLeftBytes = 1 << 19;  // of a left side that stays in the second cache while weights go by
 
 // Gradients of all rows of a chunk, the left side of products along rows and down columns.
@@ -52,9 +53,7 @@ struct Backward {
           feature_tiles(tiles_of(s.features)),
           input_tiles(tiles_of(s.input)),
           threads(std::max(s.threads, 1)),
-          parts(round_up(std::max<Index>(4, walk.over_steps.room(4 * s.hidden * walk.chunk_rows) *
-                                                static_cast<Index>(sizeof(A)) / kPartBytes),
-                         threads)),
+          parts(round_up(parts_at_least(), threads)),
           factor_tiles(input_tiles + feature_tiles + (projected ? tiles : 0)),
           x(static_cast<const T*>(args.x)),
           h0(static_cast<const T*>(args.h0)),
@@ -91,6 +90,14 @@ struct Backward {
 
     static bool splits_large(const Shape& shape) {
         return shape.instruction_set == InstructionSet::amx_over_steps && is_far(4 * shape.hidden * shape.features);
+    }
+
+    // So many that each stays in cache. The gradient of a large weight, if of few rows, is written more than computed:
+    // then as many as keep to a few of its rows, which may be pages apart, until they are whole.
+    Index parts_at_least() const {
+        const Index bytes = walk.over_steps.room(4 * s.hidden * walk.chunk_rows) * static_cast<Index>(sizeof(A));
+        const bool writes = walk.rows() <= kFewRowsOfPart && is_far(4 * s.hidden * std::max(s.input, s.features));
+        return std::max<Index>({4, bytes / kPartBytes, writes ? 4 * s.hidden / kColumnsOfPart : 0});
     }
 
     ChunkGradients<A> of_chunk(Index columns, Arena& arena) const {
