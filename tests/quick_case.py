@@ -15,6 +15,11 @@ IN, H = 3, 5
 X = torch.randn(4, 2, IN)
 
 
+needs_exchange_api = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no exchange API"
+)
+
+
 def watched(monkeypatch, module, name):
     """What each call of the module's function gives from now on."""
     found = []
@@ -40,6 +45,14 @@ def flat(result):
     if isinstance(result, PackedSequence):
         return [result.data]
     return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
+
+
+def check_agreement(got, want, exact, bounds):
+    """Bit by bit the longer way's, and torch's in fp64 within the dtype's bounds: absolute, relative."""
+    for a, b, c in zip(got, want, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        absolute, relative = bounds[a.dtype]
+        torch.testing.assert_close(a.double(), c, atol=absolute, rtol=relative)
 
 
 def lstm_state(module, batch):

@@ -12,6 +12,7 @@ from tests.quick_case import (
     H,
     X,
     cell_case,
+    check_agreement,
     doubled,
     every_config,
     every_packing,
@@ -19,14 +20,13 @@ from tests.quick_case import (
     given_or_zeros,
     lstm_case,
     lstm_state,
+    needs_exchange_api,
     packed_input,
     watched,
     without,
 )
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no exchange API"
-)
+pytestmark = needs_exchange_api
 
 
 def gradients(module, x, hx, weights):
@@ -56,10 +56,7 @@ def check(monkeypatch, trained, module, oracle, x, hx, forward, backward):
     assert len(answers) == backward and None not in answers
     want = without(monkeypatch, lambda: gradients(module, x, hx, weights))
     exact = gradients(oracle, doubled(x), doubled(hx), [weight.double() for weight in weights])
-    for a, b, c in zip(got, want, exact, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-        absolute, relative = BOUNDS[a.dtype]
-        torch.testing.assert_close(a.double(), c, atol=absolute, rtol=relative)
+    check_agreement(got, want, exact, BOUNDS)
 
 
 def with_gradients(states):
@@ -149,6 +146,22 @@ def test_an_input_that_another_has_replaced_before_the_backward_pass_is_refused(
     y = module(x)[0]
     assert trained[0] is not None
     x.data = torch.randn(rows, *x.shape[1:])
+    with pytest.raises(RuntimeError, match="input and output should have kept their sizes"):
+        y.sum().backward()
+
+
+def test_nor_may_all_else_have_become_wider(trained):
+    """Weights and states that fit each other, but not what was saved."""
+    module, wider = lstm_fast.LSTM(IN, H), lstm_fast.LSTM(IN, H + 1)
+    hx = lstm_state(module, 2)
+    y = module(X, hx)[0]
+    assert trained[0] is not None
+    replaced = [
+        *zip(module.parameters(), wider.parameters(), strict=True),
+        *((t, torch.randn(1, 2, H + 1)) for t in hx),
+    ]
+    for old, new in replaced:
+        old.data = new.data
     with pytest.raises(RuntimeError, match="input and output should have kept their sizes"):
         y.sum().backward()
 
