@@ -52,7 +52,7 @@ def outputs_and_gradients(layer: nn.Module, tensors: list[Tensor], weights: list
 )
 @pytest.mark.usefixtures("instruction_set")
 def test_every_instruction_set_agrees_with_torch(
-    dtype: torch.dtype, hidden: int, batch: int, proj: int, inputs: int
+    dtype: torch.dtype, hidden: int, batch: int, proj: int, inputs: int, steps: int | None = None
 ) -> None:
     """One with weights that no second cache holds, and so wide a batch that x, where it is even, joins h.
 
@@ -62,7 +62,7 @@ def test_every_instruction_set_agrees_with_torch(
     ours = LSTM(inputs, hidden, bidirectional=True, proj_size=proj, dtype=dtype, backend="cpu")
     oracle = nn.LSTM(inputs, hidden, bidirectional=True, proj_size=proj, dtype=torch.float64)
     oracle.load_state_dict(ours.state_dict())
-    steps, features = 6 if batch > 1 else 12, proj or hidden
+    steps, features = steps or (6 if batch > 1 else 12), proj or hidden
     shapes = [(steps, batch, inputs), (2, batch, features), (2, batch, hidden)]
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
     weights = [torch.randn(shape, dtype=dtype) for shape in [(steps, batch, 2 * features), *shapes[1:]]]
@@ -83,6 +83,20 @@ def test_every_instruction_set_agrees_with_torch(
 def test_wide_batches_agree_with_torch_in_planes(dtype: torch.dtype, hidden: int, inputs: int, proj: int) -> None:
     """Inputs of whole steps of 32, which in AMX as well are multiplied together with h, or for themselves."""
     test_every_instruction_set_agrees_with_torch(dtype, hidden, 70, proj, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "batch", "inputs", "proj", "steps"),
+    [(160, 64, 200, 0, 1), (160, 64, 192, 64, 1), (384, 20, 128, 0, 1), (384, 60, 100, 0, 1), (384, 7, 400, 0, 5)],
+    ids=["by pieces", "projected", "large weights", "of many rows", "of several steps"],
+)
+@pytest.mark.usefixtures("instruction_set")
+def test_weights_packed_by_pieces_agree_with_torch(
+    dtype: torch.dtype, hidden: int, batch: int, inputs: int, proj: int, steps: int
+) -> None:
+    """Of more rows than a sum takes in one go, in calls whose tiles are each needed once, or whose dW are large."""
+    test_every_instruction_set_agrees_with_torch(dtype, hidden, batch, proj, inputs, steps)
 
 
 def layer(

@@ -10,9 +10,10 @@ namespace lstm::cpu {
 // Rows of a chunk: the sums that make the weights' gradients are as long as they can be. Fewer of large weights where
 // gates' gradients lie in planes as well, which would take more memory than nn.LSTM.
 constexpr Index kBackwardRows = 512, kSplitRows = 256;
-constexpr Index kFewStepsBack = 4;                         // that don't pay for packing weights behind the second cache
-constexpr Index kPartBytes = 3 << 18;                      // of their gradients, multiplied in one go
-constexpr Index kFewRowsOfPart = 64, kColumnsOfPart = 32;  // or so few columns, where a call has few rows
+constexpr Index kFewStepsBack = 4;     // that don't pay for packing weights behind the second cache
+constexpr Index kPartBytes = 3 << 18;  // of their gradients, multiplied in one go
+constexpr Index kFewRowsOfPart = 64;   // of a call, of whose gradients parts are
+constexpr Index kColumnsOfPart = 32;   // so narrow
 constexpr Index kLeftBytes = 1 << 19;  // of a left side that stays in the second cache while weights go by
 
 // Gradients of all rows of a chunk, the left side of products along rows and down columns.

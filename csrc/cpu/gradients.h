@@ -125,7 +125,7 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
             take(block, first, std::min((block + 1) * at_once, chunk.base + chunk.rows) - first);
         }
     };
-    const auto for_pieces = [&](const auto& take) LSTM_INLINED {  // of da stay in cache while the weight goes by
+    const auto for_pieces = [&](const auto& take) LSTM_INLINED {  // of da: each stays in cache while the weight goes by
         for (Index k = 0; k < depth; k += Isa::depth) {
             for (Index tile = 0; tile < f.input_tiles; ++tile) {
                 if (k == 0 || depth_at_once<Isa>(f, tile, 0) < depth) take(k, tile);

@@ -37,7 +37,7 @@ def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
             call()
         return 1e3 * (time.perf_counter() - begin) / calls
 
-    calls = max(1, int(1e3 * _CALL_SECONDS / min(on_cpu() for _ in range(3))))  # the first comes with cold caches
+    calls = max(1, int(1e3 * _CALL_SECONDS / min(on_cpu() for _ in range(2))))  # the first comes with cold caches
     return on_cpu
 
 
