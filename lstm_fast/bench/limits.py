@@ -27,6 +27,14 @@ class Limits(NamedTuple):
     bandwidth: list[tuple[int, float]]
     exchange_us: float | None
 
+    def best(self, other: Limits) -> Limits:
+        """The better of each, of two measurements of one machine."""
+        return Limits(
+            {name: max(rate, other.gflops[name]) for name, rate in self.gflops.items()},
+            [(size, max(a, b)) for (size, a), (_, b) in zip(self.bandwidth, other.bandwidth, strict=True)],
+            None if self.exchange_us is None or other.exchange_us is None else min(self.exchange_us, other.exchange_us),
+        )
+
     def of(self, case: Case, rows: int, mode: str) -> tuple[float, str]:
         """The least milliseconds for ``case`` with ``rows`` rows over all steps, and by which limit.
 

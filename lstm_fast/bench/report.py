@@ -184,6 +184,11 @@ def _machine_lines(run: Run) -> list[str]:
         traffic = ", ".join(f"{_number(rate)} GB/s to {size / 2**20:g} MiB" for size, rate in limits["bandwidth"])
         meeting = limits["exchange_us"]
         lines.append(f"limits: {rates}; {traffic}" + (f"; {meeting:.2f} µs to meet" if meeting else ""))
+    if passes := [each["limits"]["gflops"] for each in run.get("passes", ())]:
+        lines.append(
+            "GFLOP/s before each pass: "
+            + "; ".join(f"{name} {', '.join(_number(rates[name]) for rates in passes)}" for name in passes[0])
+        )
     if after := run.get("after"):
         texts = (f"{', '.join(each['clocks']) or 'not told'}, load {each['load']:.2f}" for each in (run, after))
         lines.append("clocks {}; after the last row {}".format(*texts))

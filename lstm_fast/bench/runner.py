@@ -1,4 +1,8 @@
-"""How a grid is measured: a correctness gate, then interleaved rounds, each row written down as soon as it is known."""
+"""How a grid is measured: a correctness gate, then interleaved rounds, each row written down as soon as it is known.
+
+The grid is walked several times, a few rounds of each case at a time, so that what else happens on a machine for some
+seconds or a minute falls on few rounds of many cases, where medians pass over it, and not on all rounds of a few.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +32,7 @@ from lstm_fast.environment import cpuinfo, environment
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
+PASSES = 3
 LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
 
 
@@ -119,17 +124,54 @@ def check(case: Case, modules: dict[str, nn.Module], oracle: nn.Module, x: Any) 
     return found
 
 
-def run_case(
+class Measured(NamedTuple):
+    """One case in one mode; ``times`` in ms of each side, round by round."""
+
+    group: str
+    case: Case
+    mode: str
+    choice: str
+    error: float
+    rows: int  # over all steps
+    times: dict[str, list[float]]
+
+    def row(self, limits: Limits) -> dict[str, Any]:
+        """What is said of it."""
+        mine = spread(self.times["ours"])
+        against = {name: compared(self.times["ours"], times) for name, times in self.times.items() if name != "ours"}
+        best = min(against, key=lambda name: against[name]["ms"], default=None)
+        limit, what = limits.of(self.case, self.rows, self.mode)
+        return {
+            "group": self.group,
+            **self.case._asdict(),
+            "mode": self.mode,
+            "choice": self.choice,
+            "error": self.error,
+            "rounds": len(self.times["ours"]),
+            "ours": mine,
+            "rivals": against,
+            "best_rival": best,
+            "ratio": against[best]["ratio"] if best is not None else None,
+            "us_per_step": 1e3 * mine["ms"] / self.case.T,
+            "gflops": self.case.flops(self.rows, self.mode) / mine["ms"] / 1e6,
+            "gbytes_per_s": self.case.bytes(self.rows, self.mode) / mine["ms"] / 1e6,
+            "limit_ms": limit,
+            "limit": what,
+            "share": limit / mine["ms"],
+        }
+
+
+def time_case(
+    known: list[Measured],
     group: str,
     case: Case,
     modes: Sequence[str],
     names: Sequence[str],
     device: str,
-    limits: Limits,
     seconds: float,
     backend: str,
-) -> Iterator[dict[str, Any]]:
-    """A row for each mode.
+) -> None:
+    """Rounds for ``seconds`` more in each mode, added to ``known``; where that is empty, a gate before the first.
 
     Raises:
         RefusedError: ``backend`` can't serve the case.
@@ -139,36 +181,19 @@ def run_case(
     served = [name for name in names if rivals.RIVALS[name].refuses(case, device) is None]
     theirs = {name: rivals.RIVALS[name].build(case, oracle) for name in served}
     modules = {"ours": rivals.ours(case, oracle, backend), **theirs}
-    try:
-        choices = {mode: choice(modules["ours"], x, mode) for mode in modes}
-    except RuntimeError as error:
-        raise RefusedError(str(error)) from error
-    errors = check(case, modules, oracle, x)
-    rows = x.data.size(0) if case.packed else case.T * case.B
-    for mode in modes:
-        times = interleave({n: rivals.task(m, x, mode) for n, m in modules.items()}, device, seconds)
-        mine = spread(times["ours"])
-        against = {name: compared(times["ours"], times[name]) for name in served}
-        best = min(against, key=lambda name: against[name]["ms"], default=None)
-        limit, what = limits.of(case, rows, mode)
-        yield {
-            "group": group,
-            **case._asdict(),
-            "mode": mode,
-            "choice": choices[mode],
-            "error": errors["ours"],
-            "rounds": len(times["ours"]),
-            "ours": mine,
-            "rivals": against,
-            "best_rival": best,
-            "ratio": against[best]["ratio"] if best is not None else None,
-            "us_per_step": 1e3 * mine["ms"] / case.T,
-            "gflops": case.flops(rows, mode) / mine["ms"] / 1e6,
-            "gbytes_per_s": case.bytes(rows, mode) / mine["ms"] / 1e6,
-            "limit_ms": limit,
-            "limit": what,
-            "share": limit / mine["ms"],
-        }
+    if not known:
+        try:
+            choices = {mode: choice(modules["ours"], x, mode) for mode in modes}
+        except RuntimeError as error:
+            raise RefusedError(str(error)) from error
+        found, rows = check(case, modules, oracle, x), x.data.size(0) if case.packed else case.T * case.B
+        for mode in modes:
+            times: dict[str, list[float]] = {name: [] for name in modules}
+            known.append(Measured(group, case, mode, choices[mode], found["ours"], rows, times))
+    for each in known:
+        more = interleave({n: rivals.task(m, x, each.mode) for n, m in modules.items()}, device, seconds)
+        for name in modules:
+            each.times[name] += more[name]
 
 
 def choice(module: nn.Module, x: Any, mode: str) -> str:
@@ -200,34 +225,46 @@ def run(
     progress: Callable[[int, int, str], None],
     backend: str = "auto",
 ) -> dict[str, Any]:
-    """Every case of the grid, ours by ``backend``. After each, ``output`` holds all that is known.
+    """Every case of the grid, ours by ``backend``, in ``PASSES`` passes over it. After each case, ``output`` holds all
+    that is known; under "passes", the state and the limits of the machine before each.
 
     ``progress(done, total, what)`` is told before each case. A rival that is missing is named under "skipped", as is a
     case that ``backend`` can't serve; one that fails under "failed"; each with its reason.
     """
-    limits = measure(device)
     missing = {rival: why for rival in names if (why := rivals.RIVALS[rival].missing()) is not None}
     present = [rival for rival in names if rival not in missing]
     record: dict[str, Any] = {
         **describe(device),
         "grid": name,
         "device": device,
-        "limits": limits._asdict(),
+        "limits": {},
+        "passes": [],
         "startup": memory.startup(device),
         "skipped": missing,
         "rows": [],
         "failed": [],
     }
     cases = [(group, case) for group in grid for case in grid[group]]
-    for done, (group, case) in enumerate(cases):
-        progress(done, len(cases), case.label())
-        try:
-            record["rows"] += run_case(group, case, modes, present, device, limits, seconds, backend)
-        except RefusedError as error:
-            record["skipped"][case.label()] = str(error)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
-        write(output, record)
+    known: list[list[Measured]] = [[] for _ in cases]
+    going = dict(enumerate(cases))
+    limits: Limits | None = None
+    for number in range(PASSES):
+        found = measure(device)
+        limits = found if limits is None else found.best(limits)
+        record["limits"] = limits._asdict()
+        record["passes"].append({**state(device), "limits": found._asdict()})
+        for at, (group, case) in list(going.items()):
+            progress(number * len(cases) + at, PASSES * len(cases), case.label())
+            try:
+                time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend)
+            except RefusedError as error:
+                del going[at]
+                record["skipped"][case.label()] = str(error)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                del going[at]
+                record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
+            record["rows"] = [each.row(limits) for of_case in known for each in of_case if each.times["ours"]]
+            write(output, record)
     record["after"] = state(device)
     for group in grid:
         case = max(grid[group], key=lambda case: case.T * case.B * case.H)

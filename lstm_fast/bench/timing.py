@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-FEWEST_ROUNDS = 7
-_LONG_SECONDS, _LONG_ROUNDS = 30.0, 3  # a case that takes so long is over after so many rounds
+FEWEST_ROUNDS = 3
+_LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
 _CALL_SECONDS = 1e-3  # shorter calls follow each other for so long: what another left in the caches is not theirs
 
 
 def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
-    """What measures the milliseconds of one call of ``call``: by events on a GPU, by the clock on a CPU, there
-    of as many in a row as take a millisecond."""
+    """What measures the milliseconds of one call of ``call``, which it warms up: by events on a GPU, by the clock on a
+    CPU, there of as many in a row as take a millisecond."""
     if device == "cuda":
+        for _ in range(3):
+            call()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def on_gpu() -> float:
@@ -46,10 +48,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew.
 
-    Rounds go on for ``seconds``, and until there are ``fewest``, or 3 where those would take longer than half a minute.
+    Rounds go on for ``seconds``, and until there are ``fewest`` or ten seconds are over.
     """
-    for call in [*calls.values()] * (3 if device == "cuda" else 1):
-        call()
     timers = {name: timer(device, call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, drawn = list(calls), random.Random(0)
@@ -57,7 +57,7 @@ def interleave(
 
     def enough() -> bool:
         rounds, gone = len(times[order[0]]), time.perf_counter() - begin
-        return gone >= seconds and rounds >= (fewest if gone < _LONG_SECONDS else min(fewest, _LONG_ROUNDS))
+        return gone >= seconds and rounds >= (fewest if gone < _LONG_SECONDS else 1)
 
     while not enough():
         drawn.shuffle(order)
@@ -68,7 +68,7 @@ def interleave(
 
 def spread(times: Sequence[float]) -> dict[str, float]:
     """Median, p20 and p80 in ms."""
-    tenths = statistics.quantiles(times, n=10)
+    tenths = _tenths(times)
     return {"ms": statistics.median(times), "p20": tenths[1], "p80": tenths[7]}
 
 
@@ -78,7 +78,7 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]
     The interval is the order statistics' (distribution-free): the ranks n/2 -+ 0.98 sqrt(n) of the sorted ratios.
     """
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    tenths, n = statistics.quantiles(ratios, n=10), len(ratios)
+    tenths, n = _tenths(ratios), len(ratios)
     low = max(0, int(n / 2 - 0.98 * n**0.5))
     return {
         **spread(theirs),
@@ -88,3 +88,8 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]
         "ratio_low": ratios[low],
         "ratio_high": ratios[n - 1 - low],
     }
+
+
+def _tenths(values: Sequence[float]) -> list[float]:
+    """The nine that part ``values``, of which there may be one."""
+    return statistics.quantiles(values if len(values) > 1 else [*values, *values], n=10)
