@@ -415,8 +415,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("layer_inputs_fit", lstm::tensors::layer_inputs_fit, "inputs"_a, "cell"_a = false);
     m.def("train_backward", lstm::tensors::train_backward, "saved"_a, "grads"_a, "needs"_a, "threads"_a,
           "instruction_set"_a);
-    m.def("train", lstm::tensors::train, "call"_a, "threads"_a, "instruction_set"_a);
-    m.def("infer", lstm::tensors::infer, "call"_a, "threads"_a, "instruction_set"_a);
+    m.def("train", lstm::tensors::train, "attributes"_a, "layer"_a, "x"_a, "hx"_a, "batch_sizes"_a, "threads"_a,
+          "instruction_set"_a);
+    m.def("infer", lstm::tensors::infer, "attributes"_a, "x"_a, "hx"_a, "batch_sizes"_a, "threads"_a,
+          "instruction_set"_a);
     bind_cpu(m);
     bind_gates(m);
     bind_persistent(m);

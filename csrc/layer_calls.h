@@ -19,12 +19,24 @@ using LayerSizes = std::array<std::int64_t, 6>;
 // kernels.LayerInputs: x [.., I] with N rows in all, h0, c0, the weights of each direction, steps.
 struct LayerInputs {
     LayerInputs(const py::tuple& inputs, const LayerSizes& of)
-        : x(inputs[0]), h0(inputs[1]), c0(inputs[2]), steps(inputs[4].cast<std::vector<std::int64_t>>()), sizes(of) {
+        : x(inputs[0]),
+          h0(inputs[1]),
+          c0(inputs[2]),
+          x_shape(x.attr("shape").cast<TensorShape>()),
+          steps(inputs[4].cast<std::vector<std::int64_t>>()),
+          sizes(of) {
         for (const py::handle direction : inputs[3]) weights.push_back(direction.cast<std::array<Data, 5>>());
     }
-    // Of the 13 inputs one behind the other (lstm_fast/autograd.py), of a layer or of a cell.
-    LayerInputs(const py::tuple& flat, std::vector<std::int64_t> of_steps, const LayerSizes& of, bool of_cell)
-        : x(flat[0]), h0(flat[1]), c0(flat[2]), steps(std::move(of_steps)), sizes(of), cell(of_cell) {
+    // Of the 13 inputs one behind the other (lstm_fast/autograd.py), of a layer or of a cell; the first is seen.
+    LayerInputs(const py::tuple& flat, const View& seen, std::vector<std::int64_t> of_steps, const LayerSizes& of,
+                bool of_cell)
+        : x(flat[0]),
+          h0(flat[1]),
+          c0(flat[2]),
+          x_shape(seen.sizes, seen.sizes + seen.dims),
+          steps(std::move(of_steps)),
+          sizes(of),
+          cell(of_cell) {
         for (std::size_t first = 3; first < 13 && !py::object(flat[first]).is_none(); first += 5) {
             auto& own = weights.emplace_back();
             for (std::size_t i = 0; i < own.size(); ++i) own[i] = py::object(flat[first + i]).cast<Data>();
@@ -59,6 +71,7 @@ struct LayerInputs {
     }
 
     const py::object x, h0, c0;
+    const TensorShape x_shape;
     std::vector<std::array<Data, 5>> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr
     const std::vector<std::int64_t> steps;
     const LayerSizes sizes;
@@ -71,7 +84,7 @@ inline void* address(const py::object& tensor) { return tensor.cast<Data>().addr
 inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
     const auto [hidden, features] = std::array{inputs.sizes[1], inputs.sizes[2]};
     const std::int64_t directions = inputs.directions(), rows = inputs.rows();
-    TensorShape y_shape = inputs.x.attr("shape").cast<TensorShape>();
+    TensorShape y_shape = inputs.x_shape;
     y_shape.back() = directions * features;
     const std::int64_t size = size_of(inputs.dtype());
     const Fresh y = new_empty(inputs.x, y_shape, size);
@@ -110,7 +123,7 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
         found.append(made.tensor);
         return made.data;
     };
-    void* const dx = next(inputs.x.attr("shape").cast<TensorShape>());
+    void* const dx = next(inputs.x_shape);
     void* const dh0 = next(inputs.state_shape(features));
     void* const dc0 = next(inputs.state_shape(hidden));
     cpu::WeightGradients gradients[2] = {};

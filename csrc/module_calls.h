@@ -23,12 +23,59 @@ inline std::optional<Dtype> dtype_of(const View& x) {
     return x.bits == 64 ? std::optional(Dtype::float64) : std::nullopt;
 }
 
-// What a module is: an LSTM with its layers, or an LSTMCell.
+// What an LSTM's own attributes say, or an LSTMCell's, which has no list of names.
 struct Module {
     std::int64_t input, hidden, features;  // I, H, R
     std::int64_t directions;               // D
-    bool batch_first, cell;
+    bool batch_first, drops, cell;
+    PyObject* parameters;  // by name
+    PyObject* names;       // of weights, a list for each direction of each layer
 };
+
+// None where one is missing, or isn't what torch.nn made it.
+inline std::optional<Module> read_module(const py::dict& attributes) {
+    struct Keys {
+        PyObject* of(const char* name) { return PyUnicode_InternFromString(name); }
+        PyObject *parameters = of("_parameters"), *names = of("_all_weights"), *input = of("input_size"),
+                 *hidden = of("hidden_size"), *projected = of("proj_size"), *both = of("bidirectional"),
+                 *batch_first = of("batch_first"), *dropout = of("dropout"), *training = of("training");
+    };
+    static const Keys keys;
+    static const py::handle names_of_cell = [] {
+        py::list own, names;
+        for (const char* const name : {"weight_ih", "weight_hh", "bias_ih", "bias_hh"})
+            own.append(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name)));
+        names.append(own);
+        return names.release();
+    }();
+    const auto get = [&](PyObject* key) { return PyDict_GetItemWithError(attributes.ptr(), key); };
+    const auto size = [&](PyObject* key) {
+        PyObject* const found = get(key);
+        return found == nullptr ? 0 : static_cast<std::int64_t>(PyLong_AsLongLong(found));
+    };
+    const auto is = [&](PyObject* key) {
+        PyObject* const found = get(key);
+        return found != nullptr && PyObject_IsTrue(found) == 1;
+    };
+    PyObject* const names = get(keys.names);
+    const bool cell = names == nullptr;
+    Module module{size(keys.input),
+                  size(keys.hidden),
+                  size(keys.projected),
+                  is(keys.both) ? 2 : 1,
+                  is(keys.batch_first),
+                  is(keys.dropout) && is(keys.training),
+                  cell,
+                  get(keys.parameters),
+                  cell ? names_of_cell.ptr() : names};
+    if (PyErr_Occurred()) {  // a size that is no number
+        PyErr_Clear();
+        return std::nullopt;
+    }
+    if (module.features == 0) module.features = module.hidden;
+    const bool known = module.parameters != nullptr && PyDict_Check(module.parameters) && PyList_Check(module.names);
+    return known ? std::optional(module) : std::nullopt;
+}
 
 // The active sequences of each step of so many rows: `batch` at every one, or what a PackedSequence's batch_sizes say;
 // nothing where those don't fit.
@@ -49,45 +96,48 @@ inline std::optional<std::vector<std::int64_t>> read_steps(const py::object& bat
     return steps;
 }
 
-// kernels.ModuleCall, with what it says about itself.
+// A module's call, of all layers or of one.
 struct ModuleCall {
     Module module;
-    py::object x, hx, batch_sizes;
     View input;
     Dtype dtype;
     std::vector<std::int64_t> steps;
-    TensorShape h_shape, c_shape;                 // of all layers' states
+    TensorShape h_shape, c_shape;                 // of all states
     std::array<const void*, 2> states = {};       // null for zeros
     std::vector<std::array<py::object, 5>> held;  // each direction's weights, while others may change the module
     std::vector<cpu::Weights> weights;
 };
 
-// None where this quick look can't tell that all fit each other, or where something has to be copied first.
-inline std::optional<ModuleCall> read_call(const py::tuple& given) {
+// Of x and hx; batch_sizes are None where x isn't packed. Nothing where this quick look can't tell that all fit each
+// other, or where something has to be copied or dropped.
+inline std::optional<ModuleCall> read_call(const py::dict& attributes, std::optional<std::int64_t> layer,
+                                           const py::object& x, const py::object& hx, const py::object& batch_sizes) {
     ModuleCall call;
-    const auto of_module = py::object(given[5]).cast<std::array<std::int64_t, 6>>();
-    const Module& module =
-        call.module = {of_module[0], of_module[1], of_module[2], of_module[3], of_module[4] != 0, of_module[5] != 0};
-    const py::dict parameters = given[0];
-    const py::list names = given[1];
-    const py::object &x = call.x = given[2], &hx = call.hx = given[3], &sizes = call.batch_sizes = given[4];
+    const auto read = read_module(attributes);
+    if (!read) return std::nullopt;
+    const Module& module = call.module = *read;
+    const auto all = static_cast<std::int64_t>(PyList_GET_SIZE(module.names));
+    const std::int64_t begin = layer ? *layer * module.directions : 0, count = layer ? module.directions : all;
+    if (all < 1 || all % module.directions != 0 || begin + count > all) return std::nullopt;
+    if (module.drops && all > module.directions) return std::nullopt;
+    const auto inputs_of = [&](std::int64_t k) {
+        return k < module.directions ? module.input : module.directions * module.features;
+    };
     const auto input = view(x);
-    const bool packed = !sizes.is_none();
+    const bool packed = !batch_sizes.is_none();
     const int dims = module.cell || packed ? 2 : 3;
     if (!input || (input->dims != dims && input->dims != dims - 1)) return std::nullopt;
     const std::optional<Dtype> dtype = dtype_of(*input);
-    if (!dtype || input->sizes[input->dims - 1] != module.input) return std::nullopt;
+    if (!dtype || input->sizes[input->dims - 1] != inputs_of(begin)) return std::nullopt;
 
-    const bool batched = input->dims == dims, turned = batched && !packed && module.batch_first;
+    const bool batched = input->dims == dims, turned = batched && !packed && module.batch_first && !layer;
     const std::int64_t rows =
         std::accumulate(input->sizes, input->sizes + input->dims - 1, std::int64_t{1}, std::multiplies<>());
-    auto steps = read_steps(sizes, rows, batched && !packed ? input->sizes[module.cell || turned ? 0 : 1] : 1);
+    auto steps = read_steps(batch_sizes, rows, batched && !packed ? input->sizes[module.cell || turned ? 0 : 1] : 1);
     if (!steps || (packed && !batched) || (turned && steps->size() > 1 && steps->front() > 1)) return std::nullopt;
     const std::int64_t batch = steps->front();
 
     // of states, [D * layers, B, features], without the dimensions that a cell and an unbatched input don't have
-    const auto count = static_cast<std::int64_t>(names.size());
-    if (count < 1 || count % module.directions != 0) return std::nullopt;
     const auto state_shape = [&](std::int64_t features) {
         TensorShape shape;
         if (!module.cell) shape.push_back(count);
@@ -109,15 +159,16 @@ inline std::optional<ModuleCall> read_call(const py::tuple& given) {
         }
     }
 
-    for (std::int64_t k = 0; k < count; ++k) {
+    for (std::int64_t k = begin; k < begin + count; ++k) {
         WeightViews views;
         auto& held = call.held.emplace_back();
         held.fill(py::none());
-        if (!py::isinstance<py::list>(names[k]) || py::len(names[k]) > views.size()) return std::nullopt;
-        const auto own = py::reinterpret_borrow<py::list>(names[k]);
+        PyObject* const names = PyList_GET_ITEM(module.names, k);
+        if (!PyList_Check(names) || PyList_GET_SIZE(names) > static_cast<Py_ssize_t>(views.size())) return std::nullopt;
+        const auto own = py::reinterpret_borrow<py::list>(names);
         const bool projected = own.size() % 2 == 1;
         for (std::size_t i = 0; i < own.size(); ++i) {
-            PyObject* const found = PyDict_GetItemWithError(parameters.ptr(), py::object(own[i]).ptr());
+            PyObject* const found = PyDict_GetItemWithError(module.parameters, py::object(own[i]).ptr());
             if (found == nullptr) return std::nullopt;
             if (found == Py_None) continue;
             const std::size_t place = projected && i + 1 == own.size() ? views.size() - 1 : i;
@@ -125,8 +176,7 @@ inline std::optional<ModuleCall> read_call(const py::tuple& given) {
             views[place] = view(found);
             if (!views[place]) return std::nullopt;
         }
-        const std::int64_t inputs = k < module.directions ? module.input : module.directions * module.features;
-        if (!weights_fit(views, *input, inputs, module.hidden, module.features)) return std::nullopt;
+        if (!weights_fit(views, *input, inputs_of(k), module.hidden, module.features)) return std::nullopt;
         const auto data = [](const std::optional<View>& v) { return v ? v->data : nullptr; };
         call.weights.push_back({data(views[0]), data(views[1]), data(views[2]), data(views[3]), data(views[4])});
     }
@@ -137,11 +187,11 @@ inline std::optional<ModuleCall> read_call(const py::tuple& given) {
 }
 
 // y, (h_n, c_n) of an LSTM, or (h', c') of an LSTMCell, as lstm_fast/lstm.py gives them for x and hx; or None.
-inline py::object infer(const py::tuple& given, int threads, int set) {
-    const auto call = read_call(given);
+inline py::object infer(const py::dict& attributes, const py::object& x, const py::object& hx,
+                        const py::object& batch_sizes, int threads, int set) {
+    const auto call = read_call(attributes, std::nullopt, x, hx, batch_sizes);
     if (!call) return py::none();
     const Module& module = call->module;
-    const py::object& x = call->x;
     TensorShape y_shape(call->input.sizes, call->input.sizes + call->input.dims);
     y_shape.back() = module.directions * module.features;
     const std::int64_t size = size_of(call->dtype), count = static_cast<std::int64_t>(call->weights.size());
@@ -189,25 +239,26 @@ inline py::object infer(const py::tuple& given, int threads, int set) {
 }
 
 // The 13 inputs of one layer of an LSTM or of an LSTMCell, and what its forward pass gives and saves: (inputs, (y, h_n,
-// c_n, gates, cells)) of lstm_fast/autograd.py; or None. x [T, B, I], of a cell [B, I]; states of zeros are made.
-inline py::object train(const py::tuple& given, int threads, int set) {
-    const auto call = read_call(given);
-    if (!call || call->module.batch_first) return py::none();
+// c_n, gates, cells)) of lstm_fast/autograd.py; or None. x [T, B, I], of a cell [B, I]; hx is the layer's own, and
+// states of zeros are made.
+inline py::object train(const py::dict& attributes, std::int64_t layer, const py::object& x, const py::object& hx,
+                        const py::object& batch_sizes, int threads, int set) {
+    const auto call = read_call(attributes, layer, x, hx, batch_sizes);
+    if (!call) return py::none();
     const Module& module = call->module;
-    if (call->input.dims != (module.cell || !call->batch_sizes.is_none() ? 2 : 3)) return py::none();
-    if (call->weights.size() != static_cast<std::size_t>(module.directions)) return py::none();
+    if (call->input.dims != (module.cell || !batch_sizes.is_none() ? 2 : 3)) return py::none();
 
     const auto zeros = [&](const TensorShape& shape) {
         const std::int64_t size = size_of(call->dtype);
-        const Fresh made = new_empty(call->x, shape, size);
+        const Fresh made = new_empty(x, shape, size);
         std::memset(made.data, 0, std::accumulate(shape.begin(), shape.end(), size, std::multiplies<>()));
         return made.tensor;
     };
     constexpr std::size_t of_direction = std::tuple_size_v<WeightViews>, of_states = 3;
     py::tuple inputs(of_states + 2 * of_direction);
-    inputs[0] = call->x;
-    if (!call->hx.is_none()) {
-        const auto states = py::reinterpret_borrow<py::tuple>(call->hx);
+    inputs[0] = x;
+    if (!hx.is_none()) {
+        const auto states = py::reinterpret_borrow<py::tuple>(hx);
         inputs[1] = states[0], inputs[2] = states[1];
     } else {
         const py::object c0 = zeros(call->c_shape);
@@ -218,12 +269,13 @@ inline py::object train(const py::tuple& given, int threads, int set) {
         const std::size_t d = i / of_direction;
         inputs[of_states + i] = d < call->held.size() ? call->held[d][i % of_direction] : py::none();
     }
-    const LayerSizes sizes{module.input, module.hidden, module.features, static_cast<int>(call->dtype), threads, set};
-    return py::make_tuple(inputs, layer_forward({inputs, call->steps, sizes, module.cell}, true));
+    const LayerSizes sizes{call->input.sizes[call->input.dims - 1], module.hidden, module.features,
+                           static_cast<int>(call->dtype),           threads,       set};
+    return py::make_tuple(inputs, layer_forward({inputs, call->input, call->steps, sizes, module.cell}, true));
 }
 
-// The gradients of the 13 inputs from what was saved of a layer's call or a cell's: those inputs, batch_sizes, y, gates
-// and cells; or None.
+// The gradients of the 13 inputs from what was saved of a layer's call or a cell's (those inputs, batch_sizes, y, gates
+// and cells), and None for as many others as `needs` goes on for; or None in place of all. `grads`: of y, h_n, c_n.
 inline py::object train_backward(const py::tuple& saved, const py::tuple& grads, const py::sequence& needs, int threads,
                                  int set) {
     constexpr std::size_t of_inputs = 13;
@@ -237,11 +289,13 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     const bool alike = y->dims == x->dims && std::equal(x->sizes, x->sizes + x->dims - 1, y->sizes);
     if (!alike || y->sizes[y->dims - 1] != directions * features) return py::none();
     std::array<Data, 3> of_outputs;
+    std::array<py::object, 3> contiguous;
     for (std::size_t i = 0; i < of_outputs.size(); ++i) {
         const py::object grad = grads[i];
         if (grad.is_none()) continue;
         const View& output = i == 0 ? *y : i == 1 ? *h0 : *c0;
-        const auto found = view(grad);
+        auto found = view(grad);
+        if (!found) found = view(contiguous[i] = grad.attr("contiguous")());
         if (!found || !same_dtype(*found, *x) || found->dims != output.dims ||
             !std::equal(output.sizes, output.sizes + output.dims, found->sizes))
             return py::none();
@@ -254,9 +308,9 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
     const LayerSizes sizes{x->sizes[x->dims - 1], hidden, features, static_cast<int>(*dtype), threads, set};
     const auto data = [&](std::size_t i) { return py::object(saved[of_inputs + i]).cast<Data>(); };
     py::list found =
-        layer_backward({saved, std::move(*steps), sizes, cell}, data(1), data(2), data(3), of_outputs, needs);
-    while (found.size() < of_inputs) found.append(py::none());
-    return found;
+        layer_backward({saved, *x, std::move(*steps), sizes, cell}, data(1), data(2), data(3), of_outputs, needs);
+    while (found.size() < needs.size()) found.append(py::none());
+    return py::tuple(found);
 }
 
 }  // namespace lstm::tensors

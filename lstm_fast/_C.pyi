@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lstm_fast.kernels import LayerInputs, ModuleCall
+from lstm_fast.kernels import LayerInputs
 
 _Tensors = Sequence[Tensor | None]
 
@@ -13,11 +13,21 @@ DTYPES: dict[str, int]
 def build_info() -> dict[str, Any]: ...
 def environment_has(name: str) -> bool: ...
 def layer_inputs_fit(inputs: _Tensors, cell: bool = ...) -> bool: ...
-def infer(call: ModuleCall, threads: int, instruction_set: int) -> Any: ...
-def train(call: ModuleCall, threads: int, instruction_set: int) -> Any: ...
+def infer(
+    attributes: dict[str, Any], x: Tensor, hx: Any, batch_sizes: Tensor | None, threads: int, instruction_set: int
+) -> Any: ...
+def train(
+    attributes: dict[str, Any],
+    layer: int,
+    x: Tensor,
+    hx: Any,
+    batch_sizes: Tensor | None,
+    threads: int,
+    instruction_set: int,
+) -> Any: ...
 def train_backward(
-    saved: _Tensors, grads: _Tensors, needs: Sequence[bool], threads: int, instruction_set: int
-) -> list[Tensor | None] | None: ...
+    saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], needs: Sequence[bool], threads: int, instruction_set: int
+) -> tuple[Tensor | None, ...] | None: ...
 def cpu_layer_forward(
     inputs: LayerInputs, sizes: tuple[int, int, int, int, int, int], save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...

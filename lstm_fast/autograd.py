@@ -40,12 +40,13 @@ _STATES = 3  # x, h0, c0
 _INPUTS = _STATES + 2 * _PER_DIRECTION
 _NOTHING = nullcontext()
 _TAKE_NO_STATES = ("persistent",)  # backends for which None stands for zeros
+_transforms = torch._C._functorch.peek_interpreter_stack
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 def transforms_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is at work: no kernel can look inside their tensors."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _transforms() is not None or forward_ad._current_level >= 0
 
 
 def _watched(x: Tensor) -> bool:
@@ -245,10 +246,6 @@ def _saved_shape(backend: str, directions: int, rows: int, hidden: int) -> tuple
 def _backward(*args: Any) -> Sequence[Tensor | None]:
     """The gradients of the 13 inputs, or at least of those that ``needs`` asks for."""
     dy, dh_n, dc_n, *given, batch_sizes, y, gates, cells, backend, needs = args
-    if backend == "cpu":
-        found = cpu.train_backward((*given, batch_sizes, y, gates, cells), (dy, dh_n, dc_n), needs)
-        if found is not None:
-            return found
     if _of_cell(given):
         of_layer, its_grads = _as_layer(given, (dy, dh_n, dc_n))
         return _as_cell(_backward(*its_grads, *of_layer, batch_sizes, y, gates, cells, backend, needs))
@@ -351,20 +348,24 @@ def _reference_backward(
     return result + [None] * (_INPUTS - len(result))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, batch_sizes, backend, _ = inputs
-    y, _, _, gates, cells = output
-    ctx.save_for_backward(*tensors, batch_sizes, y, gates, cells)
+def _save(ctx: Any, tensors: Sequence[Any], backend: str, y: Tensor, gates: Tensor, cells: Tensor) -> None:
+    """``tensors``: the 13 inputs and batch_sizes."""
+    ctx.save_for_backward(*tensors, y, gates, cells)
     ctx.set_materialize_grads(False)
     ctx.backend = backend
 
 
 def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, batch_sizes, y, gates, cells = ctx.saved_tensors
-    inputs: Sequence[Any] = saved
+    saved, followed = ctx.saved_tensors, torch.is_grad_enabled() or transforms_active()
+    if ctx.backend == "cpu" and not followed and torch._C._len_torch_dispatch_stack() == 0:
+        all_of = cpu.train_backward(saved, grad_outputs, ctx.needs_input_grad)
+        if all_of is not None:
+            return all_of
+    inputs: Sequence[Any]
+    *inputs, batch_sizes, y, gates, cells = saved
     grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
     found: Sequence[Tensor | None]
-    if torch.is_grad_enabled() or transforms_active() or _batched(grads):
+    if followed or _batched(grads):
         cell = _of_cell(inputs)
         if cell:
             inputs, grads = _as_layer(inputs, grads)
@@ -394,9 +395,9 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # with a setup_context, each call would cost 20 us more
-        *inputs, batch_sizes, backend, outputs = args
-        _setup_context(ctx, (*inputs, batch_sizes, backend, True), outputs)
-        y, h_n, c_n, _, _ = outputs
+        *tensors, backend, outputs = args
+        y, h_n, c_n, gates, cells = outputs
+        _save(ctx, tensors, backend, y, gates, cells)
         return y, h_n, c_n
 
     backward = staticmethod(_backward_from_context)
@@ -429,8 +430,10 @@ def _backward_op(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[_STATES:])
-    _setup_context(ctx, inputs, output)
+    *tensors, backend, _ = inputs
+    y, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    _save(ctx, tensors, backend, y, gates, cells)
 
 
 _WEIGHTS_SCHEMA = ", ".join(

@@ -133,7 +133,11 @@ def surely_cpu(backend: str, dtype: torch.dtype, hidden: int, kind: str, shape: 
     is at work; False may mean that a closer look is needed."""
     if backend != "auto":
         return backend == "cpu"
-    return not environment_has(_VARIABLE) and _torch_is_faster(_CPU, dtype, hidden, kind, shape) is None
+    if environment_has(_VARIABLE):
+        return False
+    return (
+        not measured.matters(measured.place(_CPU), kind) or _torch_is_faster(_CPU, dtype, hidden, kind, shape) is None
+    )
 
 
 def _torch_is_faster(

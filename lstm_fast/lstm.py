@@ -12,10 +12,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fast.autograd import done_on_cpu, layer, transforms_active
 from lstm_fast.dispatch import Choice, check_backend, choose, surely_cpu
-from lstm_fast.kernels import ModuleCall, Weights
+from lstm_fast.kernels import Weights
 from lstm_fast.kernels.cpu import infer, train
 
 State = tuple[Tensor, Tensor]
+_under_autocast, _dispatch_modes, _is_tracing = (  # by name each would take as long as an addition to a small tensor
+    torch._C._is_any_autocast_enabled,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_tracing,
+)
 _NO_WEIGHTS: Any = (None,) * 5
 
 
@@ -35,9 +40,9 @@ def _followed() -> bool:
     """Whether someone needs more of a call than its results and their gradients, or changes how they are computed."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or _under_autocast()
+        or _dispatch_modes() > 0
+        or _is_tracing()
         or transforms_active()
     )
 
@@ -55,18 +60,18 @@ class _Fused(nn.Module):
         place = (self.backend, data.device, dtype, self.hidden_size, self.proj_size)
         return choose(*place, _traced(), transforms_active(), self._kind(x), lambda: self._shape(x))
 
-    def _quick(self, input: Tensor | PackedSequence, call: ModuleCall) -> Any:
+    def _quick(self, input: Any, hx: Any) -> Any:
         """The results, of a packed input its data and states, if the call is a plain one on a CPU; None if it isn't, or
         if its arguments need more than a quick look. A single step of a small layer takes half the time this way, and a
         quarter less in training."""
-        x = call.x
+        x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         if type(x) is not Tensor or not x.is_cpu or _followed():
             return None
         if not surely_cpu(self.backend, x.dtype, self.hidden_size, self._kind(input), lambda: self._shape(input)):
             return None
-        if torch.is_grad_enabled() and self._may_have_gradients(x, call.hx):
-            return self._train(call)
-        return infer(call)
+        if torch.is_grad_enabled() and self._may_have_gradients(x, hx):
+            return self._train(x, hx, batch_sizes)
+        return infer(self, x, hx, batch_sizes)
 
     def _may_have_gradients(self, x: Tensor, hx: Any) -> bool:
         for parameter in self._parameters.values():  # by far the most often the first says so
@@ -74,9 +79,9 @@ class _Fused(nn.Module):
                 return True
         return x.requires_grad or (isinstance(hx, tuple) and any(getattr(t, "requires_grad", False) for t in hx))
 
-    def _train(self, call: ModuleCall) -> Any:
+    def _train(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
         """The same where gradients may be asked for."""
-        return None
+        raise NotImplementedError
 
     def _kind(self, x: Tensor | PackedSequence) -> str:
         """``measured.Call``'s."""
@@ -204,14 +209,15 @@ class LSTM(_Fused, nn.RNNBase):
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
     def forward(self, input: Any, hx: Any = None) -> Any:
+        packed = isinstance(input, PackedSequence)
+        if not packed or hx is None or input.sorted_indices is None:  # states are checked before they are sorted
+            found = self._quick(input, hx)
+            if found is not None:
+                return self._packed(input, *found) if packed else found
         if isinstance(input, torch.fx.Proxy):
             return self._as_fx_leaf(input, hx)
         if isinstance(hx, Tensor):
             raise TypeError("hx should be a tuple (h_0, c_0), got: Tensor")
-        packed = isinstance(input, PackedSequence)
-        found = self._in_one_call(input, hx, packed)
-        if found is not None:
-            return found
         if not packed and input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         dtype = self._compute_dtype(input.data if packed else input, hx, packed)
@@ -221,27 +227,14 @@ class LSTM(_Fused, nn.RNNBase):
         forward = self._forward_packed if packed else self._forward_dense
         return forward(input, hx, dtype, choice)
 
-    def _in_one_call(self, input: Any, hx: Any, packed: bool) -> Any:
-        """``_quick``'s results in the input's form, or None."""
-        if self._drops() or (packed and hx is not None and input.sorted_indices is not None):
-            return None  # states that have to be sorted are checked before they are
-        features, directions = self.proj_size or self.hidden_size, 2 if self.bidirectional else 1
-        sizes = (self.input_size, self.hidden_size, features, directions, self.batch_first, False)
-        x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
-        found = self._quick(input, ModuleCall(self._parameters, self._all_weights, x, hx, batch_sizes, sizes))
-        return self._packed(input, *found) if packed and found is not None else found
-
-    def _train(self, call: ModuleCall) -> Any:
-        parameters, names, x, hx, batch_sizes, sizes = call
+    def _train(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
         if x.dim() != (3 if batch_sizes is None else 2) or (hx is not None and self.num_layers > 1):
             return None
         turned = self.batch_first and batch_sizes is None
         y = x.transpose(0, 1).contiguous() if turned else x
-        _, hidden, features, directions, _, _ = sizes
         states = []
-        for first in range(0, len(names), directions):
-            of_layer = (y.size(-1) if first > 0 else self.input_size, hidden, features, directions, False, False)
-            found = train(ModuleCall(parameters, names[first : first + directions], y, hx, batch_sizes, of_layer))
+        for k in range(self.num_layers):
+            found = train(self, k, y, hx, batch_sizes)
             if found is None:
                 return None
             inputs, outputs = found
@@ -387,12 +380,11 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if isinstance(input, torch.fx.Proxy):
-            return self._as_fx_leaf(input, hx)
-        sizes = (self.input_size, self.hidden_size, self.hidden_size, 1, False, True)
-        found = self._quick(input, ModuleCall(self._parameters, _CELL, input, hx, None, sizes))
+        found = self._quick(input, hx)
         if found is not None:
             return found
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_fx_leaf(input, hx)
         h, c = self._checked_state(input, hx)
         dtype = self._compute_dtype(input, hx)
         choice = self._choose(input, dtype)
@@ -406,8 +398,8 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
         return (y, c_n[0]) if batched else (y[0], c_n[0, 0])
 
-    def _train(self, call: ModuleCall) -> Any:
-        found = train(call)
+    def _train(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
+        found = train(self, 0, x, hx, batch_sizes)
         if found is None:
             return None
         h, _, c = done_on_cpu(*found)

@@ -37,7 +37,7 @@ on every run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,19 +49,6 @@ Saved = tuple[Tensor, Tensor]  # gates and cells
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")
-
-
-class ModuleCall(NamedTuple):
-    """A module's call as csrc/module_calls.h reads it: ``names`` of the weights among ``parameters``, a list for each
-    direction of each layer; ``batch_sizes`` where ``x`` is packed; ``sizes``: I, H, R, D, whether batches come first,
-    whether it is a cell."""
-
-    parameters: dict[str, Any]
-    names: list[list[str]]
-    x: Tensor
-    hx: Any
-    batch_sizes: Tensor | None
-    sizes: tuple[int, int, int, int, bool, bool]
 
 
 class LayerInputs(NamedTuple):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lstm_fast.kernels import LayerInputs, ModuleCall, Saved, dtype_name
+from lstm_fast.kernels import LayerInputs, Saved, dtype_name
 
 _problem: str | None = None
 _CODES: dict[torch.dtype, int] = {}  # of the dtypes it serves
@@ -20,22 +20,22 @@ except ImportError as error:
     _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
 
 
-def infer(call: ModuleCall) -> Any:
-    """A module's results; None where a quick look can't tell that all fit."""
-    return None if _problem is not None else _C.infer(call, *_means())
+def infer(module: nn.Module, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
+    """An LSTM's or an LSTMCell's results; None where a quick look can't tell that all fit."""
+    return None if _problem is not None else _C.infer(module.__dict__, x, hx, batch_sizes, *_means())
 
 
-def train(call: ModuleCall) -> Any:
-    """The 13 inputs of a module's only layer, and y, h_n (None of a cell), c_n, gates and cells; None likewise."""
-    return None if _problem is not None else _C.train(call, *_means())
+def train(module: nn.Module, layer: int, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
+    """The 13 inputs of one of its layers, and y, h_n (None of a cell), c_n, gates and cells; None likewise."""
+    return None if _problem is not None else _C.train(module.__dict__, layer, x, hx, batch_sizes, *_means())
 
 
 def train_backward(
-    saved: Sequence[Any], grads: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None] | None:
-    """The gradients of a layer's or a cell's 13 inputs from those, batch_sizes, y, gates and cells; None likewise."""
-    whole = tuple(None if grad is None else grad.contiguous() for grad in grads)
-    return _C.train_backward(saved, whole, needs, *_means())
+    saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """The gradients of a layer's or a cell's 13 inputs from those, batch_sizes, y, gates and cells, None for the rest
+    that ``needs`` speaks of; None likewise."""
+    return None if _problem is not None else _C.train_backward(saved, grads, needs, *_means())
 
 
 def unavailable() -> str | None:
