@@ -104,6 +104,56 @@ def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
     assert changes >= 3 * timing.FEWEST_ROUNDS / 2
 
 
+class Neighbour:
+    """A machine on which ``busy`` rounds, counted from 0, take ten times as long."""
+
+    def __init__(self, busy: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.round, self.left_out = 0.0, 0, 0
+        self.busy = busy
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing, "timer", lambda device, call: call)
+
+    def ours(self) -> float:
+        took = 10.0 if self.busy(self.round) else 1.0
+        self.now, self.round = self.now + took / 1e3, self.round + 1
+        return took
+
+    def disturbed(self) -> bool:
+        return self.round > 0 and self.busy(self.round - 1)
+
+
+def test_rounds_in_which_the_machine_is_slowed_down_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine: Any = Neighbour(lambda n: n // 4 % 2 > 0, monkeypatch)
+    times = timing.interleave({"ours": machine.ours}, "cpu", 0.31, witness=machine)["ours"]
+    assert set(times) == {1.0} and len(times) >= timing.FEWEST_ROUNDS
+    assert len(times) + machine.left_out == machine.round
+
+
+def test_a_machine_that_never_rests_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, rounds in (0.0, timing._PATIENCE * timing.FEWEST_ROUNDS), (0.2, 80):
+        machine: Any = Neighbour(lambda n: True, monkeypatch)
+        times = timing.interleave({"ours": machine.ours}, "cpu", seconds, witness=machine)["ours"]
+        assert times == [10.0] * timing.FEWEST_ROUNDS and machine.round == rounds
+        assert machine.left_out == rounds - timing.FEWEST_ROUNDS
+
+
+def test_a_witness_knows_a_slower_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, speed = 0.0, 1.0
+
+    def product(a: Tensor, b: Tensor) -> None:
+        nonlocal now
+        now += 50e-6 / speed
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch, "mm", product)
+    witness = timing.Witness(0.1)
+    assert not witness.disturbed()
+    speed = 0.75
+    assert witness.disturbed()
+    speed = 0.9
+    assert not witness.disturbed()
+
+
 def test_short_calls_are_timed_in_a_row_even_if_the_first_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     now, calls = 0.0, 0
 
@@ -212,8 +262,9 @@ def test_a_disturbance_owns_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A neighbour that makes ours slow while one case is timed: the medians pass over it."""
     timed: list[float] = []
 
-    def rounds(calls: dict[str, Any], device: str, seconds: float) -> dict[str, list[float]]:
+    def rounds(calls: dict[str, Any], device: str, seconds: float, witness: Any) -> dict[str, list[float]]:
         timed.append(seconds)
+        witness.left_out += 1
         disturbed = len(timed) in (3, 4)  # both modes of the second case, in the first pass
         return {"ours": [10.0 if disturbed else 1.0] * 3, "torch": [2.0] * 3}
 
@@ -226,17 +277,17 @@ def test_a_disturbance_owns_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ["inference", "forward"],
         ["torch"],
         "cpu",
-        3.0,
+        0.3,
         tmp_path / "run.json",
         lambda *_: None,
     )
-    assert timed == [3.0 / runner.PASSES] * 4 * runner.PASSES
+    assert timed == [0.3 / runner.PASSES] * 4 * runner.PASSES
     assert [(row["packed"], row["mode"]) for row in record["rows"]] == [
         (packed, mode) for packed in (False, True) for mode in ("inference", "forward")
     ]
     assert [(row["ours"]["ms"], row["ratio"], row["rounds"]) for row in record["rows"]] == [(1.0, 2.0, 9)] * 4
     assert [each["limits"]["gflops"]["float32"] for each in record["passes"]] == [100.0, 300.0, 200.0]
-    assert record["limits"]["gflops"]["float32"] == 300.0
+    assert record["limits"]["gflops"]["float32"] == 300.0 and record["rounds_left_out"] == len(timed)
 
 
 def test_what_torch_launches_is_noted_in_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +298,9 @@ def test_what_torch_launches_is_noted_in_its_rows(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("quick")
-def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run.json"
+    monkeypatch.setattr(timing.Witness, "disturbed", lambda _: False)
     for stop_at, kept in (1, [(3, 3)] * 2), (3, [(3, 6)] * 2 + [(2, 3)] * 2):  # in the first pass, in the second
         with pytest.raises(KeyboardInterrupt):
             run(output, {"one": [SMALL, SMALL._replace(B=2)]}, stop_at)
@@ -267,6 +319,7 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeyp
         return module
 
     monkeypatch.setattr(rivals, "ours", broken)
+    monkeypatch.setattr(timing.Witness, "disturbed", lambda _: False)
     record = run(tmp_path / "run.json", {"one": [SMALL._replace(B=2), SMALL]})
     assert [(row["B"], row["rounds"]) for row in record["rows"]] == [(3, 9)] * 2
     assert [(row["B"], row["why"].split(" by ")[0]) for row in record["failed"]] == [(2, "ours differs from torch")]

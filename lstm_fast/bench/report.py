@@ -189,6 +189,9 @@ def _machine_lines(run: Run) -> list[str]:
             "GFLOP/s before each pass: "
             + "; ".join(f"{name} {', '.join(_number(rates[name]) for rates in passes)}" for name in passes[0])
         )
+    if left_out := run.get("rounds_left_out"):
+        counted = sum(row["rounds"] for row in run["rows"])
+        lines.append(f"{left_out} of {left_out + counted} rounds left out: the machine was slowed down")
     if after := run.get("after"):
         texts = (f"{', '.join(each['clocks']) or 'not told'}, load {each['load']:.2f}" for each in (run, after))
         lines.append("clocks {}; after the last row {}".format(*texts))

@@ -26,13 +26,14 @@ import lstm_fast
 from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
-from lstm_fast.bench.timing import compared, interleave, spread
+from lstm_fast.bench.timing import Witness, compared, interleave, spread
 from lstm_fast.environment import cpuinfo, environment
 
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
 PASSES = 3
+_WATCHED = 3  # times as long as a case takes, how fast the machine is
 LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
 
 
@@ -170,6 +171,7 @@ def time_case(
     device: str,
     seconds: float,
     backend: str,
+    witness: Witness | None,
 ) -> None:
     """Rounds for ``seconds`` more in each mode, added to ``known``; where that is empty, a gate before the first.
 
@@ -191,7 +193,8 @@ def time_case(
             times: dict[str, list[float]] = {name: [] for name in modules}
             known.append(Measured(group, case, mode, choices[mode], found["ours"], rows, times))
     for each in known:
-        more = interleave({n: rivals.task(m, x, each.mode) for n, m in modules.items()}, device, seconds)
+        tasks = {name: rivals.task(module, x, each.mode) for name, module in modules.items()}
+        more = interleave(tasks, device, seconds, witness=witness)
         for name in modules:
             each.times[name] += more[name]
 
@@ -248,6 +251,7 @@ def run(
     known: list[list[Measured]] = [[] for _ in cases]
     going = dict(enumerate(cases))
     limits: Limits | None = None
+    witness = Witness(_WATCHED * seconds) if device == "cpu" else None
     for number in range(PASSES):
         found = measure(device)
         limits = found if limits is None else found.best(limits)
@@ -256,13 +260,15 @@ def run(
         for at, (group, case) in list(going.items()):
             progress(number * len(cases) + at, PASSES * len(cases), case.label())
             try:
-                time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend)
+                time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend, witness)
             except RefusedError as error:
                 del going[at]
                 record["skipped"][case.label()] = str(error)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 del going[at]
                 record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
+            if witness is not None:
+                record["rounds_left_out"] = witness.left_out
             record["rows"] = [each.row(limits) for of_case in known for each in of_case if each.times["ours"]]
             write(output, record)
     record["after"] = state(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 import statistics
 import time
@@ -12,6 +13,7 @@ import torch
 
 FEWEST_ROUNDS = 3
 _LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
+_PATIENCE = 4  # times as long, and as many rounds, may it take where rounds are disturbed
 _CALL_SECONDS = 1e-3  # shorter calls follow each other for so long: what another left in the caches is not theirs
 
 
@@ -43,27 +45,76 @@ def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
     return on_cpu
 
 
+class Witness:
+    """Whether others slow this machine down, as a neighbour on the same core does or on a cloud's next one: a small
+    product of torch's own takes longer than it does there at best.
+
+    Attributes:
+        left_out: rounds that didn't count.
+    """
+
+    _SIZE, _TIMES, _SLOWER, _BEST = 128, 4, 1.25, 0.05  # it is the best 5 % that are compared with
+
+    def __init__(self, seconds: float) -> None:
+        """Looks for so long how fast it is."""
+        self.left_out = 0
+        self._matrix = torch.ones(self._SIZE, self._SIZE)
+        self._seen: list[float] = []  # in order
+        begin = time.perf_counter()
+        self.disturbed()
+        while time.perf_counter() < begin + seconds:
+            self.disturbed()
+
+    def disturbed(self) -> bool:
+        begin = time.perf_counter()
+        for _ in range(self._TIMES):
+            torch.mm(self._matrix, self._matrix)
+        took = time.perf_counter() - begin
+        bisect.insort(self._seen, took)
+        return took > self._SLOWER * self._seen[int(self._BEST * len(self._seen))]
+
+
 def interleave(
-    calls: dict[str, Callable[[], Any]], device: str, seconds: float, fewest: int = FEWEST_ROUNDS
+    calls: dict[str, Callable[[], Any]],
+    device: str,
+    seconds: float,
+    fewest: int = FEWEST_ROUNDS,
+    witness: Witness | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew.
 
-    Rounds go on for ``seconds``, and until there are ``fewest`` or ten seconds are over.
+    Rounds go on for ``seconds``, and until there are ``fewest`` or ten seconds are over. A round before, within or
+    after which ``witness`` says that the machine is disturbed doesn't count, and others are waited for; but where none
+    comes in four times as long and as many rounds, ``fewest`` such ones count.
     """
     timers = {name: timer(device, call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    rounds: list[dict[str, float]] = []
+    quiet: list[dict[str, float]] = []
     order, drawn = list(calls), random.Random(0)
     begin = time.perf_counter()
 
     def enough() -> bool:
-        rounds, gone = len(times[order[0]]), time.perf_counter() - begin
-        return gone >= seconds and rounds >= (fewest if gone < _LONG_SECONDS else 1)
+        gone = time.perf_counter() - begin
+        if gone >= _LONG_SECONDS:
+            return gone >= seconds and len(rounds) > 0
+        patient = gone < _PATIENCE * seconds or len(rounds) < _PATIENCE * fewest
+        return gone >= seconds and (len(quiet) >= fewest or not patient)
+
+    def disturbed() -> bool:
+        return witness is not None and witness.disturbed()
 
     while not enough():
         drawn.shuffle(order)
+        found, noisy = {}, disturbed()
         for name in order:
-            times[name].append(timers[name]())
-    return times
+            found[name] = timers[name]()
+            noisy = disturbed() or noisy
+        rounds.append(found)
+        quiet += [] if noisy else [found]
+    counted = quiet or rounds[:fewest]
+    if witness is not None:
+        witness.left_out += len(rounds) - len(counted)
+    return {name: [each[name] for each in counted] for name in calls}
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
