@@ -16,7 +16,7 @@ from lstm_fast.kernels import Weights
 from lstm_fast.kernels.cpu import infer, train
 
 State = tuple[Tensor, Tensor]
-_under_autocast, _dispatch_modes, _is_tracing = (  # by name each would take as long as an addition to a small tensor
+_autocast_enabled, _dispatch_modes, _is_tracing = (  # to look them up takes longer than they do
     torch._C._is_any_autocast_enabled,
     torch._C._len_torch_dispatch_stack,
     torch._C._is_tracing,
@@ -40,7 +40,7 @@ def _followed() -> bool:
     """Whether someone needs more of a call than its results and their gradients, or changes how they are computed."""
     return (
         torch.compiler.is_compiling()
-        or _under_autocast()
+        or _autocast_enabled()
         or _dispatch_modes() > 0
         or _is_tracing()
         or transforms_active()

@@ -150,7 +150,7 @@ def test_a_witness_knows_a_slower_machine(monkeypatch: pytest.MonkeyPatch) -> No
     assert not witness.disturbed()
     speed = 0.75
     assert witness.disturbed()
-    speed = 0.9
+    speed = 0.95
     assert not witness.disturbed()
 
 

@@ -1,7 +1,8 @@
 """How a grid is measured: a correctness gate, then interleaved rounds, each row written down as soon as it is known.
 
 The grid is walked several times, a few rounds of each case at a time, so that what else happens on a machine for some
-seconds or a minute falls on few rounds of many cases, where medians pass over it, and not on all rounds of a few.
+seconds or a minute falls on few rounds of many cases, where medians pass over it, and not on all rounds of a few. On a
+CPU, rounds in which a witness was slowed down don't count.
 """
 
 from __future__ import annotations
