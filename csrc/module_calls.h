@@ -35,7 +35,7 @@ struct Module {
 // None where one is missing, or isn't what torch.nn made it.
 inline std::optional<Module> read_module(const py::dict& attributes) {
     struct Keys {
-        PyObject* of(const char* name) { return PyUnicode_InternFromString(name); }
+        static PyObject* of(const char* name) { return PyUnicode_InternFromString(name); }
         PyObject *parameters = of("_parameters"), *names = of("_all_weights"), *input = of("input_size"),
                  *hidden = of("hidden_size"), *projected = of("proj_size"), *both = of("bidirectional"),
                  *batch_first = of("batch_first"), *dropout = of("dropout"), *training = of("training");

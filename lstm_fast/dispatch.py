@@ -144,11 +144,8 @@ def _torch_is_faster(
     device: torch.device, dtype: torch.dtype, hidden: int, kind: str, shape: Callable[[], tuple[int, int]]
 ) -> str | None:
     """In words; None if it was not measured to be, nor is expected to be where nothing like it was measured."""
-    place = measured.place(device)
-    if device.type != "cuda" and not measured.matters(place, kind):
-        return None
     time, batch = shape()
-    call = measured.Call(place, dtype_name(dtype), kind, torch.is_grad_enabled(), time, batch, hidden)
+    call = measured.Call(measured.place(device), dtype_name(dtype), kind, torch.is_grad_enabled(), time, batch, hidden)
     if device.type == "cuda":
         asked = device, dtype, hidden, batch
         crowded: str | None = persistent.crowded(*asked)

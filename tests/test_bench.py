@@ -129,6 +129,14 @@ def test_rounds_in_which_the_machine_is_slowed_down_do_not_count(monkeypatch: py
     assert len(times) + machine.left_out == machine.round
 
 
+def test_a_round_counts_if_it_is_quiet_before_within_and_after() -> None:
+    said = iter([True, False, False, False, True, False, False, False, True, False, False, False])
+    witness: Any = mock.Mock(left_out=0, disturbed=lambda: next(said))
+    calls = {"ours": lambda: None, "torch": lambda: None}
+    times = timing.interleave(calls, "cpu", 0.0, fewest=1, witness=witness)
+    assert witness.left_out == 3 and [len(each) for each in times.values()] == [1, 1]
+
+
 def test_a_machine_that_never_rests_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, rounds in (0.0, timing._PATIENCE * timing.FEWEST_ROUNDS), (0.2, 80):
         machine: Any = Neighbour(lambda n: True, monkeypatch)

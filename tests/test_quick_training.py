@@ -68,6 +68,16 @@ def check_lstm(monkeypatch, trained, module, oracle, x, hx):
     check(monkeypatch, trained, module, oracle, x, hx, module.num_layers if taken else 0, module.num_layers)
 
 
+def test_gradients_that_lie_otherwise_are_answered_too(monkeypatch):
+    """As those of y.sum(), which are one number everywhere, and of y.permute(..)."""
+    module, _ = lstm_case({})
+    answers = watched(monkeypatch, cpu, "train_backward")
+    for dy in torch.ones(1, 1, 1).expand(4, 2, H), torch.randn(H, 2, 4).permute(2, 1, 0):
+        got, want = (torch.autograd.grad(module(X)[0], [*module.parameters()], g) for g in (dy, dy.contiguous()))
+        assert all(map(torch.equal, got, want))
+    assert len(answers) == 4 and None not in answers
+
+
 @given_or_zeros
 @pytest.mark.parametrize("batch_first", [False, True], ids=["steps first", "batch first"])
 @every_config

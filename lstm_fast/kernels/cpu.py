@@ -35,7 +35,7 @@ def train_backward(
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of a layer's or a cell's 13 inputs from those, batch_sizes, y, gates and cells, None for the rest
     that ``needs`` speaks of; None likewise."""
-    return None if _problem is not None else _C.train_backward(saved, grads, needs, *_means())
+    return _C.train_backward(saved, grads, needs, *_means())
 
 
 def unavailable() -> str | None:
