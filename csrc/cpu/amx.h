@@ -28,11 +28,9 @@ struct alignas(64) Registers {
     std::uint8_t rows[16] = {};
 };
 
-// What the calling thread knows of its registers and operands: how many rows each of two blocks has, the second of one
-// block none; and whether an operand was infinite.
+// What the calling thread knows of its registers: how many rows each of two blocks has, the second of one block none.
 struct ThreadState {
     Index first, second;
-    bool infinite;
 };
 inline thread_local ThreadState thread_state;
 
@@ -50,7 +48,7 @@ LSTM_AMX void set_registers(Index first, Index second) {
 
 // The calling thread's use of the registers.
 struct RegistersInUse {
-    RegistersInUse() { thread_state = {0, 0, false}; }
+    RegistersInUse() { thread_state = {0, 0}; }
     __attribute__((target(LSTM_AMX_TARGET))) ~RegistersInUse() { asm volatile("tilerelease"); }
     RegistersInUse(const RegistersInUse&) = delete;
 };

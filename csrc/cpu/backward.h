@@ -38,6 +38,13 @@ struct Gradient {
     Acc<T>* sum;
 };
 
+// A weight's tiles, one direction's behind the other's; and the scales of those in fixed point, else null.
+template <typename A>
+struct PackedWeight {
+    A* tiles;
+    float* scales;
+};
+
 template <typename T>
 struct Backward {
     using A = Acc<T>;
@@ -69,10 +76,12 @@ struct Backward {
           dx(static_cast<T*>(args.dx)),
           dh0(static_cast<T*>(args.dh0)),
           dc0(static_cast<T*>(args.dc0)),
-          w_ih(arena.take<A>(
-              dx == nullptr ? 0 : walk.over_steps.room(s.directions * input_tiles * tile_size(4 * s.hidden)))),
-          w_hh(arena.take<A>(walk.of_step.room(s.directions * feature_tiles * tile_size(4 * s.hidden)))),
-          w_hr(arena.take<A>(projected ? walk.of_step.room(s.directions * tiles * tile_size(s.features)) : 0)),
+          w_ih{arena.take<A>(
+                   dx == nullptr ? 0 : walk.over_steps.room(s.directions * input_tiles * tile_size(4 * s.hidden))),
+               nullptr},
+          w_hh{arena.take<A>(walk.of_step.room(s.directions * feature_tiles * tile_size(4 * s.hidden))),
+               fixes() ? arena.take<float>(s.directions * feature_tiles * scales_size(4 * s.hidden)) : nullptr},
+          w_hr{arena.take<A>(projected ? walk.of_step.room(s.directions * tiles * tile_size(s.features)) : 0), nullptr},
           dh(arena.take<A>(s.directions * s.batch * feature_tiles * kTile)),
           dc(arena.take<A>(s.directions * s.batch * s.hidden)),
           dm(arena.take<A>(projected ? s.directions * s.batch * tiles * kTile : 0)),
@@ -120,6 +129,8 @@ struct Backward {
         return !walk.of_step.planes && walk.rows() <= (near ? 2 : 1) * kFewRows;
     }
 
+    bool fixes() const { return walk.fixes() && !weights_lie(); }
+
     // Enough of them for a chunk's gradients in any form.
     Index packed_rows() const { return round_up(walk.chunk_rows + 1, kDeep); }
 
@@ -149,9 +160,9 @@ struct Backward {
     const A* cells;
     T *dx, *dh0, *dc0;
     Gradients gradients[2];
-    A* w_ih;               // [D, input tiles, 4H, 64] packed
-    A* w_hh;               // [D, feature tiles, 4H, 64] packed
-    A* w_hr;               // [D, tiles, R, 64] packed
+    PackedWeight<A> w_ih;  // [D, input tiles, 4H, 64]
+    PackedWeight<A> w_hh;  // [D, feature tiles, 4H, 64]
+    PackedWeight<A> w_hr;  // [D, tiles, R, 64]
     A* dh;                 // [D, B, feature tiles, 64]
     A* dc;                 // [D, B, H]
     A* dm;                 // [D, B, tiles, 64] gradient of o tanh(c), where it is projected
@@ -180,9 +191,13 @@ LSTM_HD bool lies_right(const Backward<T>& f, Index columns, Index tile) {
 
 // Tile of direction d of packed: [D, tiles, rows, 64].
 template <typename Isa, typename T>
-LSTM_HD Right<Operand<Isa, T>> packed_weight(Acc<T>* packed, Index rows, Index columns, int d, Index tile) {
+LSTM_HD Right<Operand<Isa, T>> packed_weight(const PackedWeight<Acc<T>>& packed, Index rows, Index columns, int d,
+                                             Index tile) {
     using O = Operand<Isa, T>;
-    return packed_at<Isa>(reinterpret_cast<O*>(packed) + (d * tiles_of(columns) + tile) * tile_size(rows), rows);
+    const Index number = d * tiles_of(columns) + tile;
+    Right<O> right = packed_at<Isa>(reinterpret_cast<O*>(packed.tiles) + number * tile_size(rows), rows);
+    if (packed.scales != nullptr) right.scales = packed.scales + number * scales_size(rows);
+    return right;
 }
 
 // Of a tile of w [.., columns], rows k and on: `packed`, or as they lie.
@@ -193,7 +208,7 @@ LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w
         if (lies_right<Isa>(f, columns, tile))
             return {w + k * columns + tile * kTile, columns, panel_width<Isa, Acc<T>>};
     }
-    return {packed.b, packed.ld, packed.panel};
+    return {packed.b, packed.ld, packed.panel, false, nullptr, packed.scales};
 }
 
 // Packs rows first .. first + rows of a tile, unless they are read as they lie.
@@ -214,12 +229,15 @@ LSTM_HD bool packs_in_passing(const Backward<T>& f, const Team& team) {
 }
 
 template <typename Isa, typename T>
-LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index rows, Index columns, Acc<T>* packed, int d,
-                         const Team& team, int thread) {
+LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index rows, Index columns,
+                         const PackedWeight<Acc<T>>& packed, int d, const Team& team, int thread) {
     for (Index k = 0; k < rows; k += Isa::depth) {  // all tiles' before the next: rows may be pages apart
-        for (Index tile = thread; tile < tiles_of(columns); tile += team.threads)
-            pack_tile<Isa>(f, w, columns, tile, k, std::min(Isa::depth, rows - k),
-                           packed_weight<Isa, T>(packed, rows, columns, d, tile).from(k));
+        const Index some = std::min(Isa::depth, rows - k);
+        for (Index tile = thread; tile < tiles_of(columns); tile += team.threads) {
+            const auto piece = packed_weight<Isa, T>(packed, rows, columns, d, tile).from(k);
+            pack_tile<Isa>(f, w, columns, tile, k, some, piece);
+            if (packed.scales != nullptr) fix_tile<Isa>(piece, some);
+        }
     }
 }
 
@@ -331,7 +349,8 @@ LSTM_HD void for_rows(const StepBack<Isa, T>& step, const Part& part, const Take
 // to[rows, columns] = left[rows, depth] w, this thread's tiles of w [depth, columns].
 template <typename Isa, typename T>
 LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* left, Index ld, const T* w, Index depth,
-                           Index columns, Acc<T>* packed, const Part& part, Acc<T>* to, Index ld_to) {
+                           Index columns, const PackedWeight<Acc<T>>& packed, const Part& part, Acc<T>* to,
+                           Index ld_to) {
     using O = Operand<Isa, T>;
     const Backward<T>& f = step.f;
     const bool in_passing = packs_in_passing(f, step.team);

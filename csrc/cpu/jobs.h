@@ -22,6 +22,14 @@ template <typename Job>
 __attribute__((target(LSTM_AMX_TARGET))) void run_amx_over_steps(const Job& job, int thread, int threads);
 #endif
 
+// run_thread, which notes what is unfit for a product.
+template <typename Isa, typename Job>
+LSTM_HD void run_noting(const Job& job, int thread, int threads) {
+    unfit = false;
+    run_thread<Isa>(job, thread, threads);
+    if (unfit) job.walk.unfit = true;
+}
+
 #define LSTM_INSTANTIATE(run, T)                                   \
     template void run(const Forward<T>&, int thread, int threads); \
     template void run(const Backward<T>&, int thread, int threads);

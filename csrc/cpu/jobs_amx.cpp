@@ -3,18 +3,14 @@
 #ifdef LSTM_X86
 namespace lstm::cpu {
 
-template <typename Isa, typename Job>
-LSTM_HD void run_noting(const Job& job, int thread, int threads) {
-    const RegistersInUse registers;
-    run_thread<Isa>(job, thread, threads);
-    if (thread_state.infinite) job.walk.infinite = true;
-}
 template <typename Job>
 void run_amx(const Job& job, int thread, int threads) {
+    const RegistersInUse registers;
     run_noting<Amx>(job, thread, threads);
 }
 template <typename Job>
 void run_amx_over_steps(const Job& job, int thread, int threads) {
+    const RegistersInUse registers;
     run_noting<AmxOverSteps>(job, thread, threads);
 }
 LSTM_INSTANTIATE(run_amx, float)

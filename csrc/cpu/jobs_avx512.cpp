@@ -5,7 +5,7 @@ namespace lstm::cpu {
 
 template <typename Job>
 void run_avx512(const Job& job, int thread, int threads) {
-    run_thread<Avx512>(job, thread, threads);
+    run_noting<Avx512>(job, thread, threads);
 }
 template <typename Job>
 void run_pairs(const Job& job, int thread, int threads) {

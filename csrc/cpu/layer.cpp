@@ -85,7 +85,7 @@ InstructionSet serving(const Shape& s) {
     return over_steps ? InstructionSet::amx_over_steps : InstructionSet::avx512;
 }
 
-// Whether an operand was infinite that may not be.
+// Whether the call has to be computed anew in less special an instruction set.
 template <typename Job, typename Args>
 bool run_once(Shape shape, const Args& args) {
     const Index rows = std::accumulate(shape.steps, shape.steps + shape.time, Index{0});
@@ -105,17 +105,17 @@ bool run_once(Shape shape, const Args& args) {
 #else
     kernel(job, 0, 1);
 #endif
-    return job.walk.infinite;
+    return job.walk.unfit;
 }
 
-// In the instruction set that serves it best, and if infinity came where it must not, anew without AMX.
+// In the instruction set that serves it best, and where something was unfit for its products anew without planes, at
+// last without fixed point.
 template <template <typename> class Job, typename T, typename Args>
 void run(const Shape& shape, const Args& args) {
     Shape s = shape;
     s.instruction_set = serving<Job, T>(shape);
-    if (!run_once<Job<T>>(s, args)) return;
-    s.instruction_set = InstructionSet::avx512;
-    run_once<Job<T>>(s, args);
+    while (run_once<Job<T>>(s, args))
+        s.instruction_set = s.instruction_set >= InstructionSet::amx ? InstructionSet::avx512 : InstructionSet::avx2;
 }
 
 template <template <typename> class Job, typename Args>

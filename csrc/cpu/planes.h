@@ -22,13 +22,13 @@ LSTM_HD void split(Floats x, Pairs16 (&planes)[3]) {
 
 // The larger of a magnitude so far and those of x, of which NaN are none.
 LSTM_HD Floats larger(Floats so_far, Floats x) {
-    const Floats magnitude = bit_cast<Floats>(bit_cast<Pairs16>(x) & 0x7fffffffu);
+    const Floats magnitude = magnitudes(x);
     return magnitude > so_far ? magnitude : so_far;
 }
 
 // Makes a note of magnitudes that round to infinity.
 LSTM_AMX void note(Floats largest) {
-    if (_mm512_cmp_ps_mask(largest, _mm512_set1_ps(0x1.ffp127f), _CMP_GE_OQ) != 0) thread_state.infinite = true;
+    if (_mm512_cmp_ps_mask(largest, _mm512_set1_ps(0x1.ffp127f), _CMP_GE_OQ) != 0) unfit = true;
 }
 
 // Where the unit-th of a row's operands lies, in the first plane.

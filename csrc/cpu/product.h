@@ -6,12 +6,16 @@
 // AMX has tiles of its own (amx.h).
 #pragma once
 
-#include "vectors.h"
+#include "fixed.h"
 
 namespace lstm::cpu {
 
 constexpr Index kDeep = 32;        // k of a packed tile is padded to a multiple
 constexpr int kBlocksToFetch = 4;  // at least, that share asking for the next panel
+
+// Whether the calling thread met what its products can't hold: infinity in planes, or with weights in fixed point a sum
+// that is no finite float. Such a call is computed anew.
+inline thread_local bool unfit;
 
 LSTM_HD Index round_up(Index n, Index unit) { return (n + unit - 1) / unit * unit; }
 
@@ -25,10 +29,10 @@ template <typename Isa, int N>
 constexpr Index panel_width<Isa, Planes<N>> = 32;
 #endif
 
-// Whether a product can ask, while it reads a tile, for the one that comes next, and for how many of its elements at
-// each k.
+// Whether a tile is one panel of floats. Then a product can ask, while it reads a tile, for the one that comes next,
+// some of its elements at each k; and tiles may be in fixed point (fixed.h).
 template <typename Isa, typename O>
-constexpr bool can_ask = std::is_same_v<O, float> && panel_width<Isa, O> == kTile;
+constexpr bool whole_panel = std::is_same_v<O, float> && panel_width<Isa, O> == kTile;
 constexpr Index kAsked = 32;
 
 // Elements of a packed tile of depth k.
@@ -36,16 +40,18 @@ LSTM_HD Index tile_size(Index k) { return round_up(k, kDeep) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
 // a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other. `next`: what
-// to ask for meanwhile, or null.
+// to ask for meanwhile, or null. `scales`: [k / kPiece, 64] of a tile whose pieces may be in fixed point, or null.
 template <typename O>
 struct Right {
     O* b;
     Index ld, panel;
     bool far = false;
     const O* next = nullptr;
+    float* scales = nullptr;
 
     LSTM_HD Right from(Index p) const {
-        return {b + p * ld, ld, panel, far, next == nullptr ? nullptr : next + p * kAsked};
+        float* const scale = scales == nullptr ? nullptr : scales + p / kPiece * kTile;
+        return {b + p * ld, ld, panel, far, next == nullptr ? nullptr : next + p * kAsked, scale};
     }
 };
 
@@ -63,7 +69,7 @@ LSTM_HD bool is_far(Index elements) { return elements > 1 << 19; }
 // half of the next one, of depth k. A single block would wait for memory in any case.
 template <typename Isa, typename O>
 LSTM_HD void ask_for(const O* next, Index k, Index rows_of_step, bool second, Right<const O>& right) {
-    if (can_ask<Isa, O> && right.far && rows_of_step > kRows && rows_of_step <= 2 * kRows)
+    if (whole_panel<Isa, O> && right.far && rows_of_step > kRows && rows_of_step <= 2 * kRows)
         right.next = next + (second ? k * kAsked : 0);
 }
 
@@ -178,7 +184,13 @@ LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const
         if constexpr (wide > Isa::vectors) {
             if (alone) return multiply_pass<Isa, Rows, wide, along, false>(a, lda, b, k, c, ldc, accumulate);
         }
-        if constexpr (can_ask<Isa, O> && along == Along::rows) {
+        if constexpr (whole_panel<Isa, O> && along == Along::rows) {
+#ifdef LSTM_X86
+            if (b.scales != nullptr && b.scales[0] >= 0) {
+                unfit |= !multiply_fixed<Rows>(a, lda, b.b, b.scales, k, c, ldc, accumulate);
+                return;
+            }
+#endif
             if (b.next != nullptr)
                 return multiply_pass<Isa, Rows, Isa::vectors, along, true>(a, lda, b, k, c, ldc, accumulate);
         }
@@ -302,6 +314,19 @@ LSTM_HD void pack_rows(const Groups<T>& groups, Index depth, const Right<Acc<T>>
         }
     });
 }
+
+// The pieces of a packed tile of depth k become fixed point in their place, if they may.
+template <typename Isa, typename O>
+LSTM_HD void fix_tile([[maybe_unused]] const Right<O>& tile, [[maybe_unused]] Index k) {
+#ifdef LSTM_X86
+    if constexpr (whole_panel<Isa, O>) {
+        for (Index p = 0; p < k; p += kPiece) fix(std::min(kPiece, k - p), tile.from(p).b, tile.from(p).scales);
+    }
+#endif
+}
+
+// Elements of its scales.
+LSTM_HD Index scales_size(Index k) { return (k + kPiece - 1) / kPiece * kTile; }
 
 // `columns` <= 64 columns of k rows, the p-th at row(p), to [k, 64] with 0 behind.
 template <typename Isa, typename T, typename Row>

@@ -14,6 +14,10 @@ namespace lstm::cpu {
 // AMX's bf16 from half as many on. With vectors of 512 bits more for large weights, a row for as many elements of both.
 constexpr Index kFewRows = 8, kMostFewRows = 24, kElementsOfFewRow = 1 << 14;
 
+// Of more elements than so many a thread, W_hh goes in fixed point (fixed.h), where a step has one block of rows, in as
+// many steps as pay for packing it so.
+constexpr Index kFixedElements = 7 << 16, kFixedSteps = 48;
+
 constexpr Index kBlocksOfThread = 4;    // of sequences of unequal length
 constexpr Index kAskedBytes = 5 << 13;  // of what others wrote, most of the first cache
 
@@ -141,11 +145,11 @@ struct Walk {
     Operands operands(bool planes) const { return {planes, planes && s.dtype == Dtype::float32}; }
 
     const Shape s;
-    const Operands of_step, over_steps;         // of the products of a step, and of those over all steps
-    std::vector<Index> start;                   // [time + 1] first row of each step, and N
-    std::vector<Index> chunk_end;               // [chunks] steps walked by the end of each
-    Index chunk_rows = 0;                       // at most
-    mutable std::atomic<bool> infinite{false};  // whether an operand in planes was
+    const Operands of_step, over_steps;      // of the products of a step, and of those over all steps
+    std::vector<Index> start;                // [time + 1] first row of each step, and N
+    std::vector<Index> chunk_end;            // [chunks] steps walked by the end of each
+    Index chunk_rows = 0;                    // at most
+    mutable std::atomic<bool> unfit{false};  // whether a thread met what is (product.h)
 
     bool alike() const { return of_step.planes == over_steps.planes; }
     Index rows() const { return start.back(); }
@@ -154,6 +158,12 @@ struct Walk {
         const bool wide = s.instruction_set >= (pairs ? InstructionSet::avx512_bf16 : InstructionSet::avx512);
         const Index elements = more && wide ? 4 * s.hidden * (s.input + s.features) : 0;
         return !of_step.planes && rows() <= std::clamp(elements / kElementsOfFewRow, kFewRows, kMostFewRows);
+    }
+    // Whether W_hh goes in fixed point.
+    bool fixes() const {
+        const bool floats = s.dtype == Dtype::float32 && s.instruction_set >= InstructionSet::avx512 && !of_step.planes;
+        const Index elements = s.directions * 4 * s.hidden * s.features;
+        return floats && s.batch <= kRows && s.time >= kFixedSteps && elements > s.threads * kFixedElements;
     }
     Index chunks() const { return static_cast<Index>(chunk_end.size()); }
 

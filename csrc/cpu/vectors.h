@@ -207,6 +207,12 @@ LSTM_HD void store_vector(const Vector<Isa, Acc<T>>& from, T* to) {
     }
 }
 
+template <typename Floats>
+LSTM_HD Floats magnitudes(Floats x) {
+    typedef std::uint32_t Words __attribute__((vector_size(sizeof(Floats))));
+    return bit_cast<Floats>(bit_cast<Words>(x) & 0x7fffffffu);
+}
+
 // 16 units; of the last tile only count < 16 exist, and the others are 0.
 template <typename Isa, typename T>
 LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {

@@ -1,0 +1,135 @@
+"""W_hh in fixed point of 24 bits (csrc/cpu/fixed.h), which AVX-512 takes for large weights and few rows a step.
+
+It is as exact as floats, whatever the weights, and does not show where numbers are beyond it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lstm_fast import LSTM
+
+HIDDEN, STEPS = 352, 48  # of the sizes that go in fixed point, with a piece of k that isn't whole
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of more, each has less of the weight, which then stays in its cache as floats."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def uneven(w: Tensor) -> Tensor:
+    """A weight of every third row far above the others."""
+    w[::3, 5] *= 200
+    return w
+
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as they are made": lambda w: w,
+    "normal": lambda w: torch.randn_like(w) / HIDDEN**0.5,
+    "rows of all magnitudes": lambda w: w * 10 ** torch.linspace(-40, 1, w.size(0)).unsqueeze(1),
+    "nine in ten pruned": lambda w: w * (torch.rand_like(w) < 0.1),
+    "rows and columns of zeros": lambda w: (
+        w * (torch.arange(w.size(0)) % 7 > 0).unsqueeze(1) * (torch.arange(w.size(1)) % 5 > 0)
+    ),
+    "one far above": uneven,
+}
+
+
+def results(module: nn.Module, x: Tensor, states: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """y, the last states, and all gradients."""
+    x, h0, c0 = (t.clone().to(dy).requires_grad_() for t in (x, *states))
+    y, (h_n, c_n) = module(x, (h0, c0))
+    loss = (y * dy).sum() + h_n.sum() + c_n.sum()
+    return [y, h_n, c_n, *torch.autograd.grad(loss, [x, h0, c0, *module.parameters()])]
+
+
+def three(weights: Callable[[Tensor], Tensor], **sizes: Any) -> tuple[LSTM, nn.LSTM, nn.LSTM]:
+    """Ours, nn.LSTM, and nn.LSTM in fp64, of the same weights."""
+    torch.manual_seed(0)
+    ours, theirs, oracle = (
+        LSTM(40, HIDDEN, backend="cpu", **sizes),
+        nn.LSTM(40, HIDDEN, **sizes),
+        nn.LSTM(40, HIDDEN, **sizes),
+    )
+    with torch.no_grad():
+        for name, weight in ours.named_parameters():
+            if "weight_hh" in name:
+                weight.copy_(weights(weight.clone()))
+    theirs.load_state_dict(ours.state_dict())
+    oracle.double().load_state_dict(ours.state_dict())
+    return ours, theirs, oracle
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    ("batch", "sizes"),
+    [(1, {}), (6, {}), (3, {"bidirectional": True}), (2, {"proj_size": 330})],
+    ids=["one sequence", "six", "both directions", "projected"],
+)
+def test_errors_are_within_twice_those_of_torch(batch: int, sizes: dict[str, Any], weights: str) -> None:
+    ours, theirs, oracle = three(WEIGHTS[weights], **sizes)
+    features, directions = sizes.get("proj_size", HIDDEN), 1 + sizes.get("bidirectional", False)
+    x = torch.randn(STEPS, batch, 40)
+    states = [torch.randn(directions, batch, size) for size in (features, HIDDEN)]
+    dy = torch.randn(STEPS, batch, directions * features)
+    exact = results(oracle, x, states, dy.double())
+    for a, b, right in zip(results(ours, x, states, dy), results(theirs, x, states, dy), exact, strict=True):
+        mine, allowed = ((t.double() - right).norm() / right.norm() for t in (a, b))
+        assert mine <= 2 * allowed + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("where", ["h0", "dy", "weight"])
+def test_magnitudes_beyond_fixed_point_are_those_of_floats(where: str) -> None:
+    """Sums of integers leave the range of floats before those of floats do: such a call is computed anew."""
+    ours, _, oracle = three(lambda w: w)
+    x, states, dy = (
+        torch.randn(STEPS, 1, 40),
+        [torch.randn(1, 1, HIDDEN) for _ in range(2)],
+        torch.randn(STEPS, 1, HIDDEN),
+    )
+    if where == "h0":
+        states[0] *= 1e34
+    elif where == "dy":
+        dy *= 1e33
+    else:
+        with torch.no_grad():
+            ours.weight_hh_l0 *= 1e34
+            oracle.load_state_dict(ours.state_dict())
+    for a, right in zip(results(ours, x, states, dy), results(oracle, x, states, dy.double()), strict=True):
+        finite = right.abs() < 1e38
+        assert torch.equal(a.isfinite(), finite)
+        assert (a.double() - right)[finite].norm() <= 1e-4 * right[finite].norm()
+
+
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    ours, _, _ = three(lambda w: w)
+    x = torch.randn(STEPS, 3, 40)
+    x[4, 1, 0] = float("nan")
+    with torch.no_grad():
+        y, _ = ours(x)
+        ours.weight_hh_l0[0, 0] = float("nan")  # of the first unit's input gate
+        other, _ = ours(x[:, :1])
+    assert y[4:, 1].isnan().all()
+    assert y[:4].isfinite().all()
+    assert y[:, [0, 2]].isfinite().all()
+    assert other[1, 0, 0].isnan()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    """Both directions of a weight so large that two threads have it in fixed point too."""
+    torch.manual_seed(0)
+    ours, x = LSTM(40, 420, bidirectional=True, backend="cpu"), torch.randn(STEPS, 2, 40)
+    one = [*(t.detach() for t in ours(x)[:1]), *torch.autograd.grad(ours(x)[0].sin().sum(), list(ours.parameters()))]
+    torch.set_num_threads(threads)
+    for _ in range(2):
+        y, _ = ours(x)
+        other = [y.detach(), *torch.autograd.grad(y.sin().sum(), list(ours.parameters()))]
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
