@@ -65,8 +65,7 @@ const Case kCases[] = {
     {{2, 2, 2, 2, 2, 1}, 70, 130, 65, 2},         // tiles shared by threads, projected
     {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 6, 450, 0, 1},  // W_hh read as it lies
     {{90, 80}, 6, 384, 0, 1},                     // gradients by pieces
-    {std::vector<Index>(48, 3), 6, 340, 0, 1},    // W_hh in fixed point on one thread
-    {std::vector<Index>(48, 1), 6, 420, 0, 2},    // on any
+    {std::vector<Index>(48, 2), 6, 420, 0, 2},    // W_hh in fixed point, on three threads too
     {std::vector<Index>(200, 3), 4, 20, 0, 2},    // several chunks
     {std::vector<Index>(200, 3), 4, 20, 6, 1},
     {std::vector<Index>(14, 10), 6, 128, 0, 2},  // floats in planes
