@@ -38,13 +38,6 @@ struct Gradient {
     Acc<T>* sum;
 };
 
-// A weight's tiles, one direction's behind the other's; and the scales of those in fixed point, else null.
-template <typename A>
-struct PackedWeight {
-    A* tiles;
-    float* scales;
-};
-
 template <typename T>
 struct Backward {
     using A = Acc<T>;
@@ -80,7 +73,7 @@ struct Backward {
                    dx == nullptr ? 0 : walk.over_steps.room(s.directions * input_tiles * tile_size(4 * s.hidden))),
                nullptr},
           w_hh{arena.take<A>(walk.of_step.room(s.directions * feature_tiles * tile_size(4 * s.hidden))),
-               fixes() ? arena.take<float>(s.directions * feature_tiles * scales_size(4 * s.hidden)) : nullptr},
+               walk.fixes() ? arena.take<float>(s.directions * feature_tiles * scales_size(4 * s.hidden)) : nullptr},
           w_hr{arena.take<A>(projected ? walk.of_step.room(s.directions * tiles * tile_size(s.features)) : 0), nullptr},
           dh(arena.take<A>(s.directions * s.batch * feature_tiles * kTile)),
           dc(arena.take<A>(s.directions * s.batch * s.hidden)),
@@ -128,8 +121,6 @@ struct Backward {
         const bool near = s.time <= kFewStepsBack || !is_far(4 * s.hidden * s.features);
         return !walk.of_step.planes && walk.rows() <= (near ? 2 : 1) * kFewRows;
     }
-
-    bool fixes() const { return walk.fixes() && !weights_lie(); }
 
     // Enough of them for a chunk's gradients in any form.
     Index packed_rows() const { return round_up(walk.chunk_rows + 1, kDeep); }
@@ -193,11 +184,7 @@ LSTM_HD bool lies_right(const Backward<T>& f, Index columns, Index tile) {
 template <typename Isa, typename T>
 LSTM_HD Right<Operand<Isa, T>> packed_weight(const PackedWeight<Acc<T>>& packed, Index rows, Index columns, int d,
                                              Index tile) {
-    using O = Operand<Isa, T>;
-    const Index number = d * tiles_of(columns) + tile;
-    Right<O> right = packed_at<Isa>(reinterpret_cast<O*>(packed.tiles) + number * tile_size(rows), rows);
-    if (packed.scales != nullptr) right.scales = packed.scales + number * scales_size(rows);
-    return right;
+    return packed.template tile<Isa, Operand<Isa, T>>(d * tiles_of(columns) + tile, rows);
 }
 
 // Of a tile of w [.., columns], rows k and on: `packed`, or as they lie.

@@ -21,7 +21,8 @@ constexpr Index kJoinedTile = 1 << 18;    // of one tile of them in planes
 constexpr Index kJoinedBatch = 4;
 constexpr Index kFewSteps = 32;          // that don't pay for packing W_hh, if each is of one row and
 constexpr Index kLargeWeight = 1 << 17;  // W_hh has so many elements
-constexpr Index kSideBySide = 4;         // rows whose cells are taken by turns, as each is one long chain
+static_assert(kFixedSteps > kFewSteps && 2 * kJoinedBytes < 4 * kFixedElements, "W_hh in fixed point is packed alone");
+constexpr Index kSideBySide = 4;  // rows whose cells are taken by turns, as each is one long chain
 
 template <typename T>
 struct Forward {
@@ -49,15 +50,14 @@ struct Forward {
           cells(static_cast<A*>(args.cells)),
           asks(asks_for_saved()),
           unpacked(walk.few()),
-          hh_fixed(walk.fixes() && !unpacked),
           hh_lies(lies_hh()),
           joined(joins()),
           h_first(joined ? s.input : 0),
           ld(h_first + walk.of_step.in_row(std::max(padded, feature_tiles * kTile))),
           ld_x(walk.over_steps.in_row(s.input)),
           w_ih(arena.take<A>(unpacked ? 0 : walk.over_steps.room(s.directions * tiles * tile_size(depth_ih())))),
-          w_hh(arena.take<A>(hh_lies || joined ? 0 : walk.of_step.room(s.directions * tiles * tile_size(features)))),
-          scales(arena.take<float>(hh_fixed ? s.directions * tiles * scales_size(features) : 0)),
+          w_hh{arena.take<A>(hh_lies || joined ? 0 : walk.of_step.room(s.directions * tiles * tile_size(features))),
+               walk.fixes() ? arena.take<float>(s.directions * tiles * scales_size(features)) : nullptr},
           bias(arena.take<A>(s.directions * tiles * kTile)),
           converted((std::is_same_v<T, A> && !walk.over_steps.planes) || joined
                         ? nullptr
@@ -94,7 +94,7 @@ struct Forward {
     bool lies_hh() const {
         const bool pairs = std::is_same_v<T, BFloat16> && s.instruction_set >= InstructionSet::avx512_bf16;
         return unpacked || (s.batch == 1 && s.time <= kFewSteps && 4 * s.hidden * features >= kLargeWeight &&
-                            !walk.of_step.planes && !pairs && !hh_fixed);
+                            !walk.of_step.planes && !pairs);
     }
 
     // Whether gates and cells are saved behind the second cache. In planes a tile of a small weight is multiplied
@@ -120,25 +120,23 @@ struct Forward {
     const TypedWeights<T> weights[2];
     T *y, *h_n, *c_n, *gates;
     A* cells;
-    const bool asks;      // whether to ask for where gates and cells will be saved
-    const bool unpacked;  // whether weights are read as they lie
-    const bool hh_fixed;  // whether W_hh is packed in fixed point
-    const bool hh_lies;   // whether it is read as it lies
-    const bool joined;    // whether x and h are multiplied together
-    const Index h_first;  // where h begins in a row of states
-    const Index ld;       // from one row of states to the next
-    const Index ld_x;     // from one row of x to the next, as products read it
-    A* w_ih;              // [D, tiles, I, 64] packed; joined: [D, tiles, I + R, 64]
-    A* w_hh;              // [D, tiles, R, 64] packed, unless joined
-    float* scales;        // [D, tiles, pieces of R, 64] of W_hh in fixed point
-    A* bias;              // [D, tiles, 4, 16]
-    A* converted;         // [D, rows of a chunk, ld_x] x, where products don't read T
-    A* a;                 // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
-    A* h;                 // [D, 2, B, ld] states h_{t-1} and h_t by turns; joined: [x_t, h_{t-1}] and the next
-    A* c;                 // [D, B, padded]
-    A* w_hr;              // [D, feature tiles, H, 64] packed
-    const Index ld_m;     // from one row of m to the next
-    A* m;                 // [D, B, ld_m] o tanh(c), where it is projected
+    const bool asks;       // whether to ask for where gates and cells will be saved
+    const bool unpacked;   // whether weights are read as they lie
+    const bool hh_lies;    // whether W_hh is
+    const bool joined;     // whether x and h are multiplied together
+    const Index h_first;   // where h begins in a row of states
+    const Index ld;        // from one row of states to the next
+    const Index ld_x;      // from one row of x to the next, as products read it
+    A* w_ih;               // [D, tiles, I, 64] packed; joined: [D, tiles, I + R, 64]
+    PackedWeight<A> w_hh;  // [D, tiles, R, 64], unless joined
+    A* bias;               // [D, tiles, 4, 16]
+    A* converted;          // [D, rows of a chunk, ld_x] x, where products don't read T
+    A* a;                  // [D, tiles, rows of a chunk, 4, 16] pre-activations, unless joined
+    A* h;                  // [D, 2, B, ld] states h_{t-1} and h_t by turns; joined: [x_t, h_{t-1}] and the next
+    A* c;                  // [D, B, padded]
+    A* w_hr;               // [D, feature tiles, H, 64] packed
+    const Index ld_m;      // from one row of m to the next
+    A* m;                  // [D, B, ld_m] o tanh(c), where it is projected
 };
 
 // One tile of W_ih [I, 64] and of W_hh [R, 64]; joined, one behind the other in one of depth I + R.
@@ -151,10 +149,8 @@ LSTM_HD Right<O> packed_ih(const Forward<T>& f, int d, Index tile) {
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
     if (f.joined) return packed_ih<Isa, O>(f, d, tile).from(f.s.input);
-    O* const packed = reinterpret_cast<O*>(f.w_hh) + (d * f.tiles + tile) * tile_size(f.features);
-    Right<O> right = packed_at<Isa>(packed, f.features, is_far(4 * f.s.hidden * f.features));
-    if (f.hh_fixed) right.scales = f.scales + (d * f.tiles + tile) * scales_size(f.features);
-    return right;
+    const bool far = is_far(4 * f.s.hidden * f.features);
+    return f.w_hh.template tile<Isa, O>(d * f.tiles + tile, f.features, far);
 }
 
 // c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or its rows as they lie.
@@ -318,7 +314,7 @@ LSTM_HD void prepare_forward(const Forward<T>& f, const Team& team, int thread) 
                               packed_ih<In, Operand<In, T>>(f, 0, i));
             if (!f.hh_lies && !packs_both_in_passing(f, team))
                 pack_rows<Isa>(gate_rows(w.w_hh, s.hidden, f.features, tile), f.features, packed_hh<Isa, O>(f, 0, i));
-            if (f.hh_fixed) fix_tile<Isa>(packed_hh<Isa, O>(f, 0, i), f.features);
+            if (f.w_hh.scales != nullptr) fix_tile<Isa>(packed_hh<Isa, O>(f, 0, i), f.features);
         }
         for (Index gate = 0; gate < 4; ++gate) {
             A* const bias = f.bias + i * kTile + gate * kUnits;

@@ -17,6 +17,7 @@ constexpr Index kFewRows = 8, kMostFewRows = 24, kElementsOfFewRow = 1 << 14;
 // Of more elements than so many a thread, W_hh goes in fixed point (fixed.h), where a step has one block of rows, in as
 // many steps as pay for packing it so.
 constexpr Index kFixedElements = 7 << 16, kFixedSteps = 48;
+static_assert(kFixedSteps > 2 * kFewRows && kFixedSteps > kMostFewRows, "such a call doesn't read weights as they lie");
 
 constexpr Index kBlocksOfThread = 4;    // of sequences of unequal length
 constexpr Index kAskedBytes = 5 << 13;  // of what others wrote, most of the first cache
@@ -218,6 +219,21 @@ struct TypedWeights {
           w_hr(static_cast<const T*>(w.w_hr)) {}
 
     const T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+};
+
+// A weight's packed tiles, one direction's behind the other's; and the scales of those in fixed point, else null.
+template <typename A>
+struct PackedWeight {
+    A* tiles;
+    float* scales;
+
+    // The number-th tile, of depth k, as a product takes it.
+    template <typename Isa, typename O>
+    LSTM_HD Right<O> tile(Index number, Index k, bool far = false) const {
+        Right<O> right = packed_at<Isa>(reinterpret_cast<O*>(tiles) + number * tile_size(k), k, far);
+        if (scales != nullptr) right.scales = scales + number * scales_size(k);
+        return right;
+    }
 };
 
 // Rows 16 * tile .. of each gate of w [4H, depth].
