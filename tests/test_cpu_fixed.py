@@ -38,6 +38,7 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows and columns of zeros": lambda w: (
         w * (torch.arange(w.size(0)) % 7 > 0).unsqueeze(1) * (torch.arange(w.size(1)) % 5 > 0)
     ),
+    "all alike": lambda w: torch.full_like(w, 2 / HIDDEN),
     "one far above": uneven,
 }
 

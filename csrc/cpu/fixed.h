@@ -5,8 +5,9 @@
 // bits of the words are columns 0 .. 47, the low bytes of all three together columns 48 .. 63. Who reads a word as an
 // integer takes a low byte for part of it; packing rounds such that the whole is nearest. A piece of up to kPiece k has
 // a scale for each column, so that a weight is off by less than 2^-23 of the column's largest magnitude: less than what
-// rounding does to a sum of some hundred products. A piece with a column many of whose weights are far smaller than the
-// largest, or with what isn't finite, stays as floats, and its first scale is negative.
+// rounding does to a sum of some hundred products. A piece stays as floats, and its first scale is negative, if in one
+// of its columns something is not finite, many weights are far smaller than the largest, which are less exact, or many
+// are as large, whose errors don't cancel.
 #pragma once
 
 #include "vectors.h"
@@ -22,8 +23,8 @@ constexpr Index kFixedWords = 48;                                  // of 64 colu
 constexpr float kWhole = 0x1.fffff8p30f;                           // what the largest magnitude becomes
 constexpr float kLeastLargest = 0x1p-90f, kMostLargest = 0x1p90f;  // whose scales and factors are plain floats
 constexpr std::int32_t kSmall = 6;                                 // binary digits below the largest, and more
-constexpr Index kSmallOfAll = 8;                                   // at most one in so many is that small, but not 0
-constexpr Index kAhead = 512;  // words that are asked for before they are read: hardware alone asks too late
+constexpr Index kOddOfAll = 8;  // at most one in so many is that small, but not 0, or as large as the largest
+constexpr Index kAhead = 512;   // words that are asked for before they are read: hardware alone asks too late
 
 using FixedFloats = Vector<Avx512, float>;
 typedef std::int32_t FixedWords __attribute__((vector_size(sizeof(FixedFloats))));
@@ -33,7 +34,7 @@ __attribute__((target(LSTM_AVX512_TARGET))) inline void fix(Index k, float* piec
     using Words = Avx512::Wide;
     const auto at = [&](Index p, int v) LSTM_INLINED { return load_vector<Avx512>(piece + p * kTile + 16 * v); };
     const auto bits_at = [&](Index p, int v) LSTM_INLINED { return bit_cast<FixedWords>(magnitudes(at(p, v))); };
-    FixedWords largest[4] = {}, small[4] = {};  // as bits, which grow with magnitudes; those of NaN are the largest
+    FixedWords largest[4] = {}, odd[4] = {};  // as bits, which grow with magnitudes; those of NaN are the largest
     for (Index p = 0; p < k; ++p) {
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
@@ -45,17 +46,17 @@ __attribute__((target(LSTM_AVX512_TARGET))) inline void fix(Index k, float* piec
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
             const FixedWords x = bits_at(p, v);
-            small[v] -= (x < largest[v] - (kSmall << 23)) & (x > 0);
+            odd[v] -= ((x < largest[v] - (kSmall << 23)) | (x == largest[v])) & (x > 0);
         }
     }
     alignas(64) float most[kTile], factors[kTile];
-    alignas(64) std::int32_t small_ones[kTile];
+    alignas(64) std::int32_t odd_ones[kTile];
     std::memcpy(most, largest, sizeof(most));
-    std::memcpy(small_ones, small, sizeof(small_ones));
+    std::memcpy(odd_ones, odd, sizeof(odd_ones));
     bool may = true;
     for (Index j = 0; j < kTile; ++j) {
         const bool plain = most[j] == 0 || (most[j] > kLeastLargest && most[j] < kMostLargest);
-        may &= plain && small_ones[j] <= k / kSmallOfAll;
+        may &= plain && odd_ones[j] <= k / kOddOfAll;
         scales[j] = most[j] / kWhole;
         factors[j] = most[j] == 0 ? 0 : kWhole / most[j];
     }
