@@ -3,14 +3,14 @@
 It is as exact as floats, whatever the weights, and does not show where numbers are beyond it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lstm_fast import LSTM
+from tests.cpu_case import WEIGHTS, check_errors, results, three
 
 HIDDEN, STEPS = 352, 48  # of the sizes that go in fixed point, with a piece of k that isn't whole
 
@@ -24,50 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def uneven(w: Tensor) -> Tensor:
-    """A weight of every third row far above the others."""
-    w[::3, 5] *= 200
-    return w
-
-
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as they are made": lambda w: w,
-    "normal": lambda w: torch.randn_like(w) / HIDDEN**0.5,
-    "rows of all magnitudes": lambda w: w * 10 ** torch.linspace(-40, 1, w.size(0)).unsqueeze(1),
-    "nine in ten pruned": lambda w: w * (torch.rand_like(w) < 0.1),
-    "rows and columns of zeros": lambda w: (
-        w * (torch.arange(w.size(0)) % 7 > 0).unsqueeze(1) * (torch.arange(w.size(1)) % 5 > 0)
-    ),
-    "all alike": lambda w: torch.full_like(w, 2 / HIDDEN),
-    "one far above": uneven,
-}
-
-
-def results(module: nn.Module, x: Tensor, states: list[Tensor], dy: Tensor) -> list[Tensor]:
-    """y, the last states, and all gradients."""
-    x, h0, c0 = (t.clone().to(dy).requires_grad_() for t in (x, *states))
-    y, (h_n, c_n) = module(x, (h0, c0))
-    loss = (y * dy).sum() + h_n.sum() + c_n.sum()
-    return [y, h_n, c_n, *torch.autograd.grad(loss, [x, h0, c0, *module.parameters()])]
-
-
-def three(weights: Callable[[Tensor], Tensor], **sizes: Any) -> tuple[LSTM, nn.LSTM, nn.LSTM]:
-    """Ours, nn.LSTM, and nn.LSTM in fp64, of the same weights."""
-    torch.manual_seed(0)
-    ours, theirs, oracle = (
-        LSTM(40, HIDDEN, backend="cpu", **sizes),
-        nn.LSTM(40, HIDDEN, **sizes),
-        nn.LSTM(40, HIDDEN, **sizes),
-    )
-    with torch.no_grad():
-        for name, weight in ours.named_parameters():
-            if "weight_hh" in name:
-                weight.copy_(weights(weight.clone()))
-    theirs.load_state_dict(ours.state_dict())
-    oracle.double().load_state_dict(ours.state_dict())
-    return ours, theirs, oracle
-
-
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
     ("batch", "sizes"),
@@ -75,21 +31,18 @@ def three(weights: Callable[[Tensor], Tensor], **sizes: Any) -> tuple[LSTM, nn.L
     ids=["one sequence", "six", "both directions", "projected"],
 )
 def test_errors_are_within_twice_those_of_torch(batch: int, sizes: dict[str, Any], weights: str) -> None:
-    ours, theirs, oracle = three(WEIGHTS[weights], **sizes)
+    modules = three(40, HIDDEN, WEIGHTS[weights], **sizes)
     features, directions = sizes.get("proj_size", HIDDEN), 1 + sizes.get("bidirectional", False)
     x = torch.randn(STEPS, batch, 40)
     states = [torch.randn(directions, batch, size) for size in (features, HIDDEN)]
     dy = torch.randn(STEPS, batch, directions * features)
-    exact = results(oracle, x, states, dy.double())
-    for a, b, right in zip(results(ours, x, states, dy), results(theirs, x, states, dy), exact, strict=True):
-        mine, allowed = ((t.double() - right).norm() / right.norm() for t in (a, b))
-        assert mine <= 2 * allowed + torch.finfo(torch.float32).eps
+    check_errors(modules, x, states, dy)
 
 
 @pytest.mark.parametrize("where", ["h0", "dy", "weight"])
 def test_magnitudes_beyond_fixed_point_are_those_of_floats(where: str) -> None:
     """Sums of integers leave the range of floats before those of floats do: such a call is computed anew."""
-    ours, _, oracle = three(lambda w: w)
+    ours, _, oracle = three(40, HIDDEN, lambda w: w)
     x, states, dy = (
         torch.randn(STEPS, 1, 40),
         [torch.randn(1, 1, HIDDEN) for _ in range(2)],
@@ -110,7 +63,7 @@ def test_magnitudes_beyond_fixed_point_are_those_of_floats(where: str) -> None:
 
 
 def test_what_is_not_finite_stays_where_it_is() -> None:
-    ours, _, _ = three(lambda w: w)
+    ours, _, _ = three(40, HIDDEN, lambda w: w)
     x = torch.randn(STEPS, 3, 40)
     x[4, 1, 0] = float("nan")
     with torch.no_grad():

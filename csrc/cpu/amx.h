@@ -28,7 +28,9 @@ struct alignas(64) Registers {
     std::uint8_t rows[16] = {};
 };
 
-// What the calling thread knows of its registers: how many rows each of two blocks has, the second of one block none.
+// What the calling thread knows of its registers: how many rows each of two blocks has, the second of one block none;
+// or kOfDigits, where 0 to 5 are sums and 6 the left side (digits.h).
+constexpr Index kOfDigits = -1;
 struct ThreadState {
     Index first, second;
 };
@@ -40,7 +42,8 @@ LSTM_AMX void set_registers(Index first, Index second) {
     Registers shapes;
     const auto a = static_cast<std::uint8_t>(first), b = static_cast<std::uint8_t>(second);
     const std::uint8_t of_two[] = {a, a, b, b, a, b, 16, 16}, of_one[] = {a, a, a, a, a, 16, 16, 16};
-    std::memcpy(shapes.rows, second > 0 ? of_two : of_one, sizeof(of_two));
+    const std::uint8_t of_digits[] = {a, a, a, a, a, a, a, 16};
+    std::memcpy(shapes.rows, second > 0 ? of_two : second == 0 ? of_one : of_digits, sizeof(of_two));
     asm volatile("ldtilecfg %0" ::"m"(shapes));
     state.first = first;
     state.second = second;

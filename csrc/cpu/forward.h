@@ -55,9 +55,11 @@ struct Forward {
           h_first(joined ? s.input : 0),
           ld(h_first + walk.of_step.in_row(std::max(padded, feature_tiles * kTile))),
           ld_x(walk.over_steps.in_row(s.input)),
-          w_ih(arena.take<A>(unpacked ? 0 : walk.over_steps.room(s.directions * tiles * tile_size(depth_ih())))),
+          w_ih{arena.take<A>(unpacked ? 0 : walk.over_steps.room(s.directions * tiles * tile_size(depth_ih()))),
+               walk.over_steps.digits ? arena.take<float>(s.directions * tiles * scales_size(s.input)) : nullptr},
           w_hh{arena.take<A>(hh_lies || joined ? 0 : walk.of_step.room(s.directions * tiles * tile_size(features))),
-               walk.fixes() ? arena.take<float>(s.directions * tiles * scales_size(features)) : nullptr},
+               walk.fixes() || walk.of_step.digits ? arena.take<float>(s.directions * tiles * scales_size(features))
+                                                   : nullptr},
           bias(arena.take<A>(s.directions * tiles * kTile)),
           converted((std::is_same_v<T, A> && !walk.over_steps.planes) || joined
                         ? nullptr
@@ -74,7 +76,8 @@ struct Forward {
         if (shape.instruction_set < InstructionSet::amx || sizeof(T) != 4)
             return std::max(kForwardRows, shape.input / 4);
         const Index rows = std::accumulate(shape.steps, shape.steps + shape.time, Index{0});
-        const Index stay = kPlanesBytes / (6 * shape.input);
+        const bool digits = shape.instruction_set == InstructionSet::amx_digits;
+        const Index stay = kPlanesBytes / ((digits ? 3 : 6) * shape.input);
         return rows <= std::min(2 * stay, kPlanesRows) ? rows : std::clamp(stay, kForwardRows, kPlanesRows);
     }
 
@@ -86,7 +89,8 @@ struct Forward {
         const bool room =
             !walk.of_step.planes || walk.of_step.room(depth * kTile) * static_cast<Index>(sizeof(T)) <= kJoinedTile;
         const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch && room;
-        return !unpacked && walk.alike() && s.input % (walk.of_step.planes ? kDeep : 2) == 0 && (stay || less);
+        return !unpacked && walk.alike() && !walk.of_step.digits && s.input % (walk.of_step.planes ? kDeep : 2) == 0 &&
+               (stay || less);
     }
 
     // Whether W_hh is read as it lies: in a call of few rows, or by single rows for some steps, to whom packing gives
@@ -127,7 +131,7 @@ struct Forward {
     const Index h_first;   // where h begins in a row of states
     const Index ld;        // from one row of states to the next
     const Index ld_x;      // from one row of x to the next, as products read it
-    A* w_ih;               // [D, tiles, I, 64] packed; joined: [D, tiles, I + R, 64]
+    PackedWeight<A> w_ih;  // [D, tiles, I, 64]; joined: [D, tiles, I + R, 64]
     PackedWeight<A> w_hh;  // [D, tiles, R, 64], unless joined
     A* bias;               // [D, tiles, 4, 16]
     A* converted;          // [D, rows of a chunk, ld_x] x, where products don't read T
@@ -143,8 +147,7 @@ struct Forward {
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_ih(const Forward<T>& f, int d, Index tile) {
     const Index depth = f.depth_ih();
-    O* const packed = reinterpret_cast<O*>(f.w_ih) + (d * f.tiles + tile) * tile_size(depth);
-    return packed_at<Isa>(packed, depth, f.joined && is_far(4 * f.s.hidden * depth));
+    return f.w_ih.template tile<Isa, O>(d * f.tiles + tile, depth, f.joined && is_far(4 * f.s.hidden * depth));
 }
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
@@ -164,7 +167,8 @@ LSTM_HD void multiply_weight(Index rows, const Operand<Isa, T>* left, Index ld, 
     multiply<Isa>(rows, left, ld, packed, k, c, kTile, accumulate);
 }
 
-// 16 units of h, as y and as the products of the next step read them, from the first one of `next`: rounded to T.
+// 16 units of h, as y and, unless whole rows become operands (take_states), as the products of the next step read them,
+// from the first one of `next`: rounded to T.
 template <typename Isa, typename T>
 LSTM_HD void store_state(const Forward<T>& f, int d, Index row, Index unit, Index count, const Acc<T>* h,
                          Operand<Isa, T>* next) {
@@ -173,9 +177,25 @@ LSTM_HD void store_state(const Forward<T>& f, int d, Index row, Index unit, Inde
         alignas(64) T rounded[kUnits];
         store_units<Isa>(h, kUnits, rounded);
         load_units<Isa>(rounded, kUnits, next + unit);
-    } else {
+    } else if constexpr (!whole_rows<Operand<Isa, T>>) {
         store_operands<Isa>(h, kUnits, next, unit);
     }
+}
+
+// Rows of y become the states of the next step, where that takes whole rows: this thread's, or of all its share.
+template <typename Isa, typename T>
+LSTM_HD void take_states(const Forward<T>& f, const Team& team, int thread, int d, Index t, Operand<Isa, T>* after) {
+    const auto take = [&](Index b) LSTM_INLINED {
+        const T* const y = f.y + ((f.walk.start[t] + b) * f.s.directions + d) * f.features;
+        copy_operands<Isa>(y, f.features, 0, f.ld, after + b * f.ld);
+    };
+    if (!team.by_rows) {
+        for (Index b = thread; b < f.s.steps[t]; b += team.threads) take(b);
+        return;
+    }
+    for_blocks(team, part_of(team, thread, d, f.tiles), f.s, t, [&](Index first, Index rows) LSTM_INLINED {
+        for (Index b = first; b < first + rows; ++b) take(b);
+    });
 }
 
 // Rows b .. b + rows of step t, 64 features: what W_hr makes of o tanh(c).
@@ -266,7 +286,7 @@ LSTM_HD void step_gates(const Forward<T>& f, int d, Index t, Index b, Index tile
                 store_vector<Isa, A>(load_vector<Isa>(gates[n][3] + j) * load_vector<Isa>(tanh_c[n] + j), h + j);  // F6
             if (f.feature_tiles == 0) {
                 store_state<Isa>(f, d, at, unit, units, h, after + row * f.ld + f.h_first);
-            } else {
+            } else if constexpr (!whole_rows<O>) {
                 store_operands<Isa>(h, kUnits, reinterpret_cast<O*>(f.m) + state * f.ld_m, unit);
             }
             if (f.gates != nullptr) {
@@ -446,7 +466,9 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
         const Chunk chunks[2] = {{f.walk, index, false}, {f.walk, index, true}};
         if constexpr (!std::is_same_v<Operand<In, T>, T>) {
             for (int d = 0; !f.joined && d < s.directions; ++d) convert_input<In>(f, team, thread, d, chunks[d]);
+            if (unfit) f.walk.unfit = true;
             meet();
+            if (f.walk.unfit) return;  // all threads do: none has gone on to where it could find something unfit
         }
         for (int d = 0; !f.joined && d < s.directions; ++d)
             input_products<In>(f, of_input, d, part_of(of_input, thread, d, f.tiles), chunks[d]);
@@ -474,6 +496,11 @@ LSTM_HD void run_thread(const Forward<T>& f, int thread, int threads) {
                 }
             }
             if (!team.by_rows) meet();
+            if constexpr (whole_rows<O>) {
+                for (int d = 0; step + 1 < s.time && d < s.directions; ++d)
+                    take_states<Isa>(f, team, thread, d, chunks[d].step(i), states(d, 1 - turn));
+                if (!team.by_rows) meet();
+            }
         }
         meet();  // before others' rows are overwritten
     }

@@ -20,6 +20,8 @@ template <typename Job>
 __attribute__((target(LSTM_AMX_TARGET))) void run_amx(const Job& job, int thread, int threads);
 template <typename Job>
 __attribute__((target(LSTM_AMX_TARGET))) void run_amx_over_steps(const Job& job, int thread, int threads);
+template <typename Job>
+__attribute__((target(LSTM_AMX_TARGET))) void run_amx_digits(const Job& job, int thread, int threads);
 #endif
 
 // run_thread, which notes what is unfit for a product.

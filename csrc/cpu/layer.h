@@ -20,8 +20,17 @@
 
 namespace lstm::cpu {
 
-// The last is one that layer.cpp chooses, for floats: AMX for products over all steps, AVX-512 for those of a step.
-enum class InstructionSet : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_over_steps = 5 };
+// The last two are ones that layer.cpp chooses, for floats: AMX for products over all steps, AVX-512 for those of a
+// step; and AMX in digits.
+enum class InstructionSet : int {
+    baseline = 0,
+    avx2 = 1,
+    avx512 = 2,
+    avx512_bf16 = 3,
+    amx = 4,
+    amx_over_steps = 5,
+    amx_digits = 6
+};
 
 // The best one that this CPU runs; it runs all those before it too.
 InstructionSet best_instruction_set();

@@ -10,7 +10,8 @@
 
 namespace lstm::cpu {
 
-constexpr Index kDeep = 32;        // k of a packed tile is padded to a multiple
+constexpr Index kDeep = 32;        // k of a packed tile is padded to a multiple,
+constexpr Index kDigitsDeep = 64;  // of digits to one of these
 constexpr int kBlocksToFetch = 4;  // at least, that share asking for the next panel
 
 // Whether the calling thread met what its products can't hold: infinity in planes, or with weights in fixed point a sum
@@ -27,7 +28,15 @@ constexpr Index panel_width<Isa, BFloat16> = kTile;
 #ifdef LSTM_X86
 template <typename Isa, int N>
 constexpr Index panel_width<Isa, Planes<N>> = 32;
+template <typename Isa>
+constexpr Index panel_width<Isa, Digits> = 32;
 #endif
+
+// What k of a packed tile of operands O is padded to a multiple of.
+template <typename O>
+constexpr Index deep = whole_rows<O>  ? kDigitsDeep
+                       : in_planes<O> ? kDeep
+                                      : 2;
 
 // Whether a tile is one panel of floats. Then a product can ask, while it reads a tile, for the one that comes next,
 // some of its elements at each k; and tiles may be in fixed point (fixed.h).
@@ -36,11 +45,12 @@ constexpr bool whole_panel = std::is_same_v<O, float> && panel_width<Isa, O> == 
 constexpr Index kAsked = 32;
 
 // Elements of a packed tile of depth k.
-LSTM_HD Index tile_size(Index k) { return round_up(k, kDeep) * kTile; }
+LSTM_HD Index tile_size(Index k) { return round_up(k, kDigitsDeep) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
 // a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other. `next`: what
-// to ask for meanwhile, or null. `scales`: [k / kPiece, 64] of a tile whose pieces may be in fixed point, or null.
+// to ask for meanwhile, or null. `scales`: [k / kPiece, 64] of a tile whose pieces may be in fixed point, [64] of
+// digits, else null.
 template <typename O>
 struct Right {
     O* b;
@@ -59,7 +69,7 @@ struct Right {
 template <typename Isa, typename O>
 LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
     constexpr Index width = panel_width<Isa, std::remove_const_t<O>>;
-    return {b, width, round_up(k, in_planes<std::remove_const_t<O>> ? kDeep : 2) * width, far};
+    return {b, width, round_up(k, deep<std::remove_const_t<O>>) * width, far};
 }
 
 // Whether a weight of so many elements is too large for the second cache beside what else is there.

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "arena.h"
+#include "digits.h"
 #include "layer.h"
-#include "planes.h"
 
 namespace lstm::cpu {
 
@@ -54,9 +54,11 @@ inline int useful_threads(const Shape& s, Index rows, Index tiles) {
 // Whether a step takes less time by rows than by tiles, in nanoseconds of a core that multiplies so many pairs in one
 // and reads 30 bytes from behind its second cache.
 LSTM_HD bool rows_are_faster(const Shape& s, Index tiles, int threads) {
+    const bool digits = s.instruction_set == InstructionSet::amx_digits;
     const bool planes = s.instruction_set == InstructionSet::amx, one = planes && s.dtype == Dtype::bfloat16;
-    const double rate = one ? 850 : planes ? 170 : 125, least = one ? 16 : planes ? 8 : 0;  // rows: fewer take as long
-    const double pairs = 4.0 * s.hidden * s.features, bytes = (one ? 2 : planes ? 6 : 4) * pairs;
+    const double rate = one ? 850 : digits ? 250 : planes ? 170 : 125;
+    const double least = one ? 16 : digits || planes ? 8 : 0;  // rows: fewer take as long
+    const double pairs = 4.0 * s.hidden * s.features, bytes = (one ? 2 : digits ? 3 : planes ? 6 : 4) * pairs;
     const double batch = static_cast<double>(s.batch), of_row = pairs * s.directions / rate;
     const auto read = [](double size) { return size > (1 << 19) ? size / 30 : 0.0; };
     const double uneven = static_cast<double>(tiles_of(tiles, threads) * threads) / static_cast<double>(tiles);
@@ -113,13 +115,16 @@ LSTM_HD void ask_for_states(const Team& team, const O* states, Index count) {
     for (Index i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-// How operands of products lie: in planes, of floats or of bf16; else as they are.
+// How operands of products lie: in planes, of floats or of bf16, or of digits; else as they are.
 struct Operands {
-    bool planes, three;  // of each
+    bool planes, three, digits;
 
-    // Features of a row that holds so many, and elements of Acc<T> that hold so many operands.
-    Index in_row(Index features) const { return planes ? round_up(features, kDeep) : features; }
-    Index room(Index operands) const { return three ? operands * 3 / 2 : operands; }
+    // Operands of a row that holds so many features, and elements of Acc<T> that hold so many operands.
+    Index in_row(Index features) const {
+        if (digits) return round_up(features, kDigitsDeep) + kDigitsDeep;  // for its scale
+        return planes ? round_up(features, kDeep) : features;
+    }
+    Index room(Index operands) const { return digits ? operands * 3 / 4 : three ? operands * 3 / 2 : operands; }
 };
 
 // Steps and rows of a call, and the chunks of steps in which it is walked: each of as many steps as have so many rows,
@@ -127,7 +132,8 @@ struct Operands {
 struct Walk {
     Walk(const Shape& shape, Index rows_of_chunk, bool back)
         : s(shape),
-          of_step(operands(s.instruction_set == InstructionSet::amx)),
+          of_step(operands(s.instruction_set >= InstructionSet::amx &&
+                           s.instruction_set != InstructionSet::amx_over_steps)),
           over_steps(operands(s.instruction_set >= InstructionSet::amx)),
           start(shape.time + 1, 0) {
         for (Index t = 0; t < s.time; ++t) start[t + 1] = start[t] + s.steps[t];
@@ -143,7 +149,10 @@ struct Walk {
         }
     }
 
-    Operands operands(bool planes) const { return {planes, planes && s.dtype == Dtype::float32}; }
+    Operands operands(bool planes) const {
+        const bool digits = planes && s.instruction_set == InstructionSet::amx_digits;
+        return {planes, planes && s.dtype == Dtype::float32 && !digits, digits};
+    }
 
     const Shape s;
     const Operands of_step, over_steps;      // of the products of a step, and of those over all steps

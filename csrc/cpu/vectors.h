@@ -53,7 +53,7 @@ constexpr Index lanes = sizeof(Vector<Isa, A>) / sizeof(A);
 #define LSTM_AVX2_TARGET "avx2,fma,f16c"
 #define LSTM_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl," LSTM_AVX2_TARGET
 #define LSTM_PAIRS_TARGET "avx512bf16," LSTM_AVX512_TARGET
-#define LSTM_AMX_TARGET "amx-tile,amx-bf16," LSTM_PAIRS_TARGET
+#define LSTM_AMX_TARGET "amx-tile,amx-bf16,amx-int8," LSTM_PAIRS_TARGET
 using Baseline = Isa<16, 2, 16, 256, 8>;
 using Avx2 = Isa<32, 2, 16, 256, 8>;
 using Avx512 = Isa<64, 4, 32, 512, 1>;
@@ -62,11 +62,16 @@ struct Amx : Pairs {       // whose products are those of registers of 16 rows o
     static constexpr Index rows = 64, side = 16;
 };
 struct AmxOverSteps : Avx512 {};  // whose products over all steps are AMX's, as those of a step are of few rows
+struct AmxDigits : Amx {};        // whose products of floats are those of digits (digits.h)
 
 // An operand of those: the sum of N bf16. They lie in planes, N * 32 elements behind each other for 32 operands.
 template <int N>
 struct Planes {
     BFloat16 of[N];
+};
+// And in fixed point: three digits of 8 bits, in planes of 64 operands. Their rows are made as a whole, with a scale.
+struct Digits {
+    std::int8_t of[3];
 };
 #else
 using Baseline = Isa<16, 4, 32, 256, 8>;
@@ -106,6 +111,10 @@ template <>
 struct OperandOf<Amx, float> {
     using type = Planes<3>;
 };
+template <>
+struct OperandOf<AmxDigits, float> {
+    using type = Digits;
+};
 #endif
 template <typename Isa, typename T>
 using Operand = typename OperandOf<Isa, T>::type;
@@ -134,6 +143,16 @@ constexpr bool in_planes = false;
 #ifdef LSTM_X86
 template <int N>
 constexpr bool in_planes<Planes<N>> = true;
+template <>
+inline constexpr bool in_planes<Digits> = true;
+#endif
+
+// Whether a row becomes operands as a whole, once all of it is known.
+template <typename O>
+constexpr bool whole_rows = false;
+#ifdef LSTM_X86
+template <>
+inline constexpr bool whole_rows<Digits> = true;
 #endif
 
 #ifdef LSTM_X86
