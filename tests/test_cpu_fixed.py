@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lstm_fast import LSTM
+from lstm_fast import _C, LSTM
 from tests.cpu_case import WEIGHTS, check_errors, results, three
 
 HIDDEN, STEPS = 352, 48  # of the sizes that go in fixed point, with a piece of k that isn't whole
@@ -60,6 +61,22 @@ def test_magnitudes_beyond_fixed_point_are_those_of_floats(where: str) -> None:
         finite = right.abs() < 1e38
         assert torch.equal(a.isfinite(), finite)
         assert (a.double() - right)[finite].norm() <= 1e-4 * right[finite].norm()
+
+
+def test_what_a_call_was_unfit_for_is_forgotten_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any instruction set: else that would be computed anew for ever."""
+    ours, _, _ = three(40, HIDDEN, lambda w: w)
+    half, oracle = LSTM(6, 20, dtype=torch.float16, backend="cpu"), nn.LSTM(6, 20).double()
+    oracle.load_state_dict(half.state_dict())
+    x, small = torch.randn(STEPS, 1, 40), torch.randn(9, 5, 6).half()
+    for name in _C.CPU_INSTRUCTION_SETS:
+        with torch.no_grad():
+            ours(x, (torch.full((1, 1, HIDDEN), 1e34), torch.zeros(1, 1, HIDDEN)))  # beyond fixed point
+            with monkeypatch.context() as patch:
+                sets = _C.CPU_INSTRUCTION_SETS
+                patch.setattr(_C, "CPU_INSTRUCTION_SETS", sets[: sets.index(name) + 1])
+                y, _ = half(small)
+            assert (y.double() - oracle(small.double())[0]).abs().max() < 1e-2
 
 
 def test_what_is_not_finite_stays_where_it_is() -> None:

@@ -24,7 +24,7 @@ template <typename Job>
 __attribute__((target(LSTM_AMX_TARGET))) void run_amx_digits(const Job& job, int thread, int threads);
 #endif
 
-// run_thread, which notes what is unfit for a product.
+// run_thread, which notes what is unfit for a product, and forgets what an earlier call noted.
 template <typename Isa, typename Job>
 LSTM_HD void run_noting(const Job& job, int thread, int threads) {
     unfit = false;

@@ -9,7 +9,7 @@ void run_avx512(const Job& job, int thread, int threads) {
 }
 template <typename Job>
 void run_pairs(const Job& job, int thread, int threads) {
-    run_thread<Pairs>(job, thread, threads);
+    run_noting<Pairs>(job, thread, threads);
 }
 LSTM_INSTANTIATE_ALL(run_avx512)
 LSTM_INSTANTIATE(run_pairs, BFloat16)

@@ -4,7 +4,7 @@ namespace lstm::cpu {
 
 template <typename Job>
 void run_baseline(const Job& job, int thread, int threads) {
-    run_thread<Baseline>(job, thread, threads);
+    run_noting<Baseline>(job, thread, threads);
 }
 LSTM_INSTANTIATE_ALL(run_baseline)
 
