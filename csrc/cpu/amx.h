@@ -29,7 +29,7 @@ struct alignas(64) Registers {
 };
 
 // What the calling thread knows of its registers: how many rows each of two blocks has, the second of one block none;
-// or kOfDigits, where 0 to 5 are sums and 6 the left side (digits.h).
+// or kOfDigits, where 0 to 4 are sums, and 5 and 6 the left side (digits.h).
 constexpr Index kOfDigits = -1;
 struct ThreadState {
     Index first, second;

@@ -1,9 +1,9 @@
-// Floats for AMX in fixed point of 24 bits, as three digits of 8: half the bytes and half the instructions of three
-// bf16 (amx.h), as one multiplies 64 k of whole numbers.
+// Floats for AMX in fixed point of 24 bits, as three digits of 8: half the bytes and two thirds of the instructions of
+// three bf16 (amx.h), as one multiplies 64 k of whole numbers.
 //
 // A row of the left side, and a column of a weight, has a scale, so that its largest magnitude becomes 127 * 2^16. Of
-// the nine products of digits the six highest are added up, exactly, in three sums of whole numbers: by their place. So
-// an operand is off by at most 2^-24 of the largest in its row or column, and a sum is as exact as one of floats unless
+// the nine products of digits all but the lowest are added up, exactly, in sums of whole numbers: by their place. So an
+// operand is off by some 2^-24 of the largest in its row or column, and a sum is as exact as one of floats unless
 // most that counts in it is far below both. Hence who makes digits takes note of rows with few large elements and of
 // columns with many small ones, as of what is not finite: large ones of a row always meet large ones of a column, or
 // the call is computed anew with planes.
@@ -18,7 +18,7 @@
 namespace lstm::cpu {
 
 constexpr float kMostDigits = 127 << 16;  // what the largest magnitude becomes
-constexpr float kOfScale = 127 << 8;      // two scales make up for the lowest two of five places
+constexpr float kOfScale = 127 << 8;      // two scales make up for the places below those of the third sum
 constexpr float kLeastInDigits = 0x1p-90f, kMostInDigits = 0x1p90f;  // whose scales and factors are plain floats
 constexpr std::int32_t kLargeDigits = 5;                             // binary digits below the largest: large still
 constexpr Index kDigitsBlock = 16 * kDigitsDeep;                     // bytes of a register
@@ -150,61 +150,53 @@ LSTM_HD void tile_dot_digits() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-// Up to 16 rows times 32 columns: the sums of three places in registers 0 to 2, and those of 16 columns more in 3 to 5.
-// In an order in which few sums wait for their last product, and most products find one side in place.
+// Up to 16 rows times 16 columns: the sums of four places in registers 0 to 4, of the third in 2 and 3, so that no sum
+// waits for its last product.
 LSTM_HD void add_digits(const std::int8_t* a, Index lda, const std::int8_t* b, Index steps) {
     for (Index i = 0; i < steps; ++i, a += kDigitsStep, b += kRightStep) {
-        const auto left = [&](Index digit) LSTM_INLINED { tile_load<6>(a + digit * kDigitsDeep, lda); };
-        const auto right = [&](Index digit, Index column)
-                               LSTM_INLINED { tile_load<7>(b + (2 * digit + column) * kDigitsBlock, kDigitsDeep); };
-        left(1), right(1, 0), tile_dot_digits<2, 6, 7>();
-        right(0, 0), tile_dot_digits<1, 6, 7>();
-        right(1, 1), tile_dot_digits<5, 6, 7>();
-        left(0), tile_dot_digits<4, 6, 7>();
-        right(2, 0), tile_dot_digits<2, 6, 7>();
-        right(0, 0), tile_dot_digits<0, 6, 7>();
-        right(2, 1), tile_dot_digits<5, 6, 7>();
-        right(1, 0), tile_dot_digits<1, 6, 7>();
-        left(2), right(0, 0), tile_dot_digits<2, 6, 7>();
-        left(1), right(0, 1), tile_dot_digits<4, 6, 7>();
-        left(2), tile_dot_digits<5, 6, 7>();
-        left(0), tile_dot_digits<3, 6, 7>();
+        const auto right = [&](Index digit) LSTM_INLINED { tile_load<7>(b + 2 * digit * kDigitsBlock, kDigitsDeep); };
+        tile_load<5>(a, lda);
+        tile_load<6>(a + kDigitsDeep, lda);
+        right(0), tile_dot_digits<0, 5, 7>();
+        tile_dot_digits<1, 6, 7>();
+        right(2), tile_dot_digits<3, 5, 7>();
+        tile_dot_digits<4, 6, 7>();
+        right(1), tile_dot_digits<1, 5, 7>();
+        tile_dot_digits<2, 6, 7>();
+        tile_load<6>(a + 2 * kDigitsDeep, lda);
+        tile_dot_digits<4, 6, 7>();
+        right(0), tile_dot_digits<3, 6, 7>();
     }
 }
 
 // What they make goes to c, or is added to it. The rows of a are `lda` bytes apart and end in their scales.
 LSTM_HD void multiply_digits(Index rows, const std::int8_t* a, Index lda, const std::int8_t* b, const float* scales,
                              Index steps, float* c, Index ldc, bool accumulate) {
-    alignas(64) std::int32_t sums[6][16][16];
+    alignas(64) std::int32_t sums[5][16][16];
     set_registers(rows, kOfDigits);
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();
     tile_zero<3>();
     tile_zero<4>();
-    tile_zero<5>();
     add_digits(a, lda, b, steps);
     tile_store<0>(sums[0], 64);
     tile_store<1>(sums[1], 64);
     tile_store<2>(sums[2], 64);
     tile_store<3>(sums[3], 64);
     tile_store<4>(sums[4], 64);
-    tile_store<5>(sums[5], 64);
     const auto put = [&](auto add) LSTM_INLINED {
-        const Floats of_column[2] = {load_vector<Amx>(scales), load_vector<Amx>(scales + 16)};
-#pragma GCC unroll 2
+        const Floats of_column = load_vector<Amx>(scales);
+#pragma GCC unroll 4
         for (Index r = 0; r < rows; ++r) {
             float of_row = 0;
             std::memcpy(&of_row, a + (r + 1) * lda - kDigitsStep, sizeof(of_row));
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                const auto sum = [&](int place) LSTM_INLINED {
-                    return __builtin_convertvector(load_words(sums[3 * half + place][r]), Floats);
-                };
-                float* const to = c + r * ldc + 16 * half;
-                const Floats product = ((sum(0) * 256.f + sum(1)) * 256.f + sum(2)) * (of_column[half] * of_row);
-                store_vector<Amx, float>(add ? product + load_vector<Amx>(to) : product, to);
-            }
+            const auto words = [&](int sum) LSTM_INLINED { return load_words(sums[sum][r]); };
+            const auto floats = [](FixedWords x) LSTM_INLINED { return __builtin_convertvector(x, Floats); };
+            const Floats high = floats(words(0)) * 256.f + floats(words(1));
+            const Floats low = floats(words(4)) * (1 / 256.f) + floats(words(2) + words(3));
+            const Floats product = (high * 256.f + low) * (of_column * of_row);
+            store_vector<Amx, float>(add ? product + load_vector<Amx>(c + r * ldc) : product, c + r * ldc);
         }
     };
     accumulate ? put(std::true_type()) : put(std::false_type());
@@ -218,11 +210,12 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(AmxDigits, I
     static_assert(along == Along::rows, "nothing else is made digits");
     const Index blocks = round_up(rows, 16) / 16;
     const auto bytes = [](const Digits* digits) { return reinterpret_cast<const std::int8_t*>(digits); };
-    for (Index half = 0; half < 2; ++half) {
+    for (Index group = 0; group < 4; ++group) {
         for (Index block = 0; block < blocks; ++block) {
             const Index first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-            multiply_digits(count, bytes(a + first * lda), 3 * lda, bytes(b.b + half * b.panel), b.scales + 32 * half,
-                            round_up(k, kDigitsDeep) / kDigitsDeep, c + first * ldc + 32 * half, ldc, accumulate);
+            multiply_digits(count, bytes(a + first * lda), 3 * lda,
+                            bytes(b.b + group / 2 * b.panel) + group % 2 * kDigitsBlock, b.scales + 16 * group,
+                            round_up(k, kDigitsDeep) / kDigitsDeep, c + first * ldc + 16 * group, ldc, accumulate);
         }
     }
 }

@@ -76,12 +76,12 @@ bool planes_pay(const Shape& s, Index rows, bool over_steps) {
     return (whole || nearly) && s.hidden >= (back ? 65 : 64) && rows >= sequences * s.time && rows >= all;
 }
 
-// Whether three digits, which are fewer bytes than a float and half the products of planes, take less time: from two
-// sequences on where the floats of W_hh leave the second cache, and for enough rows in all to pack weights for.
+// Whether three digits, which are fewer bytes than a float and half as many as planes, take less time: for sums that
+// are long enough to pay for their conversion, and enough rows to pay for the registers' and for packing weights.
 bool digits_pay(const Shape& s, Index rows) {
     const Index depth = s.input + s.hidden, padded = round_up(s.input, kDigitsDeep) + round_up(s.hidden, kDigitsDeep);
-    const bool whole = 4 * depth >= 3 * padded && s.input >= 64 && s.hidden >= 128 && s.features == s.hidden;
-    return whole && rows >= std::clamp<Index>(1024 / s.hidden, 2, 6) * s.time && rows >= 32;
+    const bool whole = 4 * depth >= 3 * padded && s.input >= 128 && s.hidden >= 256 && s.features == s.hidden;
+    return whole && s.time > 1 && rows >= 8 * s.time && rows >= 32;
 }
 
 // The instruction set that serves a call best, of those up to the one that it names.

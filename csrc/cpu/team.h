@@ -56,7 +56,7 @@ inline int useful_threads(const Shape& s, Index rows, Index tiles) {
 LSTM_HD bool rows_are_faster(const Shape& s, Index tiles, int threads) {
     const bool digits = s.instruction_set == InstructionSet::amx_digits;
     const bool planes = s.instruction_set == InstructionSet::amx, one = planes && s.dtype == Dtype::bfloat16;
-    const double rate = one ? 850 : digits ? 250 : planes ? 170 : 125;
+    const double rate = one ? 850 : digits ? 200 : planes ? 170 : 125;
     const double least = one ? 16 : digits || planes ? 8 : 0;  // rows: fewer take as long
     const double pairs = 4.0 * s.hidden * s.features, bytes = (one ? 2 : digits ? 3 : planes ? 6 : 4) * pairs;
     const double batch = static_cast<double>(s.batch), of_row = pairs * s.directions / rate;
