@@ -36,8 +36,8 @@ struct Scaled {
     float scale() const { return largest / kOfScale; }
     bool plain() const { return largest == 0 || (largest > kLeastInDigits && largest < kMostInDigits); }
     // In a row all that is not 0 is large, or more than a column may have small.
-    bool fit_row() const { return plain() && (large == there || large >= count / 4 + 8); }
-    bool fit_column() const { return plain() && (there == 0 || count - large <= 3 * count / 16 + 8); }
+    bool fit_row() const { return plain() && (large == there || large >= 3 * count / 8 + 8); }
+    bool fit_column() const { return plain() && (there == 0 || count - large <= 5 * count / 16 + 8); }
 };
 
 LSTM_AMX_INLINED Floats load_some(const float* from, Index count) {
