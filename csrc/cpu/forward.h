@@ -22,7 +22,8 @@ constexpr Index kJoinedBatch = 4;
 constexpr Index kFewSteps = 32;          // that don't pay for packing W_hh, if each is of one row and
 constexpr Index kLargeWeight = 1 << 17;  // W_hh has so many elements
 static_assert(kFixedSteps > kFewSteps && 2 * kJoinedBytes < 4 * kFixedElements, "W_hh in fixed point is packed alone");
-constexpr Index kSideBySide = 4;  // rows whose cells are taken by turns, as each is one long chain
+constexpr Index kProjectedSum = 128;  // k of one: what is projected is y, which nn.LSTM makes of short sums
+constexpr Index kSideBySide = 4;      // rows whose cells are taken by turns, as each is one long chain
 
 template <typename T>
 struct Forward {
@@ -207,8 +208,11 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.ld_m;
     alignas(64) Acc<T> h[Isa::rows * kTile];
     const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
-    multiply_weight<Isa, T>(rows, m, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
-                            packed_at<Isa>(packed, hidden), hidden, h, false, f.unpacked);
+    const Index piece = in_planes<O> || f.unpacked ? hidden : kProjectedSum;
+    for (Index k = 0; k < hidden; k += piece)
+        multiply_weight<Isa, T>(rows, m + k, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
+                                packed_at<Isa>(packed, hidden).from(k), std::min(piece, hidden - k), h, k > 0,
+                                f.unpacked);
     for (Index r = 0; r < rows; ++r) {
         for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
             store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),
