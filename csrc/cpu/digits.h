@@ -17,13 +17,12 @@
 #ifdef LSTM_X86
 namespace lstm::cpu {
 
-constexpr float kMostDigits = 127 << 16;  // what the largest magnitude becomes
-constexpr float kOfScale = 127 << 8;      // two scales make up for the places below those of the third sum
-constexpr float kLeastInDigits = 0x1p-90f, kMostInDigits = 0x1p90f;  // whose scales and factors are plain floats
-constexpr std::int32_t kLargeDigits = 5;                             // binary digits below the largest: large still
-constexpr Index kDigitsBlock = 16 * kDigitsDeep;                     // bytes of a register
-constexpr Index kDigitsStep = 3 * kDigitsDeep;                       // of 64 k of a row
-constexpr Index kRightStep = 6 * kDigitsBlock;                       // of 64 k of 32 columns of a tile
+constexpr float kMostDigits = 127 << 16;          // what the largest magnitude becomes
+constexpr float kOfScale = 127 << 8;              // two scales make up for the places below those of the third sum
+constexpr std::int32_t kLargeDigits = 5;          // binary digits below the largest: large still
+constexpr Index kDigitsBlock = 16 * kDigitsDeep;  // bytes of a register
+constexpr Index kDigitsStep = 3 * kDigitsDeep;    // of 64 k of a row
+constexpr Index kRightStep = 6 * kDigitsBlock;    // of 64 k of 32 columns of a tile
 
 // Of a row, or a column of a weight: what it becomes digits by, and how many elements are large, and how many not 0.
 struct Scaled {
@@ -34,7 +33,7 @@ struct Scaled {
     Index large = 0, there = 0;    // of those whose digits were asked for
 
     float scale() const { return largest / kOfScale; }
-    bool plain() const { return largest == 0 || (largest > kLeastInDigits && largest < kMostInDigits); }
+    bool plain() const { return largest == 0 || (largest > kLeastLargest && largest < kMostLargest); }
     // In a row all that is not 0 is large, or more than a column may have small.
     bool fit_row() const { return plain() && (large == there || large >= 3 * count / 8 + 8); }
     bool fit_column() const { return plain() && (there == 0 || count - large <= 5 * count / 16 + 8); }
