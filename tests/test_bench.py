@@ -215,15 +215,15 @@ def test_of_two_measurements_the_better_is_the_limit() -> None:
 
 
 def test_this_machines_limits_are_plausible() -> None:
-    """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 up to 8 times
-    that, and with AMX about 16 times.
+    """A core does up to 128 fp32 operations a cycle at up to 6 GHz, in fp64 half that, in bf16 with AMX 16 times that.
+
+    Whoever else is on the machine makes rates smaller, each by its own share, so there is much room below.
     """
     found = limits.measure("cpu")
     threads = torch.get_num_threads()
-    assert 8 < found.gflops["float32"] / threads < 800
-    assert found.gflops["float64"] < found.gflops["float32"] < 8.5 * found.gflops["float64"]
-    least, most = (8, 20) if CPU_INSTRUCTION_SETS[-1] == "amx" else (0.8, 8)
-    assert least < found.gflops["bfloat16"] / found.gflops["float32"] < most
+    wide = 16 if CPU_INSTRUCTION_SETS[-1] == "amx" else 8
+    for dtype, most in ("float64", 400), ("float32", 800), ("bfloat16", wide * 800):
+        assert most / 400 < found.gflops[dtype] / threads < most
     assert all(1 < rate < 5000 for _, rate in found.bandwidth)
     assert found.exchange_us is not None and found.exchange_us < 1000
 
