@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lstm_fast import LSTM
-from tests.cpu_case import WEIGHTS, check_errors, results, three
+from tests.cpu_case import WEIGHTS, case, check_errors, check_usual_errors, results, three
 
 INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
@@ -22,13 +22,6 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one far above": lambda x: torch.cat([1e3 * x[..., :1], x[..., 1:]], -1),
     "all alike": lambda x: torch.full_like(x, 0.3),
 }
-
-
-def case(inputs: int, hidden: int, batch: int, steps: int, directions: int = 1) -> tuple[Tensor, list[Tensor], Tensor]:
-    """x, states and dy of a layer."""
-    x = torch.randn(steps, batch, inputs)
-    states = [torch.randn(directions, batch, hidden) for _ in range(2)]
-    return x, states, torch.randn(steps, batch, directions * hidden)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -48,17 +41,15 @@ def test_errors_are_within_twice_those_of_torch(
     inputs: int, hidden: int, batch: int, steps: int, sizes: dict[str, Any], which: str, weights: str
 ) -> None:
     modules = three(inputs, hidden, WEIGHTS[weights], which, **sizes)
-    # of W_hh all alike, errors of dh0 have one sign: by floats, without digits, they are up to 4.8 times nn.LSTM's
-    gradients = (which, weights) != ("weight_hh", "all alike")
-    check_errors(modules, *case(inputs, hidden, batch, steps, 1 + sizes.get("bidirectional", False)), gradients)
+    check_usual_errors(modules, weights, batch, steps)
 
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_of_any_kind_are_as_exact(kind: str) -> None:
     for weights in ("as they are made", "normal"):
         modules = three(128, 512, WEIGHTS[weights], "weight")
-        x, states, dy = case(128, 512, 8, 12)
-        check_errors(modules, INPUTS[kind](x), states, dy)
+        x, states, dy = case(modules[0], 8, 12)
+        check_errors(modules, (INPUTS[kind](x), states, dy))
 
 
 @pytest.mark.parametrize("count", [1, 3, 20, 60])
@@ -71,11 +62,11 @@ def test_features_whose_weights_make_up_for_their_scale_are_as_exact(scale: floa
         return w
 
     modules = three(128, 256, smaller, "weight_ih")
-    x, states, dy = case(128, 256, 12, 20)
+    x, states, dy = case(modules[0], 12, 20)
     x[..., :count] = scale * x[..., :count].sign()
-    check_errors(modules, x, states, dy)
+    check_errors(modules, (x, states, dy))
     x[..., count : count + 40] *= torch.rand_like(x[..., count : count + 40]) < 0.02  # of others few are there
-    check_errors(modules, x, states, dy)
+    check_errors(modules, (x, states, dy))
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -91,7 +82,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_what_is_not_finite_or_nearly_so_comes_out_as_in_fp64(where: str, value: float) -> None:
     ours, _, oracle = three(128, 256, lambda w: w)
-    x, states, _ = case(128, 256, 12, 8)
+    x, states, _ = case(ours, 12, 8)
     x[3, 6] = 0
     tensors = {"x": x[3], "x alone": x[3, 1:], "h0": states[0][0], **dict(ours.named_parameters())}
     with torch.no_grad():
@@ -138,7 +129,7 @@ def test_gradients_follow_from_a_forward_pass_in_digits() -> None:
     """Also where that was computed anew: gates and cells are the second one's."""
     for scale in (1.0, 1e6):
         modules = three(128, 256, lambda w: w)
-        x, states, dy = case(128, 256, 20, 10)
+        x, states, dy = case(modules[0], 20, 10)
         x[-1, :, 0] *= scale
         for a, exact in zip(
             results(modules[0], x, states, dy), results(modules[2], x, states, dy.double()), strict=True

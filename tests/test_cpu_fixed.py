@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lstm_fast import _C, LSTM
-from tests.cpu_case import WEIGHTS, check_errors, results, three
+from tests.cpu_case import WEIGHTS, case, check_usual_errors, results, three
 
 HIDDEN, STEPS = 352, 48  # of the sizes that go in fixed point, with a piece of k that isn't whole
 
@@ -33,22 +33,14 @@ def one_thread() -> Iterator[None]:
 )
 def test_errors_are_within_twice_those_of_torch(batch: int, sizes: dict[str, Any], weights: str) -> None:
     modules = three(40, HIDDEN, WEIGHTS[weights], **sizes)
-    features, directions = sizes.get("proj_size", HIDDEN), 1 + sizes.get("bidirectional", False)
-    x = torch.randn(STEPS, batch, 40)
-    states = [torch.randn(directions, batch, size) for size in (features, HIDDEN)]
-    dy = torch.randn(STEPS, batch, directions * features)
-    check_errors(modules, x, states, dy)
+    check_usual_errors(modules, weights, batch, STEPS)
 
 
 @pytest.mark.parametrize("where", ["h0", "dy", "weight"])
 def test_magnitudes_beyond_fixed_point_are_those_of_floats(where: str) -> None:
     """Sums of integers leave the range of floats before those of floats do: such a call is computed anew."""
     ours, _, oracle = three(40, HIDDEN, lambda w: w)
-    x, states, dy = (
-        torch.randn(STEPS, 1, 40),
-        [torch.randn(1, 1, HIDDEN) for _ in range(2)],
-        torch.randn(STEPS, 1, HIDDEN),
-    )
+    x, states, dy = case(ours, 1, STEPS)
     if where == "h0":
         states[0] *= 1e34
     elif where == "dy":

@@ -14,7 +14,7 @@
 
 namespace lstm::cpu {
 
-constexpr Index kPiece = 512;  // k of one, at most, as of one pass over k
+constexpr Index kPiece = 256;  // k of one, at most, as of one pass over k
 
 #ifdef LSTM_X86
 static_assert(kPiece == Avx512::depth);

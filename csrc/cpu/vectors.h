@@ -56,7 +56,7 @@ constexpr Index lanes = sizeof(Vector<Isa, A>) / sizeof(A);
 #define LSTM_AMX_TARGET "amx-tile,amx-bf16,amx-int8," LSTM_PAIRS_TARGET
 using Baseline = Isa<16, 2, 16, 256, 8>;
 using Avx2 = Isa<32, 2, 16, 256, 8>;
-using Avx512 = Isa<64, 4, 32, 512, 1>;
+using Avx512 = Isa<64, 4, 32, 256, 1>;
 struct Pairs : Avx512 {};  // AVX-512 whose products of bf16 read pairs of neighbours in k
 struct Amx : Pairs {       // whose products are those of registers of 16 rows of bf16 (amx.h)
     static constexpr Index rows = 64, side = 16;
