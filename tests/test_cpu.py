@@ -47,7 +47,7 @@ def outputs_and_gradients(layer: nn.Module, tensors: list[Tensor], weights: list
     [
         *((1, 1, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (384, 90, 0), (256, 1, 0), (2, 1, 1)),
         *((33, 7, 5), (100, 17, 70)),
-        *((160, 22, 0), (128, 41, 0), (128, 41, 32)),  # of the sizes that AMX takes in planes
+        *((160, 26, 0), (128, 41, 0), (128, 41, 32)),  # of the sizes that AMX takes in planes
     ],
 )
 @pytest.mark.usefixtures("instruction_set")
@@ -161,7 +161,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 
 @pytest.mark.parametrize("proj", [0, 64])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("steps", [[40] * 6, [150], [23] * 20 + [8] * 5 + [1]], ids=["dense", "one step", "packed"])
+@pytest.mark.parametrize("steps", [[40] * 6, [150], [33] * 20 + [8] * 5 + [1]], ids=["dense", "one step", "packed"])
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
 def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], directions: int, proj: int) -> None:
     """Of sizes whose floats AMX takes in planes of bf16."""
@@ -172,7 +172,7 @@ def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], d
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(
     ("hidden", "steps"),
-    [(150, [4] * 100), (176, [11] * 40), (176, [20] * 20 + [7] * 20 + [1] * 40)],
+    [(200, [4] * 100), (220, [11] * 40), (220, [20] * 20 + [7] * 20 + [1] * 40)],
     ids=["units shared", "rows shared", "packed"],
 )
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
@@ -180,7 +180,7 @@ def test_any_number_of_threads_gives_the_same_bits_in_planes_over_all_steps(
     hidden: int, steps: list[int], directions: int, proj: int
 ) -> None:
     """Of too few rows a step for planes, which AMX takes in the products over all steps alone."""
-    test_any_number_of_threads_gives_the_same_bits(hidden, steps, directions, proj, torch.float32, 72)
+    test_any_number_of_threads_gives_the_same_bits(hidden, steps, directions, proj, torch.float32, 136)
 
 
 @pytest.mark.parametrize("steps", [[90] * 3, [1] * 20, [1]], ids=["many rows", "one sequence", "one row"])
@@ -193,18 +193,18 @@ def test_any_number_of_threads_gives_the_same_bits_of_large_weights(steps: list[
 
 @pytest.mark.parametrize("value", [float("inf"), 3.4e38], ids=["infinity", "what bf16 rounds to infinity"])
 @pytest.mark.parametrize("where", ["x", "h0", "weight_ih_l0", "weight_hh_l0"])
-@pytest.mark.parametrize(("steps", "batch", "inputs"), [(9, 16, 32), (40, 4, 64)], ids=["many rows a step", "few"])
+@pytest.mark.parametrize(("steps", "batch", "inputs"), [(9, 16, 32), (40, 4, 128)], ids=["many rows a step", "few"])
 @pytest.mark.usefixtures("instruction_set")
 def test_infinity_is_no_nan(steps: int, batch: int, inputs: int, where: str, value: float) -> None:
     """What saturates gates does so in each instruction set, and gradients are finite where those of nn.LSTM are."""
     torch.manual_seed(0)
-    ours, oracle = LSTM(inputs, 128, backend="cpu"), nn.LSTM(inputs, 128).double()
-    states = {name: torch.randn(1, batch, 128) for name in ("h0", "c0")}
+    ours, oracle = LSTM(inputs, 192, backend="cpu"), nn.LSTM(inputs, 192).double()
+    states = {name: torch.randn(1, batch, 192) for name in ("h0", "c0")}
     tensors = {"x": torch.randn(steps, batch, inputs), **states}
     with torch.no_grad():
         {**tensors, **dict(ours.named_parameters())}[where].view(-1)[5] = value
     oracle.load_state_dict(ours.state_dict())
-    weights = [torch.randn(steps, batch, 128), torch.randn(1, batch, 128), torch.randn(1, batch, 128)]
+    weights = [torch.randn(steps, batch, 192), torch.randn(1, batch, 192), torch.randn(1, batch, 192)]
     got = outputs_and_gradients(ours, list(tensors.values()), weights)
     want = outputs_and_gradients(oracle, [t.double() for t in tensors.values()], [t.double() for t in weights])
     for a, exact in zip(got, want, strict=True):
@@ -269,9 +269,9 @@ def test_each_gradient_alone_is_what_it_is_with_the_others(needed: int) -> None:
 @pytest.mark.parametrize(
     ("hidden", "inputs", "lengths"),
     [
-        *((130, 7, [400] * 6), (130, 7, [400, 330, 330, 12, 2, 1]), (128, 7, [100] * 9)),
-        *((128, 7, [100] * 20 + [40, 3]), (100, 7, [60] * 18)),
-        *((100, 72, [150] * 4), (128, 96, [300, 280, 200, 90, 20, 2])),
+        *((130, 7, [400] * 6), (130, 7, [400, 330, 330, 12, 2, 1]), (128, 7, [50] * 25)),
+        *((128, 7, [80] * 27 + [40, 3]), (100, 7, [40] * 33)),
+        *((200, 136, [150] * 4), (192, 128, [300, 280, 200, 90, 20, 2])),
     ],
     ids=["dense", "packed", "planes", "planes, packed", "padded planes", "planes over steps", "the same, packed"],
 )

@@ -29,7 +29,7 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize(
     ("inputs", "hidden", "batch", "steps", "sizes"),
     [
-        (128, 256, 8, 12, {}),
+        (128, 256, 12, 12, {}),
         (128, 256, 70, 5, {"bidirectional": True}),
         (140, 270, 33, 6, {}),
         (256, 256, 40, 2, {}),

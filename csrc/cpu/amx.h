@@ -179,7 +179,7 @@ LSTM_HD void add_one_block(const Left& left, const BFloat16* b, const BFloat16* 
 // 32 columns, of one block with one plane 64; from 0 or from c, to c.
 template <int N>
 LSTM_HD void multiply_two_blocks(Index rows, Index second, const Left& left, Index below, const BFloat16* b,
-                                 Index steps, float* c, Index ldc, bool accumulate, const float* next) {
+                                 Index steps, float* c, Index ldc, bool accumulate, const float* next, Index ld_next) {
     float* const under = c + second * ldc;
     const Index bytes = ldc * static_cast<Index>(sizeof(float));
     set_registers(second, rows - second);
@@ -194,7 +194,7 @@ LSTM_HD void multiply_two_blocks(Index rows, Index second, const Left& left, Ind
         tile_zero<2>();
         tile_zero<3>();
     }
-    add_two_blocks<N>(left, {left.a + below, left.row, left.plane, left.step}, b, steps, next, ldc);
+    add_two_blocks<N>(left, {left.a + below, left.row, left.plane, left.step}, b, steps, next, ld_next);
     tile_store<0>(c, bytes);
     tile_store<1>(c + 16, bytes);
     tile_store<2>(under, bytes);
@@ -230,9 +230,19 @@ LSTM_HD void multiply_one_block(Index rows, const Left& left, const BFloat16* b,
     }
 }
 
+// Rows of so many columns, of a tile of 64, are added to those of c.
+LSTM_HD void add_rows(Index rows, Index columns, const float* tile, float* c, Index ldc) {
+    for (Index r = 0; r < rows; ++r) {
+        for (Index j = 0; j < columns; j += 16)
+            store_vector<Amx, float>(load_vector<Amx>(c + r * ldc + j) + load_vector<Amx>(tile + r * kTile + j),
+                                     c + r * ldc + j);
+    }
+}
+
 // multiply for any number of rows, and any k whose operands have zeros behind: blocks of rows take turns at 32 columns
 // and at some k, which meanwhile stay in the first cache. Sums go on where they were, so that nothing depends on how
-// rows and k are divided.
+// rows and k are divided; but those over many chunks of rows begin anew in each, as each product would round to a
+// number as large as all of them.
 template <Along along, int N>
 __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index rows, const Planes<N>* a, Index lda,
                                                                     const Right<const Planes<N>>& b, Index k, float* c,
@@ -245,6 +255,7 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
     const auto* const left = reinterpret_cast<const BFloat16*>(a);
     const auto* const right = reinterpret_cast<const BFloat16*>(b.b);
     const Index half = b.panel * N;  // from 32 columns to the next
+    alignas(64) float apart[32 * kTile];
     Index i = 0;
     do {  // once for k = 0 too, which is a sum of nothing
         const Index steps = std::min(at_once, all - i);
@@ -255,16 +266,21 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
                 const Left block =
                     packed ? Left{first, kDeep, kBlock, N * kBlock} : Left{first, lda * N, kDeep, N * kDeep};
                 const BFloat16* const columns = right + i * N * kRightPlane + column / 32 * half;
+                float* const whole = c + row * ldc + column;
+                const bool anew = packed && accumulate;
+                float* const sum = anew ? apart : whole;
+                const Index ld = anew ? kTile : ldc;
                 if (count > 16) {
                     const bool lowest = row + size >= rows, far = i == 0 && ldc != kTile;
                     const float* const next = !far || (lowest && column > 0) ? nullptr
                                               : lowest                       ? c + 32
                                                                              : c + (row + size) * ldc + column;
-                    multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps,
-                                           c + row * ldc + column, ldc, accumulate, next);
+                    multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps, sum, ld,
+                                           accumulate && !anew, next, ldc);
+                    if (anew) add_rows(count, 32, sum, whole, ldc);
                 } else if (N > 1 || column == 0) {  // of one plane all columns at once
-                    multiply_one_block<N>(count, block, columns, columns + half, steps, c + row * ldc + column, ldc,
-                                          accumulate);
+                    multiply_one_block<N>(count, block, columns, columns + half, steps, sum, ld, accumulate && !anew);
+                    if (anew) add_rows(count, N > 1 ? 32 : kTile, sum, whole, ldc);
                 }
             }
         }

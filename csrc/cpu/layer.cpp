@@ -55,12 +55,17 @@ template <template <typename> class Job>
 bool planes_pay_over_steps(const Shape& s, Index rows) {
     constexpr bool back = std::is_same_v<Job<float>, Backward<float>>;
     const bool large = s.features < s.hidden && is_far(4 * s.hidden * s.features);
-    if (back) return !large && s.hidden > 64 && rows >= s.directions * 64;
+    if (back) return !large && s.hidden >= 192 && rows >= s.directions * 64;
     // of small weights, as joins() sees them, one product a step is better for two threads, each of which has its rows
     const bool small = 4 * s.hidden * (s.input + s.features) * static_cast<Index>(sizeof(float)) <= kJoinedBytes;
     const bool joined = small && s.directions * rows > kRows * s.time;
-    return !joined && nearly_whole(s.input) && s.input >= 64 && rows >= 64;
+    return !joined && nearly_whole(s.input) && s.input >= 128 && rows >= 64;
 }
+
+// The fewest sequences whose steps' products AMX takes. Alone on its core it is faster for fewer, by up to a fifth; but
+// where a neighbour has the other half of the core, to load its registers takes more than three times as long, and so
+// few rows up to twice as long as with AVX-512, which loses a third.
+Index fewest_for_amx(const Shape& s) { return s.hidden < 128 ? 32 : s.hidden < 192 ? 24 : s.hidden < 256 ? 16 : 12; }
 
 // Whether they do in the products of a step too: for enough rows at each, and for more where planes of a weight leave
 // the second cache and the weight itself would not. The backward pass stores gates at multiples of H, which planes take
@@ -71,8 +76,8 @@ bool planes_pay(const Shape& s, Index rows, bool over_steps) {
     const bool whole = s.hidden % kDeep == 0 && s.features % kDeep == 0;
     const bool nearly = !back && nearly_whole(s.hidden) && nearly_whole(s.features);
     const Index all = std::max<Index>(48, back ? (1 << 13) / s.hidden : 0), weight = 4 * s.hidden * s.features;
-    Index sequences = std::clamp<Index>(3 + 6 * weight / kPlanesStay, 8, over_steps ? 14 : 12);
-    if (!whole) sequences = 16;
+    const Index far = std::min<Index>(3 + 6 * weight / kPlanesStay, over_steps ? 14 : 12);
+    const Index sequences = std::max({fewest_for_amx(s), far, whole ? 0 : Index{16}});
     return (whole || nearly) && s.hidden >= (back ? 65 : 64) && rows >= sequences * s.time && rows >= all;
 }
 
@@ -80,8 +85,9 @@ bool planes_pay(const Shape& s, Index rows, bool over_steps) {
 // are long enough to pay for their conversion, and enough rows to pay for the registers' and for packing weights.
 bool digits_pay(const Shape& s, Index rows) {
     const Index depth = s.input + s.hidden, padded = round_up(s.input, kDigitsDeep) + round_up(s.hidden, kDigitsDeep);
-    const bool whole = 4 * depth >= 3 * padded && s.input >= 128 && s.hidden >= 256 && s.features == s.hidden;
-    return whole && s.time > 1 && rows >= 8 * s.time && rows >= 32;
+    const bool whole = 4 * depth >= 3 * padded && s.input >= 128 && s.hidden >= 192 && s.features == s.hidden;
+    const Index sequences = s.hidden < 384 ? fewest_for_amx(s) : 8;
+    return whole && s.time > 1 && rows >= sequences * s.time && rows >= 32;
 }
 
 // The instruction set that serves a call best, of those up to the one that it names.

@@ -87,6 +87,9 @@ LSTM_HD void ask_for(const O* next, Index k, Index rows_of_step, bool second, Ri
 // packed blocks of Isa::side rows, [rows / side, lda, side], so that a block is read front to back.
 enum class Along { rows, columns, blocks };
 
+// The longest sum of a weight's gradient: nn.LSTM adds up each step's rows for themselves.
+constexpr Index kSumOfRows = 128;
+
 // How many vectors side by side `rows` rows are multiplied by: more for few rows, whose sums would wait for each other.
 template <typename Isa, typename A>
 constexpr int vectors_for(int rows) {
@@ -247,9 +250,12 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
                         return along == Along::blocks ? std::min(i * kRows, rows) : rows * i / blocks;
                     };
                     const Index first = begin(block), count = begin(block + 1) - first;
-                    multiply_block<Isa, in_block>(count, blocks == 1, a + first * of_row + p * of_depth,
-                                                  along == Along::blocks ? kRows : lda, panels, depth,
-                                                  c + first * ldc + column, ldc, accumulate);
+                    const Index sum = in_block == Along::columns ? kSumOfRows : depth;
+                    for (Index q = 0; q == 0 || q < depth; q += sum)
+                        multiply_block<Isa, in_block>(count, blocks == 1, a + first * of_row + (p + q) * of_depth,
+                                                      along == Along::blocks ? kRows : lda, panels.from(q),
+                                                      std::min(sum, depth - q), c + first * ldc + column, ldc,
+                                                      accumulate || q > 0);
                 }
             }
         }
