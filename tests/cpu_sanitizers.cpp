@@ -68,23 +68,23 @@ const Case kCases[] = {
     {std::vector<Index>(48, 2), 6, 420, 0, 2},    // W_hh in fixed point, on three threads too
     {std::vector<Index>(200, 3), 4, 20, 0, 2},    // several chunks
     {std::vector<Index>(200, 3), 4, 20, 6, 1},
-    {std::vector<Index>(14, 10), 6, 128, 0, 2},  // floats in planes
-    {std::vector<Index>(70, 9), 40, 128, 32, 1},
-    {std::vector<Index>(20, 18), 20, 75, 0, 1},   // the same, padded
-    {std::vector<Index>(100, 3), 64, 100, 0, 1},  // in planes over all steps: tiles shared by threads, in chunks
+    {std::vector<Index>(6, 24), 6, 128, 0, 2},  // floats in planes
+    {std::vector<Index>(26, 24), 40, 128, 32, 1},
+    {std::vector<Index>(11, 33), 20, 75, 0, 1},   // the same, padded
+    {std::vector<Index>(90, 3), 128, 192, 0, 1},  // in planes over all steps: tiles shared by threads, in chunks
     {[] {
-         std::vector<Index> steps(20, 20);
-         steps.resize(120, 3);
+         std::vector<Index> steps(10, 20);
+         steps.resize(60, 3);
          return steps;
      }(),
-     72, 90, 33, 1},  // the same: rows shared, projected
+     128, 192, 33, 1},  // the same: rows shared, projected
     {[] {
          std::vector<Index> steps(40, 13);
          steps.resize(60, 7);
          return steps;
      }(),
-     15, 130, 0, 2},                              // rows shared by threads, in chunks that don't line up
-    {std::vector<Index>(30, 9), 140, 256, 0, 2},  // floats in digits, in chunks
+     15, 130, 0, 2},                               // rows shared by threads, in chunks that don't line up
+    {std::vector<Index>(22, 12), 140, 256, 0, 1},  // floats in digits, in chunks
 };
 
 template <typename T>
