@@ -456,7 +456,8 @@ def test_a_run_that_measured_nothing_is_no_success(tmp_path: Path) -> None:
     assert json.loads(output.read_text())["rows"] == []
 
 
-def test_startup_is_measured() -> None:
+def test_startup_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_PROCESSES", 1)
     found = memory.startup("cpu")
     assert found["import_torch_ms"] > 100 and 0 < found["import_lstm_fast_ms"] < found["import_torch_ms"]
     assert found["first_call_ms"] > 0 and found["first_call_torch_ms"] > 0

@@ -172,7 +172,7 @@ def test_any_number_of_threads_gives_the_same_bits_in_planes(steps: list[int], d
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(
     ("hidden", "steps"),
-    [(200, [4] * 100), (220, [11] * 40), (220, [20] * 20 + [7] * 20 + [1] * 40)],
+    [(200, [4] * 70), (220, [11] * 26), (220, [20] * 10 + [7] * 10 + [1] * 20)],
     ids=["units shared", "rows shared", "packed"],
 )
 @pytest.mark.usefixtures("instruction_set", "restore_threads")
@@ -271,7 +271,7 @@ def test_each_gradient_alone_is_what_it_is_with_the_others(needed: int) -> None:
     [
         *((130, 7, [400] * 6), (130, 7, [400, 330, 330, 12, 2, 1]), (128, 7, [50] * 25)),
         *((128, 7, [80] * 27 + [40, 3]), (100, 7, [40] * 33)),
-        *((200, 136, [150] * 4), (192, 128, [300, 280, 200, 90, 20, 2])),
+        *((200, 136, [150] * 4), (192, 128, [200, 180, 130, 60, 20, 2])),
     ],
     ids=["dense", "packed", "planes", "planes, packed", "padded planes", "planes over steps", "the same, packed"],
 )
