@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
@@ -441,14 +441,14 @@ _WEIGHTS_SCHEMA = ", ".join(
     for d in range(2)
     for name, optional in (("w_ih", False), ("w_hh", False), ("b_ih", True), ("b_hh", True), ("w_hr", True))
 )
-_layer_op = torch.library.custom_op(
+_layer_op = library.custom_op(
     "lstm_fast::layer",
     _forward_op,
     mutates_args=(),
     schema=f"(Tensor x, Tensor h0, Tensor c0, {_WEIGHTS_SCHEMA}, Tensor? batch_sizes, str backend, bool save)"
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
 )
-_layer_backward_op = torch.library.custom_op(
+_layer_backward_op = library.custom_op(
     "lstm_fast::layer_backward",
     _backward_op,
     mutates_args=(),

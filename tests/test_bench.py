@@ -215,15 +215,23 @@ def test_of_two_measurements_the_better_is_the_limit() -> None:
 
 
 def test_this_machines_limits_are_plausible() -> None:
-    """A core does up to 128 fp32 operations a cycle at up to 6 GHz, in fp64 half that, in bf16 with AMX 16 times that.
+    """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 up to 8 times
+    that, and with AMX about 16 times.
 
-    Whoever else is on the machine makes rates smaller, each by its own share, so there is much room below.
+    Whoever else is on the machine makes each rate smaller for a while, so that the best of a few measurements count.
     """
+    least, most = (8, 20) if CPU_INSTRUCTION_SETS[-1] == "amx" else (0.8, 8)
+
+    def plausible(rates: dict[str, float]) -> bool:
+        single = rates["float32"]
+        return rates["float64"] < single < 8.5 * rates["float64"] and least < rates["bfloat16"] / single < most
+
     found = limits.measure("cpu")
-    threads = torch.get_num_threads()
-    wide = 16 if CPU_INSTRUCTION_SETS[-1] == "amx" else 8
-    for dtype, most in ("float64", 400), ("float32", 800), ("bfloat16", wide * 800):
-        assert most / 400 < found.gflops[dtype] / threads < most
+    for _ in range(20):
+        if not plausible(found.gflops):
+            found = found.best(limits.measure("cpu"))
+    assert plausible(found.gflops), found.gflops
+    assert 8 < found.gflops["float32"] / torch.get_num_threads() < 800
     assert all(1 < rate < 5000 for _, rate in found.bandwidth)
     assert found.exchange_us is not None and found.exchange_us < 1000
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -91,14 +91,14 @@ def test_export_with_any_length_and_batch(strict):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("save", [False, True])
 def test_operators_keep_the_rules(backend, packed, save):
-    """torch.library.opcheck: schema, autograd registration, fake tensors, compilation with dynamic shapes."""
+    """opcheck: schema, autograd registration, fake tensors, compilation with dynamic shapes."""
     weights = [p.detach().clone().requires_grad_(save) for p in make(bidirectional=True).parameters()]
     x, h0, c0 = (torch.randn(*shape, requires_grad=save) for shape in ((6, 3), (2, 3, 4), (2, 3, 4)))
     batch_sizes = torch.tensor([3, 2, 1]) if packed else None
     arguments = (x, h0, c0, *weights[:4], None, *weights[4:], None, batch_sizes, backend, save)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = torch.library.opcheck(torch.ops.lstm_fast.layer.default, arguments)
+        found = library.opcheck(torch.ops.lstm_fast.layer.default, arguments)
     assert set(found.values()) == {"SUCCESS"}
     if not save:
         return
@@ -108,7 +108,7 @@ def test_operators_keep_the_rules(backend, packed, save):
     needs = [t is not None for t in inputs]
     backward = (y, h_n, c_n, *inputs, batch_sizes, y, gates, cells, backend, needs)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    found = torch.library.opcheck(torch.ops.lstm_fast.layer_backward.default, backward, test_utils=tests)
+    found = library.opcheck(torch.ops.lstm_fast.layer_backward.default, backward, test_utils=tests)
     assert set(found.values()) == {"SUCCESS"}
 
 

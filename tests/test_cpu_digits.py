@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lstm_fast import LSTM
+from lstm_fast._C import CPU_INSTRUCTION_SETS
 from tests.cpu_case import WEIGHTS, case, check_errors, check_usual_errors, results, three
 
 INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,6 +43,17 @@ def test_errors_are_within_twice_those_of_torch(
 ) -> None:
     modules = three(inputs, hidden, WEIGHTS[weights], which, **sizes)
     check_usual_errors(modules, weights, batch, steps)
+
+
+@pytest.mark.skipif(CPU_INSTRUCTION_SETS[-1] != "amx", reason="this processor has no AMX")
+def test_more_than_one_step_goes_by_digits() -> None:
+    """A single one goes by planes, whose sums round elsewhere; else all of this file would test those."""
+    ours, _, _ = three(128, 256, lambda w: w)
+    x, states, _ = case(ours, 48, 2)
+    with torch.no_grad():
+        one, two = (ours(x[:steps], tuple(states))[0][0] for steps in (1, 2))
+    assert not torch.equal(one, two)
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", INPUTS)

@@ -164,7 +164,7 @@ def test_a_tensor_that_outlived_its_transform_is_taken(grad: bool) -> None:
 
 
 def test_the_operator_hands_gradients_through_too() -> None:
-    """Its outputs may not be its inputs, which torch.library refuses."""
+    """Its outputs may not be its inputs, which custom operators refuse."""
     tensors = inputs(directions=1)
     tensors[0] = tensors[0][:0]
     y, h_n, c_n, gates, cells = torch.ops.lstm_fast.layer(*tensors, None, "cpu", True)

@@ -267,7 +267,7 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
                     packed ? Left{first, kDeep, kBlock, N * kBlock} : Left{first, lda * N, kDeep, N * kDeep};
                 const BFloat16* const columns = right + i * N * kRightPlane + column / 32 * half;
                 float* const whole = c + row * ldc + column;
-                const bool anew = packed && accumulate;
+                const bool anew = packed && accumulate, onto = accumulate && !packed;
                 float* const sum = anew ? apart : whole;
                 const Index ld = anew ? kTile : ldc;
                 if (count > 16) {
@@ -275,11 +275,11 @@ __attribute__((noinline, target(LSTM_AMX_TARGET))) void multiply_in(Amx, Index r
                     const float* const next = !far || (lowest && column > 0) ? nullptr
                                               : lowest                       ? c + 32
                                                                              : c + (row + size) * ldc + column;
-                    multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps, sum, ld,
-                                           accumulate && !anew, next, ldc);
+                    multiply_two_blocks<N>(count, second, block, second * lda * N, columns, steps, sum, ld, onto, next,
+                                           ldc);
                     if (anew) add_rows(count, 32, sum, whole, ldc);
                 } else if (N > 1 || column == 0) {  // of one plane all columns at once
-                    multiply_one_block<N>(count, block, columns, columns + half, steps, sum, ld, accumulate && !anew);
+                    multiply_one_block<N>(count, block, columns, columns + half, steps, sum, ld, onto);
                     if (anew) add_rows(count, N > 1 ? 32 : kTile, sum, whole, ldc);
                 }
             }

@@ -218,8 +218,8 @@ LSTM_HD bool packs_in_passing(const Backward<T>& f, const Team& team) {
 template <typename Isa, typename T>
 LSTM_HD void pack_weight(const Backward<T>& f, const T* w, Index rows, Index columns,
                          const PackedWeight<Acc<T>>& packed, int d, const Team& team, int thread) {
-    for (Index k = 0; k < rows; k += Isa::depth) {  // all tiles' before the next: rows may be pages apart
-        const Index some = std::min(Isa::depth, rows - k);
+    for (Index k = 0; k < rows; k += kDepth) {  // all tiles' before the next: rows may be pages apart
+        const Index some = std::min(kDepth, rows - k);
         for (Index tile = thread; tile < tiles_of(columns); tile += team.threads) {
             const auto piece = packed_weight<Isa, T>(packed, rows, columns, d, tile).from(k);
             pack_tile<Isa>(f, w, columns, tile, k, some, piece);
@@ -343,12 +343,12 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
     const bool in_passing = packs_in_passing(f, step.team);
     const auto packed_piece = [&](Index tile, Index k) LSTM_INLINED {
         const auto whole = packed_weight<Isa, T>(packed, depth, columns, step.d, in_passing ? part.tile : tile);
-        return in_passing ? packed_at<Isa>(whole.b, std::min(Isa::depth, depth - k)) : whole.from(k);
+        return in_passing ? packed_at<Isa>(whole.b, std::min(kDepth, depth - k)) : whole.from(k);
     };
     const auto piece_of = [&](Index tile, Index k)
                               LSTM_INLINED { return right_side<Isa>(f, w, columns, tile, k, packed_piece(tile, k)); };
     const auto multiply_piece = [&](Index tile, Index k, const O* next) LSTM_INLINED {  // which stays for all rows
-        const Index some = std::min(Isa::depth, depth - k);
+        const Index some = std::min(kDepth, depth - k);
         if (in_passing) pack_tile<Isa>(f, w, columns, tile, k, some, packed_piece(tile, k));
         Right<const O> right = piece_of(tile, k);
         right.far = is_far(depth * columns);
@@ -357,7 +357,7 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
             multiply<Isa>(rows, left + b * ld + k, ld, right, some, to + b * ld_to + tile * kTile, ld_to, k > 0);
         });
     };
-    const Index pieces = tiles_of(depth, Isa::depth), tiles = part.tile_end - part.tile;
+    const Index pieces = tiles_of(depth, kDepth), tiles = part.tile_end - part.tile;
     const bool stays =
         f.walk.of_step.room(f.s.steps[step.t] * depth) * static_cast<Index>(sizeof(Acc<T>)) <= kLeftBytes;
     const bool by_tiles = stays && !in_passing;  // else by pieces of the left side, each of which then stays
@@ -365,7 +365,7 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
         const Index tile = by_tiles ? i / pieces : i % tiles;
         return step.t % 2 == 0 ? part.tile + tile : part.tile_end - 1 - tile;
     };
-    const auto first_of = [&](Index i) { return (by_tiles ? i % pieces : i / tiles) * Isa::depth; };
+    const auto first_of = [&](Index i) { return (by_tiles ? i % pieces : i / tiles) * kDepth; };
     for (Index i = 0; i < tiles * pieces; ++i) {
         const Index next = std::min(i + 1, tiles * pieces - 1);
         multiply_piece(tile_of(i), first_of(i), piece_of(tile_of(next), first_of(next)).b);

@@ -3,7 +3,7 @@
 //
 // Of 64 columns of a tile at one k, three vectors of 16 words take the place of four vectors of floats: the upper 24
 // bits of the words are columns 0 .. 47, the low bytes of all three together columns 48 .. 63. Who reads a word as an
-// integer takes a low byte for part of it; packing rounds such that the whole is nearest. A piece of up to kPiece k has
+// integer takes a low byte for part of it; packing rounds such that the whole is nearest. A piece of up to kDepth k has
 // a scale for each column, so that a weight is off by less than 2^-23 of the column's largest magnitude: less than what
 // rounding does to a sum of some hundred products. A piece stays as floats, and its first scale is negative, if in one
 // of its columns something is not finite, many weights are far smaller than the largest, which are less exact, or many
@@ -14,11 +14,7 @@
 
 namespace lstm::cpu {
 
-constexpr Index kPiece = 256;  // k of one, at most, as of one pass over k
-
 #ifdef LSTM_X86
-static_assert(kPiece == Avx512::depth);
-
 constexpr Index kFixedWords = 48;                                  // of 64 columns at one k
 constexpr float kWhole = 0x1.fffff8p30f;                           // what the largest magnitude becomes
 constexpr float kLeastLargest = 0x1p-90f, kMostLargest = 0x1p90f;  // whose scales and factors are plain floats

@@ -10,8 +10,7 @@
 
 namespace lstm::cpu {
 
-constexpr Index kProjectedSum = 128;  // k of one: what is projected is y, which nn.LSTM makes of short sums
-constexpr Index kSideBySide = 4;      // rows whose cells are taken by turns, as each is one long chain
+constexpr Index kSideBySide = 4;  // rows whose cells are taken by turns, as each is one long chain
 
 // c[rows, 64] (+)= left[rows, k] times one tile of a weight: packed, or its rows as they lie.
 template <typename Isa, typename T>
@@ -64,7 +63,7 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     const O* const m = reinterpret_cast<const O*>(f.m) + (d * f.s.batch + b) * f.ld_m;
     alignas(64) Acc<T> h[Isa::rows * kTile];
     const O* const packed = reinterpret_cast<const O*>(f.w_hr) + (d * f.feature_tiles + tile) * tile_size(hidden);
-    const Index piece = in_planes<O> || f.unpacked ? hidden : kProjectedSum;
+    const Index piece = in_planes<O> || f.unpacked ? hidden : kShortSum;
     for (Index k = 0; k < hidden; k += piece)
         multiply_weight<Isa, T>(rows, m + k, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
                                 packed_at<Isa>(packed, hidden).from(k), std::min(piece, hidden - k), h, k > 0,

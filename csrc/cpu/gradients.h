@@ -86,7 +86,7 @@ LSTM_HD bool packs_ih_in_passing(const Backward<T>& f, const Team& team) {
 template <typename Isa, typename T>
 LSTM_HD Index depth_at_once(const Backward<T>& f, Index tile, Index k) {
     const Index depth = 4 * f.s.hidden - k;
-    return Backward<T>::rounded || (tile + 1) * kTile > f.s.input ? depth : std::min(Isa::depth, depth);
+    return Backward<T>::rounded || (tile + 1) * kTile > f.s.input ? depth : std::min(kDepth, depth);
 }
 
 // What they add to dx of rows first .. first + rows.
@@ -126,7 +126,7 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
         }
     };
     const auto for_pieces = [&](const auto& take) LSTM_INLINED {  // of da: each stays in cache while the weight goes by
-        for (Index k = 0; k < depth; k += Isa::depth) {
+        for (Index k = 0; k < depth; k += kDepth) {
             for (Index tile = 0; tile < f.input_tiles; ++tile) {
                 if (k == 0 || depth_at_once<Isa>(f, tile, 0) < depth) take(k, tile);
             }

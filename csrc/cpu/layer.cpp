@@ -86,8 +86,7 @@ bool planes_pay(const Shape& s, Index rows, bool over_steps) {
 bool digits_pay(const Shape& s, Index rows) {
     const Index depth = s.input + s.hidden, padded = round_up(s.input, kDigitsDeep) + round_up(s.hidden, kDigitsDeep);
     const bool whole = 4 * depth >= 3 * padded && s.input >= 128 && s.hidden >= 256 && s.features == s.hidden;
-    const Index sequences = s.hidden < 384 ? fewest_for_amx(s) : 8;
-    return whole && s.time > 1 && rows >= sequences * s.time && rows >= 32;
+    return whole && s.time > 1 && rows >= (s.hidden < 384 ? 12 : 8) * s.time && rows >= 32;
 }
 
 // The instruction set that serves a call best, of those up to the one that it names.

@@ -49,7 +49,7 @@ LSTM_HD Index tile_size(Index k) { return round_up(k, kDigitsDeep) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
 // a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other. `next`: what
-// to ask for meanwhile, or null. `scales`: [k / kPiece, 64] of a tile whose pieces may be in fixed point, [64] of
+// to ask for meanwhile, or null. `scales`: [k / kDepth, 64] of a tile whose pieces may be in fixed point, [64] of
 // digits, else null.
 template <typename O>
 struct Right {
@@ -60,7 +60,7 @@ struct Right {
     float* scales = nullptr;
 
     LSTM_HD Right from(Index p) const {
-        float* const scale = scales == nullptr ? nullptr : scales + p / kPiece * kTile;
+        float* const scale = scales == nullptr ? nullptr : scales + p / kDepth * kTile;
         return {b + p * ld, ld, panel, far, next == nullptr ? nullptr : next + p * kAsked, scale};
     }
 };
@@ -86,9 +86,6 @@ LSTM_HD void ask_for(const O* next, Index k, Index rows_of_step, bool second, Ri
 // How a product finds element (row, p) of its left side: a[row * lda + p]; down the columns, a[p * lda + row]; or in
 // packed blocks of Isa::side rows, [rows / side, lda, side], so that a block is read front to back.
 enum class Along { rows, columns, blocks };
-
-// The longest sum of a weight's gradient: nn.LSTM adds up each step's rows for themselves.
-constexpr Index kSumOfRows = 128;
 
 // How many vectors side by side `rows` rows are multiplied by: more for few rows, whose sums would wait for each other.
 template <typename Isa, typename A>
@@ -236,7 +233,7 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
     const Index width = side * (blocks == 1 ? vectors_for<Isa, A>(static_cast<int>(rows)) : Isa::vectors);
     Index p = 0;
     do {  // once for k = 0 too, which is a sum of nothing
-        const Index depth = std::min(Isa::depth, k - p);
+        const Index depth = std::min(kDepth, k - p);
         for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
             for (Index column = 0; column < kTile; column += width) {
                 const Index end = std::min(turn + Isa::blocks, blocks);
@@ -250,16 +247,16 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
                         return along == Along::blocks ? std::min(i * kRows, rows) : rows * i / blocks;
                     };
                     const Index first = begin(block), count = begin(block + 1) - first;
-                    const Index sum = in_block == Along::columns ? kSumOfRows : depth;
-                    for (Index q = 0; q == 0 || q < depth; q += sum)
+                    const Index longest = in_block == Along::columns ? kShortSum : depth;
+                    for (Index q = 0; q == 0 || q < depth; q += longest)
                         multiply_block<Isa, in_block>(count, blocks == 1, a + first * of_row + (p + q) * of_depth,
                                                       along == Along::blocks ? kRows : lda, panels.from(q),
-                                                      std::min(sum, depth - q), c + first * ldc + column, ldc,
+                                                      std::min(longest, depth - q), c + first * ldc + column, ldc,
                                                       accumulate || q > 0);
                 }
             }
         }
-        p += Isa::depth;
+        p += kDepth;
         accumulate = true;
     } while (p < k);
 }
@@ -336,13 +333,13 @@ template <typename Isa, typename O>
 LSTM_HD void fix_tile([[maybe_unused]] const Right<O>& tile, [[maybe_unused]] Index k) {
 #ifdef LSTM_X86
     if constexpr (whole_panel<Isa, O>) {
-        for (Index p = 0; p < k; p += kPiece) fix(std::min(kPiece, k - p), tile.from(p).b, tile.from(p).scales);
+        for (Index p = 0; p < k; p += kDepth) fix(std::min(kDepth, k - p), tile.from(p).b, tile.from(p).scales);
     }
 #endif
 }
 
 // Elements of its scales.
-LSTM_HD Index scales_size(Index k) { return (k + kPiece - 1) / kPiece * kTile; }
+LSTM_HD Index scales_size(Index k) { return (k + kDepth - 1) / kDepth * kTile; }
 
 // `columns` <= 64 columns of k rows, the p-th at row(p), to [k, 64] with 0 behind.
 template <typename Isa, typename T, typename Row>

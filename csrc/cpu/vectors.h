@@ -27,10 +27,12 @@ constexpr Index kUnits = 16;  // hidden units of a forward tile: 16 columns for 
 
 constexpr int kRows = 6;  // most rows of one block: 6 x 4 sums fit the 32 registers of AVX-512, 6 x 2 the 16 of AVX2
 
+constexpr Index kDepth = 256;     // k of the longest sum in registers, as long ones are less exact than nn.LSTM's
+constexpr Index kShortSum = 128;  // of a product whose sums are short in nn.LSTM: by projections, or over rows
+
 // An instruction set: bytes of a vector, how many vectors side by side one pass over k accumulates for each of a
-// block's rows, how many registers there are, the longest sum in them, and how many blocks of rows take turns at a
-// panel.
-template <int Bytes, int Vectors, int Registers, int Depth, int Blocks>
+// block's rows, how many registers there are, and how many blocks of rows take turns at a panel.
+template <int Bytes, int Vectors, int Registers, int Blocks>
 struct Isa {
     template <typename A>
     struct VectorOf {
@@ -39,7 +41,7 @@ struct Isa {
     typedef std::uint16_t Narrow __attribute__((vector_size(Bytes / 2)));  // as many as a vector has floats
     typedef std::uint32_t Wide __attribute__((vector_size(Bytes)));
     static constexpr int vectors = Vectors, registers = Registers;
-    static constexpr Index depth = Depth, blocks = Blocks;
+    static constexpr Index blocks = Blocks;
     static constexpr Index rows = kRows * Blocks;  // that one step multiplies at a time
     static constexpr Index side = kRows;           // rows of a packed block of a left side
 };
@@ -54,9 +56,9 @@ constexpr Index lanes = sizeof(Vector<Isa, A>) / sizeof(A);
 #define LSTM_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl," LSTM_AVX2_TARGET
 #define LSTM_PAIRS_TARGET "avx512bf16," LSTM_AVX512_TARGET
 #define LSTM_AMX_TARGET "amx-tile,amx-bf16,amx-int8," LSTM_PAIRS_TARGET
-using Baseline = Isa<16, 2, 16, 256, 8>;
-using Avx2 = Isa<32, 2, 16, 256, 8>;
-using Avx512 = Isa<64, 4, 32, 256, 1>;
+using Baseline = Isa<16, 2, 16, 8>;
+using Avx2 = Isa<32, 2, 16, 8>;
+using Avx512 = Isa<64, 4, 32, 1>;
 struct Pairs : Avx512 {};  // AVX-512 whose products of bf16 read pairs of neighbours in k
 struct Amx : Pairs {       // whose products are those of registers of 16 rows of bf16 (amx.h)
     static constexpr Index rows = 64, side = 16;
