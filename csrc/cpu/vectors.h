@@ -76,7 +76,7 @@ struct Digits {
     std::int8_t of[3];
 };
 #else
-using Baseline = Isa<16, 4, 32, 256, 8>;
+using Baseline = Isa<16, 4, 32, 8>;
 #endif
 
 // Calls f in a function of its own. A long function that is inlined in many calls its body so, which is then compiled
