@@ -123,7 +123,7 @@ def errors(x: Any, theirs: nn.Module, ours: nn.Module) -> tuple[float, float]:
 
 def measure(ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
     """Medians in ms and the ratio theirs/ours, over interleaved pairs."""
-    times = timing.interleave({"ours": ours, "theirs": theirs}, "cuda", 0, PAIRS)
+    times = timing.interleave({"ours": ours, "theirs": theirs}, "cuda", 0, PAIRS).times()
     found = timing.compared(times["ours"], times["theirs"])
     kept = {name: found[name] for name in ("ratio", "ratio_p20", "ratio_p80", "ratio_low", "ratio_high")}
     return {"ours_ms": statistics.median(times["ours"]), "theirs_ms": found["ms"], **kept, "pairs": PAIRS}

@@ -1,5 +1,6 @@
 """The benchmark's protocol: what is counted, what stops the clock, and that nothing measured is lost."""
 
+import collections
 import gc
 import json
 import subprocess
@@ -7,7 +8,6 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,106 +95,6 @@ def test_a_wrong_result_stops_the_clock(weight: str) -> None:
         runner.check(SMALL, {"ours": ours}, oracle, x)
 
 
-def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
-    called: list[str] = []
-    calls = {name: lambda name=name: called.append(name) for name in ("ours", "torch", "reference")}
-    times = timing.interleave(calls, "cpu", 0.0)
-    assert [len(each) for each in times.values()] == [timing.FEWEST_ROUNDS] * 3
-    changes = sum(a != b for a, b in pairwise(called))
-    assert changes >= 3 * timing.FEWEST_ROUNDS / 2
-
-
-class Neighbour:
-    """A machine on which ``busy`` rounds, counted from 0, take ten times as long."""
-
-    def __init__(self, busy: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.round, self.left_out = 0.0, 0, 0
-        self.busy = busy
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(timing, "timer", lambda device, call: call)
-
-    def ours(self) -> float:
-        took = 10.0 if self.busy(self.round) else 1.0
-        self.now, self.round = self.now + took / 1e3, self.round + 1
-        return took
-
-    def disturbed(self) -> bool:
-        return self.round > 0 and self.busy(self.round - 1)
-
-
-def test_rounds_in_which_the_machine_is_slowed_down_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine: Any = Neighbour(lambda n: n // 4 % 2 > 0, monkeypatch)
-    times = timing.interleave({"ours": machine.ours}, "cpu", 0.31, witness=machine)["ours"]
-    assert set(times) == {1.0} and len(times) >= timing.FEWEST_ROUNDS
-    assert len(times) + machine.left_out == machine.round
-
-
-def test_a_round_counts_if_it_is_quiet_before_within_and_after() -> None:
-    said = iter([True, False, False, False, True, False, False, False, True, False, False, False])
-    witness: Any = mock.Mock(left_out=0, disturbed=lambda: next(said))
-    calls = {"ours": lambda: None, "torch": lambda: None}
-    times = timing.interleave(calls, "cpu", 0.0, fewest=1, witness=witness)
-    assert witness.left_out == 3 and [len(each) for each in times.values()] == [1, 1]
-
-
-def test_a_machine_that_never_rests_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    for seconds, rounds in (0.0, timing._PATIENCE * timing.FEWEST_ROUNDS), (0.2, 80):
-        machine: Any = Neighbour(lambda n: True, monkeypatch)
-        times = timing.interleave({"ours": machine.ours}, "cpu", seconds, witness=machine)["ours"]
-        assert times == [10.0] * timing.FEWEST_ROUNDS and machine.round == rounds
-        assert machine.left_out == rounds - timing.FEWEST_ROUNDS
-
-
-def test_a_witness_knows_a_slower_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, speed = 0.0, 1.0
-
-    def product(a: Tensor, b: Tensor) -> None:
-        nonlocal now
-        now += 50e-6 / speed
-
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(torch, "mm", product)
-    witness = timing.Witness(0.1)
-    assert not witness.disturbed()
-    speed = 0.75
-    assert witness.disturbed()
-    speed = 0.95
-    assert not witness.disturbed()
-
-
-def test_short_calls_are_timed_in_a_row_even_if_the_first_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, calls = 0.0, 0
-
-    def call() -> None:
-        nonlocal now, calls
-        now, calls = now + (1e-5 if calls > 0 else 1e-2), calls + 1
-
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    timed = timing.timer("cpu", call)
-    before = calls
-    assert timed() == pytest.approx(1e-2) and calls - before in (99, 100)
-
-
-def test_a_long_case_is_over_after_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_LONG_SECONDS", 0.0)
-    times = timing.interleave({"ours": lambda: None, "torch": lambda: None}, "cpu", 0.0)
-    assert [len(each) for each in times.values()] == [1, 1]
-    assert timing.compared([2.0], [3.0]) == {
-        **dict.fromkeys(("ms", "p20", "p80"), 3.0),
-        **dict.fromkeys(("ratio", "ratio_p20", "ratio_p80", "ratio_low", "ratio_high"), 1.5),
-    }
-
-
-def test_ratios_are_of_pairs_with_a_distribution_free_interval() -> None:
-    ours = [1.0] * 100
-    theirs = [float(i) for i in range(100)]  # the ratios themselves
-    found = timing.compared(ours, theirs)
-    assert found["ratio"] == found["ms"] == 49.5
-    # 95 % for n = 100 by the binomial: order statistics 40 and 61, counted from 1 (Conover 1999, table A3)
-    assert 39 <= found["ratio_low"] <= 40 and 59 <= found["ratio_high"] <= 60
-    assert found["ratio_p20"] < found["ratio_low"] and found["ratio_high"] < found["ratio_p80"]
-
-
 def test_the_limit_is_the_largest() -> None:
     rows = SMALL.T * SMALL.B
     ms, what = KNOWN.of(SMALL, rows, "inference")
@@ -278,11 +178,10 @@ def test_a_disturbance_owns_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A neighbour that makes ours slow while one case is timed: the medians pass over it."""
     timed: list[float] = []
 
-    def rounds(calls: dict[str, Any], device: str, seconds: float, witness: Any) -> dict[str, list[float]]:
+    def rounds(calls: dict[str, Any], device: str, seconds: float, witness: Any) -> timing.Rounds:
         timed.append(seconds)
-        witness.left_out += 1
-        disturbed = len(timed) in (3, 4)  # both modes of the second case, in the first pass
-        return {"ours": [10.0 if disturbed else 1.0] * 3, "torch": [2.0] * 3}
+        slow = len(timed) in (3, 4)  # both modes of the second case, in the first pass
+        return timing.Rounds([{"ours": 10.0 if slow else 1.0, "torch": 2.0}] * 3, [{"ours": 20.0, "torch": 2.0}])
 
     rates = iter((100.0, 300.0, 200.0))
     monkeypatch.setattr(runner, "measure", lambda _: KNOWN._replace(gflops={"float32": next(rates)}))
@@ -304,6 +203,35 @@ def test_a_disturbance_owns_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [(row["ours"]["ms"], row["ratio"], row["rounds"]) for row in record["rows"]] == [(1.0, 2.0, 9)] * 4
     assert [each["limits"]["gflops"]["float32"] for each in record["passes"]] == [100.0, 300.0, 200.0]
     assert record["limits"]["gflops"]["float32"] == 300.0 and record["rounds_left_out"] == len(timed)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("rests_after", [4, 100])
+def test_rows_that_others_disturbed_are_measured_again(
+    rests_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neighbour in all rounds of one case's training: in its passes 0 to 4, or always."""
+    timed: collections.Counter[tuple[int, str]] = collections.Counter()
+    troubled = 2, "forward+backward"
+
+    def rounds(calls: dict[str, Callable[[], Any]], device: str, seconds: float, witness: Any) -> timing.Rounds:
+        what = calls["ours"]()
+        timed[what] += 1
+        busy = what == troubled and timed[what] <= rests_after
+        each = [{"ours": 10.0 if busy else 1.0, "torch": 2.0}] * 3
+        return timing.Rounds([], each) if busy else timing.Rounds(each, [])
+
+    monkeypatch.setattr(runner, "interleave", rounds)
+    monkeypatch.setattr(rivals, "task", lambda module, x, mode: lambda: (x.size(1), mode))
+    record = run(tmp_path / "run.json", {"one": [SMALL, SMALL._replace(B=2)]})
+    at_most = runner.PASSES + runner._RETURNS
+    passes = min(rests_after + 1, at_most)
+    assert timed.pop(troubled) == passes == len(record["passes"]) and list(timed.values()) == [runner.PASSES] * 3
+    disturbed = rests_after > at_most
+    assert [row["disturbed"] for row in record["rows"]] == [False, False, False, disturbed]
+    last = record["rows"][-1]
+    assert (last["ours"]["ms"], last["rounds"]) == ((10.0, 3 * passes) if disturbed else (1.0, 3))
+    assert record["rounds_left_out"] == (0 if disturbed else 3 * rests_after)
 
 
 def test_what_torch_launches_is_noted_in_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

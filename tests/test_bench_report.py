@@ -147,16 +147,17 @@ def test_table_says_what_the_machine_could_do_and_what_starting_takes() -> None:
     limits = {"gflops": {"float32": 270.0}, "bandwidth": [[2**19, 180.0], [2**25, 50.0]], "exchange_us": 0.25}
     names = ("import_lstm_fast_ms", "import_torch_ms", "first_call_ms", "first_call_torch_ms")
     startup = dict(zip(names, (15.0, 700.0, 2.0, 25.0), strict=True))
-    memory = row(Case(9, 8, 16), mode="forward+backward", memory_mb={"ours": 10.0, "torch": 20.0})
+    memory = row(Case(9, 8, 16), mode="forward+backward", memory_mb={"ours": 10.0, "torch": 20.0}, disturbed=True)
     states = {"clocks": ["1980 MHz", "2619 MHz"], "load": 0.5, "after": {"clocks": [], "load": 1.25}}
     passes = [{"limits": {"gflops": {"float32": rate, "float64": rate / 2}}} for rate in (270.0, 180.0)]
     lines = report.table(
         run(memory, limits=limits, passes=passes, rounds_left_out=10, startup=startup, **states)
     ).splitlines()
-    assert lines[1:6] == [
+    assert lines[1:7] == [
         "limits: float32 270 GFLOP/s; 180 GB/s to 0.5 MiB, 50 GB/s to 32 MiB; 0.25 µs to meet",
         "GFLOP/s before each pass: float32 270, 180; float64 135, 90",
         "10 of 40 rounds left out: the machine was slowed down",
+        "1 of 1 rows have no other rounds than such",
         "clocks 1980 MHz, 2619 MHz, load 0.50; after the last row not told, load 1.25",
         "import 15 ms after torch's 700; first training pass 2 ms, torch's 25",
     ]

@@ -192,6 +192,8 @@ def _machine_lines(run: Run) -> list[str]:
     if left_out := run.get("rounds_left_out"):
         counted = sum(row["rounds"] for row in run["rows"])
         lines.append(f"{left_out} of {left_out + counted} rounds left out: the machine was slowed down")
+    if disturbed := sum(row.get("disturbed", False) for row in run["rows"]):
+        lines.append(f"{disturbed} of {len(run['rows'])} rows have no other rounds than such")
     if after := run.get("after"):
         texts = (f"{', '.join(each['clocks']) or 'not told'}, load {each['load']:.2f}" for each in (run, after))
         lines.append("clocks {}; after the last row {}".format(*texts))

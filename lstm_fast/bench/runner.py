@@ -2,7 +2,7 @@
 
 The grid is walked several times, a few rounds of each case at a time, so that what else happens on a machine for some
 seconds or a minute falls on few rounds of many cases, where medians pass over it, and not on all rounds of a few. On a
-CPU, rounds in which a witness was slowed down don't count.
+CPU, rounds in which a witness was slowed down don't count, and rows that lack others are measured again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import lstm_fast
 from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
-from lstm_fast.bench.timing import Witness, compared, interleave, spread
+from lstm_fast.bench.timing import FEWEST_ROUNDS, Rounds, Witness, compared, interleave, spread
 from lstm_fast.environment import cpuinfo, environment
 
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
 PASSES = 3
+_RETURNS = 9  # passes more at most, over what has few quiet rounds
 _WATCHED = 3  # times as long as a case takes, how fast the machine is
 LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
 
@@ -127,7 +128,7 @@ def check(case: Case, modules: dict[str, nn.Module], oracle: nn.Module, x: Any) 
 
 
 class Measured(NamedTuple):
-    """One case in one mode; ``times`` in ms of each side, round by round."""
+    """One case in one mode."""
 
     group: str
     case: Case
@@ -135,12 +136,18 @@ class Measured(NamedTuple):
     choice: str
     error: float
     rows: int  # over all steps
-    times: dict[str, list[float]]
+    rounds: Rounds
+
+    def lacks_rounds(self) -> bool:
+        """Whether others disturbed nearly all of them."""
+        return len(self.rounds.quiet) < FEWEST_ROUNDS
 
     def row(self, limits: Limits) -> dict[str, Any]:
         """What is said of it."""
-        mine = spread(self.times["ours"])
-        against = {name: compared(self.times["ours"], times) for name, times in self.times.items() if name != "ours"}
+        times = self.rounds.times()
+        ours = times.pop("ours")
+        mine = spread(ours)
+        against = {name: compared(ours, theirs) for name, theirs in times.items()}
         best = min(against, key=lambda name: against[name]["ms"], default=None)
         limit, what = limits.of(self.case, self.rows, self.mode)
         return {
@@ -149,7 +156,8 @@ class Measured(NamedTuple):
             "mode": self.mode,
             "choice": self.choice,
             "error": self.error,
-            "rounds": len(self.times["ours"]),
+            "rounds": len(ours),
+            "disturbed": not self.rounds.quiet,
             "ours": mine,
             "rivals": against,
             "best_rival": best,
@@ -173,8 +181,10 @@ def time_case(
     seconds: float,
     backend: str,
     witness: Witness | None,
+    lacking: bool = False,
 ) -> None:
-    """Rounds for ``seconds`` more in each mode, added to ``known``; where that is empty, a gate before the first.
+    """Rounds for ``seconds`` more in each mode, or in those that are ``lacking`` some, added to ``known``; where that
+    is empty, a gate before the first.
 
     Raises:
         RefusedError: ``backend`` can't serve the case.
@@ -191,13 +201,14 @@ def time_case(
             raise RefusedError(str(error)) from error
         found, rows = check(case, modules, oracle, x), x.data.size(0) if case.packed else case.T * case.B
         for mode in modes:
-            times: dict[str, list[float]] = {name: [] for name in modules}
-            known.append(Measured(group, case, mode, choices[mode], found["ours"], rows, times))
+            known.append(Measured(group, case, mode, choices[mode], found["ours"], rows, Rounds([], [])))
     for each in known:
+        if lacking and not each.lacks_rounds():
+            continue
         tasks = {name: rivals.task(module, x, each.mode) for name, module in modules.items()}
         more = interleave(tasks, device, seconds, witness=witness)
-        for name in modules:
-            each.times[name] += more[name]
+        each.rounds.quiet.extend(more.quiet)
+        each.rounds.disturbed.extend(more.disturbed)
 
 
 def choice(module: nn.Module, x: Any, mode: str) -> str:
@@ -229,8 +240,9 @@ def run(
     progress: Callable[[int, int, str], None],
     backend: str = "auto",
 ) -> dict[str, Any]:
-    """Every case of the grid, ours by ``backend``, in ``PASSES`` passes over it. After each case, ``output`` holds all
-    that is known; under "passes", the state and the limits of the machine before each.
+    """Every case of the grid, ours by ``backend``, in ``PASSES`` passes over it, and in up to nine more over those rows
+    that lack quiet rounds. After each case, ``output`` holds all that is known; under "passes", the state and the
+    limits of the machine before each.
 
     ``progress(done, total, what)`` is told before each case. A rival that is missing is named under "skipped", as is a
     case that ``backend`` can't serve; one that fails under "failed"; each with its reason.
@@ -253,24 +265,29 @@ def run(
     going = dict(enumerate(cases))
     limits: Limits | None = None
     witness = Witness(_WATCHED * seconds) if device == "cpu" else None
-    for number in range(PASSES):
+    for number in range(PASSES + _RETURNS):
+        returns = number >= PASSES
+        if returns:
+            going = {at: case for at, case in going.items() if any(each.lacks_rounds() for each in known[at])}
+        if not going:
+            break
         found = measure(device)
         limits = found if limits is None else found.best(limits)
         record["limits"] = limits._asdict()
         record["passes"].append({**state(device), "limits": found._asdict()})
         for at, (group, case) in list(going.items()):
-            progress(number * len(cases) + at, PASSES * len(cases), case.label())
+            progress(number * len(cases) + at, max(PASSES, number + 1) * len(cases), case.label())
             try:
-                time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend, witness)
+                time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend, witness, returns)
             except RefusedError as error:
                 del going[at]
                 record["skipped"][case.label()] = str(error)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 del going[at]
                 record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
-            if witness is not None:
-                record["rounds_left_out"] = witness.left_out
-            record["rows"] = [each.row(limits) for of_case in known for each in of_case if each.times["ours"]]
+            timed = [each for of_case in known for each in of_case if each.rounds.counted()]
+            record["rows"] = [each.row(limits) for each in timed]
+            record["rounds_left_out"] = sum(len(each.rounds.disturbed) for each in timed if each.rounds.quiet)
             write(output, record)
     record["after"] = state(device)
     for group in grid:

@@ -7,13 +7,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 FEWEST_ROUNDS = 3
 _LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
-_PATIENCE = 4  # times as long, and as many rounds, may it take where rounds are disturbed
+_PATIENCE = 2  # times as long, and as many rounds, may it take where rounds are disturbed
 _CALL_SECONDS = 1e-3  # shorter calls follow each other for so long: what another left in the caches is not theirs
 
 
@@ -47,17 +47,12 @@ def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
 
 class Witness:
     """Whether others slow this machine down, as a neighbour on the same core does or on a cloud's next one: a small
-    product of torch's own takes longer than it does there at best.
-
-    Attributes:
-        left_out: rounds that didn't count.
-    """
+    product of torch's own takes longer than it does there at best."""
 
     _SIZE, _TIMES, _SLOWER, _BEST = 128, 4, 1.15, 0.05  # it is the best 5 % that are compared with
 
     def __init__(self, seconds: float) -> None:
         """Looks for so long how fast it is."""
-        self.left_out = 0
         self._matrix = torch.ones(self._SIZE, self._SIZE)
         self._seen: list[float] = []  # in order
         begin = time.perf_counter()
@@ -77,31 +72,47 @@ class Witness:
         return time.perf_counter() - begin
 
 
+class Rounds(NamedTuple):
+    """Milliseconds of each call, round by round: of rounds in which nobody was seen to slow the machine down, and of
+    those that a witness called disturbed."""
+
+    quiet: list[dict[str, float]]
+    disturbed: list[dict[str, float]]
+
+    def counted(self) -> list[dict[str, float]]:
+        """Quiet rounds; disturbed ones where there is no other."""
+        return self.quiet or self.disturbed
+
+    def times(self) -> dict[str, list[float]]:
+        """By call, in counted rounds."""
+        rounds = self.counted()
+        return {name: [each[name] for each in rounds] for name in rounds[0]}
+
+
 def interleave(
     calls: dict[str, Callable[[], Any]],
     device: str,
     seconds: float,
     fewest: int = FEWEST_ROUNDS,
     witness: Witness | None = None,
-) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round; in each round every call once, in an order drawn anew.
+) -> Rounds:
+    """In each round every call once, in an order drawn anew.
 
-    Rounds go on for ``seconds``, and until there are ``fewest`` or ten seconds are over. A round before, within or
-    after which ``witness`` says that the machine is disturbed doesn't count, and others are waited for; but where none
-    comes in four times as long and as many rounds, ``fewest`` such ones count.
+    Rounds go on for ``seconds``, and until there are ``fewest`` or ten seconds are over. A round is disturbed if
+    ``witness`` says so of the machine before it, within or after it; for quiet ones it waits up to twice as long and
+    as many rounds.
     """
     timers = {name: timer(device, call) for name, call in calls.items()}
-    rounds: list[dict[str, float]] = []
-    quiet: list[dict[str, float]] = []
+    rounds = Rounds([], [])
     order, drawn = list(calls), random.Random(0)
     begin = time.perf_counter()
 
     def enough() -> bool:
-        gone = time.perf_counter() - begin
+        gone, done = time.perf_counter() - begin, len(rounds.quiet) + len(rounds.disturbed)
         if gone >= _LONG_SECONDS:
-            return gone >= seconds and len(rounds) > 0
-        patient = gone < _PATIENCE * seconds or len(rounds) < _PATIENCE * fewest
-        return gone >= seconds and (len(quiet) >= fewest or not patient)
+            return gone >= seconds and done > 0
+        patient = gone < _PATIENCE * seconds or done < _PATIENCE * fewest
+        return gone >= seconds and (len(rounds.quiet) >= fewest or not patient)
 
     def disturbed() -> bool:
         return witness is not None and witness.disturbed()
@@ -112,12 +123,8 @@ def interleave(
         for name in order:
             found[name] = timers[name]()
             noisy = disturbed() or noisy
-        rounds.append(found)
-        quiet += [] if noisy else [found]
-    counted = quiet or rounds[:fewest]
-    if witness is not None:
-        witness.left_out += len(rounds) - len(counted)
-    return {name: [each[name] for each in counted] for name in calls}
+        (rounds.disturbed if noisy else rounds.quiet).append(found)
+    return rounds
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
