@@ -178,7 +178,9 @@ def test_a_disturbance_owns_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A neighbour that makes ours slow while one case is timed: the medians pass over it."""
     timed: list[float] = []
 
-    def rounds(calls: dict[str, Any], device: str, seconds: float, witness: Any) -> timing.Rounds:
+    def rounds(
+        calls: dict[str, Any], device: str, seconds: float, fewest: int, witness: Any, patience: float
+    ) -> timing.Rounds:
         timed.append(seconds)
         slow = len(timed) in (3, 4)  # both modes of the second case, in the first pass
         return timing.Rounds([{"ours": 10.0 if slow else 1.0, "torch": 2.0}] * 3, [{"ours": 20.0, "torch": 2.0}])
@@ -214,24 +216,29 @@ def test_rows_that_others_disturbed_are_measured_again(
     timed: collections.Counter[tuple[int, str]] = collections.Counter()
     troubled = 2, "forward+backward"
 
-    def rounds(calls: dict[str, Callable[[], Any]], device: str, seconds: float, witness: Any) -> timing.Rounds:
+    def rounds(
+        calls: dict[str, Callable[[], Any]], device: str, seconds: float, fewest: int, witness: Any, patience: float
+    ) -> timing.Rounds:
         what = calls["ours"]()
         timed[what] += 1
+        again = timed[what] > runner.PASSES
+        assert (fewest, patience) == ((0, runner._PATIENCE) if again else (timing.FEWEST_ROUNDS, seconds))
         busy = what == troubled and timed[what] <= rests_after
-        each = [{"ours": 10.0 if busy else 1.0, "torch": 2.0}] * 3
+        each = [{"ours": 10.0 if busy else 1.0, "torch": 2.0}] * 6
         return timing.Rounds([], each) if busy else timing.Rounds(each, [])
 
     monkeypatch.setattr(runner, "interleave", rounds)
     monkeypatch.setattr(rivals, "task", lambda module, x, mode: lambda: (x.size(1), mode))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(timed.total()))
     record = run(tmp_path / "run.json", {"one": [SMALL, SMALL._replace(B=2)]})
-    at_most = runner.PASSES + runner._RETURNS
+    at_most = runner.PASSES + 4 * runner.PASSES  # for the three passes' time it alone is measured
     passes = min(rests_after + 1, at_most)
     assert timed.pop(troubled) == passes == len(record["passes"]) and list(timed.values()) == [runner.PASSES] * 3
     disturbed = rests_after > at_most
     assert [row["disturbed"] for row in record["rows"]] == [False, False, False, disturbed]
     last = record["rows"][-1]
-    assert (last["ours"]["ms"], last["rounds"]) == ((10.0, 3 * passes) if disturbed else (1.0, 3))
-    assert record["rounds_left_out"] == (0 if disturbed else 3 * rests_after)
+    assert (last["ours"]["ms"], last["rounds"]) == ((10.0, 6 * passes) if disturbed else (1.0, 6))
+    assert record["rounds_left_out"] == (0 if disturbed else 6 * rests_after)
 
 
 def test_what_torch_launches_is_noted_in_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,44 +22,55 @@ def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
 
 
 class Neighbour:
-    """A machine on which ``busy`` rounds, counted from 0, take ten times as long."""
+    """A machine that at ``busy`` milliseconds is ten times as slow: what takes one takes ten."""
 
-    def __init__(self, busy: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.round = 0.0, 0
+    def __init__(self, busy: Callable[[float], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.rounds = 0.0, 0
         self.busy = busy
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now / 1e3)
+        monkeypatch.setattr(timing.time, "sleep", self.sleep)
         monkeypatch.setattr(timing, "timer", lambda device, call: call)
 
+    def sleep(self, seconds: float) -> None:
+        self.now += 1e3 * seconds
+
     def ours(self) -> float:
-        took = 10.0 if self.busy(self.round) else 1.0
-        self.now, self.round = self.now + took / 1e3, self.round + 1
+        took = 10.0 if self.disturbed() else 1.0
+        self.now, self.rounds = self.now + took, self.rounds + 1
         return took
 
     def disturbed(self) -> bool:
-        return self.round > 0 and self.busy(self.round - 1)
+        return self.busy(self.now)
 
 
-def test_rounds_in_which_the_machine_is_slowed_down_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine: Any = Neighbour(lambda n: n // 4 % 2 > 0, monkeypatch)
-    rounds = timing.interleave({"ours": machine.ours}, "cpu", 0.31, witness=machine)
-    times = rounds.times()["ours"]
-    assert set(times) == {1.0} and len(times) >= timing.FEWEST_ROUNDS
-    assert len(rounds.disturbed) > 0 and len(times) + len(rounds.disturbed) == machine.round
+def test_rounds_wait_until_the_machine_rests_and_count_if_it_rested_all_the_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine: Any = Neighbour(lambda now: now % 200 >= 95.5, monkeypatch)
+    found = timing.interleave({"ours": machine.ours}, "cpu", 0.2995, witness=machine, patience=1.0)
+    assert found.times() == {"ours": [1.0] * 297}
+    assert found.disturbed == [{"ours": 1.0}] * 3 and machine.rounds == 300
 
 
 def test_a_round_counts_if_it_is_quiet_before_within_and_after() -> None:
-    said = iter([True, False, False, False, True, False, False, False, True, False, False, False])
+    said = iter([True, False, False, False, True, False, False, False, True, False, False, False, True])
     witness: Any = mock.Mock(disturbed=lambda: next(said))
     calls = {"ours": lambda: None, "torch": lambda: None}
-    rounds = timing.interleave(calls, "cpu", 0.0, fewest=2, witness=witness)
+    rounds = timing.interleave(calls, "cpu", 10.0, fewest=4, witness=witness)
     assert len(rounds.disturbed) == 3 and [each.keys() for each in rounds.quiet] == [calls.keys()]
 
 
 def test_a_machine_that_never_rests_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    for seconds, rounds in (0.0, timing._PATIENCE * timing.FEWEST_ROUNDS), (0.2, 40):
-        machine: Any = Neighbour(lambda n: True, monkeypatch)
-        found = timing.interleave({"ours": machine.ours}, "cpu", seconds, witness=machine)
-        assert found.times() == {"ours": [10.0] * rounds} and not found.quiet
+    for seconds, fewest in (0.0, 3), (0.2, 3), (0.2, 0):
+        machine: Any = Neighbour(lambda now: True, monkeypatch)
+        found = timing.interleave({"ours": machine.ours}, "cpu", seconds, fewest, machine, patience=0.5)
+        assert found == ([], [{"ours": 10.0}] * fewest) and machine.now == pytest.approx(500 + 10 * fewest)
+
+
+def test_nor_does_one_that_rests_too_shortly_take_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine: Any = Neighbour(lambda now: now % 11 >= 0.5, monkeypatch)
+    found = timing.interleave({"ours": machine.ours}, "cpu", 0.0, witness=machine, patience=10.0)
+    assert not found.quiet and len(found.disturbed) == 2 * timing.FEWEST_ROUNDS
 
 
 def test_a_witness_knows_a_slower_machine(monkeypatch: pytest.MonkeyPatch) -> None:

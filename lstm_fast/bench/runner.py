@@ -15,7 +15,8 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ from lstm_fast.environment import cpuinfo, environment
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
 PASSES = 3
-_RETURNS = 9  # passes more at most, over what has few quiet rounds
+_QUIET_ROUNDS = 6  # that a row comes to at least, if the machine rests
+_PATIENCE = 3.0  # seconds that each of the others waits for rest when its turn comes again
 _WATCHED = 3  # times as long as a case takes, how fast the machine is
 LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
 
@@ -139,8 +141,8 @@ class Measured(NamedTuple):
     rounds: Rounds
 
     def lacks_rounds(self) -> bool:
-        """Whether others disturbed nearly all of them."""
-        return len(self.rounds.quiet) < FEWEST_ROUNDS
+        """Whether others disturbed most of them."""
+        return len(self.rounds.quiet) < min(_QUIET_ROUNDS, len(self.rounds.quiet) + len(self.rounds.disturbed))
 
     def row(self, limits: Limits) -> dict[str, Any]:
         """What is said of it."""
@@ -181,10 +183,10 @@ def time_case(
     seconds: float,
     backend: str,
     witness: Witness | None,
-    lacking: bool = False,
+    again: bool = False,
 ) -> None:
-    """Rounds for ``seconds`` more in each mode, or in those that are ``lacking`` some, added to ``known``; where that
-    is empty, a gate before the first.
+    """Rounds for ``seconds`` more in each mode, or ``again`` in those that lack some, added to ``known``; where that is
+    empty, a gate before the first.
 
     Raises:
         RefusedError: ``backend`` can't serve the case.
@@ -203,10 +205,13 @@ def time_case(
         for mode in modes:
             known.append(Measured(group, case, mode, choices[mode], found["ours"], rows, Rounds([], [])))
     for each in known:
-        if lacking and not each.lacks_rounds():
+        if again and not each.lacks_rounds():
             continue
         tasks = {name: rivals.task(module, x, each.mode) for name, module in modules.items()}
-        more = interleave(tasks, device, seconds, witness=witness)
+        if again:  # quiet ones alone
+            more = interleave(tasks, device, seconds, 0, witness, _PATIENCE)
+        else:
+            more = interleave(tasks, device, seconds, FEWEST_ROUNDS, witness, seconds)
         each.rounds.quiet.extend(more.quiet)
         each.rounds.disturbed.extend(more.disturbed)
 
@@ -240,9 +245,9 @@ def run(
     progress: Callable[[int, int, str], None],
     backend: str = "auto",
 ) -> dict[str, Any]:
-    """Every case of the grid, ours by ``backend``, in ``PASSES`` passes over it, and in up to nine more over those rows
-    that lack quiet rounds. After each case, ``output`` holds all that is known; under "passes", the state and the
-    limits of the machine before each.
+    """Every case of the grid, ours by ``backend``, in ``PASSES`` passes over it, and in more over those rows that lack
+    quiet rounds, for as long again at most. After each case, ``output`` holds all that is known; under "passes", the
+    state and the limits of the machine before each.
 
     ``progress(done, total, what)`` is told before each case. A rival that is missing is named under "skipped", as is a
     case that ``backend`` can't serve; one that fails under "failed"; each with its reason.
@@ -262,28 +267,25 @@ def run(
     }
     cases = [(group, case) for group in grid for case in grid[group]]
     known: list[list[Measured]] = [[] for _ in cases]
-    going = dict(enumerate(cases))
+    going = set(range(len(cases)))
     limits: Limits | None = None
     witness = Witness(_WATCHED * seconds) if device == "cpu" else None
-    for number in range(PASSES + _RETURNS):
-        returns = number >= PASSES
-        if returns:
-            going = {at: case for at, case in going.items() if any(each.lacks_rounds() for each in known[at])}
-        if not going:
-            break
+    for number, places in enumerate(_passes(known, going)):
         found = measure(device)
         limits = found if limits is None else found.best(limits)
         record["limits"] = limits._asdict()
         record["passes"].append({**state(device), "limits": found._asdict()})
-        for at, (group, case) in list(going.items()):
+        for at in places:
+            group, case = cases[at]
             progress(number * len(cases) + at, max(PASSES, number + 1) * len(cases), case.label())
+            again = number >= PASSES
             try:
-                time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend, witness, returns)
+                time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend, witness, again)
             except RefusedError as error:
-                del going[at]
+                going.remove(at)
                 record["skipped"][case.label()] = str(error)
             except (RuntimeError, torch.OutOfMemoryError) as error:
-                del going[at]
+                going.remove(at)
                 record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
             timed = [each for of_case in known for each in of_case if each.rounds.counted()]
             record["rows"] = [each.row(limits) for each in timed]
@@ -302,6 +304,20 @@ def run(
         count_launches(record["rows"], device)
         write(output, record)
     return record
+
+
+def _passes(known: list[list[Measured]], going: set[int]) -> Iterator[list[int]]:
+    """The places in ``known`` that each pass measures, of those ``going``: all, then those that lack rounds, which ends
+    after as long again."""
+    begin = time.monotonic()
+    for _ in range(PASSES):
+        yield sorted(going)
+    end = 2 * time.monotonic() - begin
+    while time.monotonic() < end:
+        lacking = [at for at in sorted(going) if any(each.lacks_rounds() for each in known[at])]
+        if not lacking:
+            break
+        yield lacking
 
 
 def count_launches(rows: list[dict[str, Any]], device: str) -> None:

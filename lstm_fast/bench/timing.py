@@ -13,7 +13,8 @@ import torch
 
 FEWEST_ROUNDS = 3
 _LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
-_PATIENCE = 2  # times as long, and as many rounds, may it take where rounds are disturbed
+_ROUNDS_AT_MOST = 2  # times the fewest, where rounds that begin in quiet are disturbed
+_NAP_SECONDS = 1e-2  # between looks for quiet
 _CALL_SECONDS = 1e-3  # shorter calls follow each other for so long: what another left in the caches is not theirs
 
 
@@ -95,31 +96,41 @@ def interleave(
     seconds: float,
     fewest: int = FEWEST_ROUNDS,
     witness: Witness | None = None,
+    patience: float = 0.0,
 ) -> Rounds:
     """In each round every call once, in an order drawn anew.
 
-    Rounds go on for ``seconds``, and until there are ``fewest`` or ten seconds are over. A round is disturbed if
-    ``witness`` says so of the machine before it, within or after it; for quiet ones it waits up to twice as long and
-    as many rounds.
+    Rounds go on for ``seconds``, and until there are ``fewest`` quiet ones, twice as many of any kind, or ten seconds
+    are over. A round is disturbed if ``witness`` says so of the machine before it, within or after it. One that would
+    begin so waits for quiet, all together for ``patience`` seconds; after that ``fewest`` of any kind are enough.
     """
     timers = {name: timer(device, call) for name, call in calls.items()}
     rounds = Rounds([], [])
     order, drawn = list(calls), random.Random(0)
-    begin = time.perf_counter()
+    begin, waited = time.perf_counter(), 0.0
+
+    def done() -> int:
+        return len(rounds.quiet) + len(rounds.disturbed)
 
     def enough() -> bool:
-        gone, done = time.perf_counter() - begin, len(rounds.quiet) + len(rounds.disturbed)
-        if gone >= _LONG_SECONDS:
-            return gone >= seconds and done > 0
-        patient = gone < _PATIENCE * seconds or done < _PATIENCE * fewest
-        return gone >= seconds and (len(rounds.quiet) >= fewest or not patient)
+        worked = time.perf_counter() - begin - waited
+        if worked >= _LONG_SECONDS:
+            return worked >= seconds and done() > 0
+        return worked >= seconds and (len(rounds.quiet) >= fewest or done() >= _ROUNDS_AT_MOST * fewest)
 
     def disturbed() -> bool:
         return witness is not None and witness.disturbed()
 
     while not enough():
         drawn.shuffle(order)
-        found, noisy = {}, disturbed()
+        looked, noisy = time.perf_counter(), disturbed()
+        while noisy and waited < patience:
+            time.sleep(_NAP_SECONDS)
+            noisy = disturbed()
+            waited, looked = waited + time.perf_counter() - looked, time.perf_counter()
+        if noisy and done() >= fewest:
+            break
+        found = {}
         for name in order:
             found[name] = timers[name]()
             noisy = disturbed() or noisy
