@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 FEWEST_ROUNDS = 3
 _LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
 _ROUNDS_AT_MOST = 2  # times the fewest, where rounds that begin in quiet are disturbed
-_NAP_SECONDS = 1e-2  # between looks for quiet
 _CALL_SECONDS = 1e-3  # shorter calls follow each other for so long: what another left in the caches is not theirs
 
 
@@ -48,29 +48,40 @@ def timer(device: str, call: Callable[[], Any]) -> Callable[[], float]:
 
 class Witness:
     """Whether others slow this machine down, as a neighbour on the same core does or on a cloud's next one: a small
-    product of torch's own takes longer than it does there at best."""
+    product of torch's own takes longer than it does there at best. In fp32, and in bf16 too where that has registers of
+    its own, as AMX, which a neighbour slows down more."""
 
-    _SIZE, _TIMES, _SLOWER, _BEST = 128, 4, 1.15, 0.05  # it is the best 5 % that are compared with
+    _TIMES, _SLOWER, _BEST = 4, 1.15, 0.05  # it is the best 5 % that are compared with
 
     def __init__(self, seconds: float) -> None:
         """Looks for so long how fast it is."""
-        self._matrix = torch.ones(self._SIZE, self._SIZE)
-        self._seen: list[float] = []  # in order
         begin = time.perf_counter()
+        single, half = torch.ones(128, 128), torch.ones(256, 256, dtype=torch.bfloat16)
+        fast = self._seconds(half) < 4 * self._seconds(single)  # for eight times the work
+        self._matrices = [single, half] if fast else [single]
+        self._seen: list[list[float]] = [[] for _ in self._matrices]  # of each, in order
         self.disturbed()
         while time.perf_counter() < begin + seconds:
             self.disturbed()
 
     def disturbed(self) -> bool:
-        torch.mm(self._matrix, self._matrix)  # wakes threads, and fills the caches with it
-        took = min(self._seconds() for _ in range(self._TIMES))
-        bisect.insort(self._seen, took)
-        return took > self._SLOWER * self._seen[int(self._BEST * len(self._seen))]
+        slower = [self._slower(*each) for each in zip(self._matrices, self._seen, strict=True)]
+        return any(slower)
 
-    def _seconds(self) -> float:
-        begin = time.perf_counter()
-        torch.mm(self._matrix, self._matrix)
-        return time.perf_counter() - begin
+    def _slower(self, matrix: Tensor, seen: list[float]) -> bool:
+        took = self._seconds(matrix)
+        bisect.insort(seen, took)
+        return took > self._SLOWER * seen[int(self._BEST * len(seen))]
+
+    def _seconds(self, matrix: Tensor) -> float:
+        """Of a product, the least of some."""
+        torch.mm(matrix, matrix)  # wakes threads, and fills the caches with it
+        times = []
+        for _ in range(self._TIMES):
+            begin = time.perf_counter()
+            torch.mm(matrix, matrix)
+            times.append(time.perf_counter() - begin)
+        return min(times)
 
 
 class Rounds(NamedTuple):
@@ -125,8 +136,7 @@ def interleave(
         drawn.shuffle(order)
         looked, noisy = time.perf_counter(), disturbed()
         while noisy and waited < patience:
-            time.sleep(_NAP_SECONDS)
-            noisy = disturbed()
+            noisy = disturbed()  # after a nap the next look would always find it slow
             waited, looked = waited + time.perf_counter() - looked, time.perf_counter()
         if noisy and done() >= fewest:
             break
