@@ -15,8 +15,8 @@ from lstm_fast.bench import timing
 def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
     called: list[str] = []
     calls = {name: lambda name=name: called.append(name) for name in ("ours", "torch", "reference")}
-    times = timing.interleave(calls, "cpu", 0.0).times()
-    assert [len(each) for each in times.values()] == [timing.FEWEST_ROUNDS] * 3
+    rounds = timing.interleave(calls, "cpu", 0.0)
+    assert [each.keys() for each in rounds.quiet] == [calls.keys()] * timing.FEWEST_ROUNDS and not rounds.disturbed
     changes = sum(a != b for a, b in pairwise(called))
     assert changes >= 3 * timing.FEWEST_ROUNDS / 2
 
@@ -51,7 +51,16 @@ def test_rounds_wait_until_the_machine_rests_and_count_if_it_rested_all_the_whil
     assert machine.now > 400 and quiet > 190  # of 1.5 ms with its looks
 
 
-def test_a_round_counts_if_it_is_quiet_before_within_and_after() -> None:
+def test_what_took_little_longer_than_the_shortest_counts() -> None:
+    """Also where a witness saw somebody for a moment; and if it saw nobody where somebody was, not that."""
+    usual, slow, slower = ({"ours": ms, "torch": 20.0} for ms in (10.0, 14.0, 15.0))
+    rounds = timing.Rounds([usual, slower], [slow, slower])
+    assert rounds.times() == {"ours": [10.0, 14.0], "torch": [20.0, 20.0]} and rounds.rested()
+    assert not timing.Rounds([slower], [usual]).rested() and not timing.Rounds([], [usual]).rested()
+    assert not timing.Rounds([], []).counted() and not timing.Rounds([], []).rested()
+
+
+def test_a_round_is_quiet_if_the_machine_is_before_within_and_after_it() -> None:
     said = iter([True, False, False, False, True, False, False, False, True, False, False, False, True])
     witness: Any = mock.Mock(disturbed=lambda: next(said))
     calls = {"ours": lambda: None, "torch": lambda: None}

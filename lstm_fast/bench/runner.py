@@ -2,7 +2,8 @@
 
 The grid is walked several times, a few rounds of each case at a time, so that what else happens on a machine for some
 seconds or a minute falls on few rounds of many cases, where medians pass over it, and not on all rounds of a few. On a
-CPU, rounds in which a witness was slowed down don't count, and rows that lack others are measured again.
+CPU, a round waits until a witness isn't slowed down, and rows that lack such rounds are measured again. Those count
+that took little longer than the shortest.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from lstm_fast.environment import cpuinfo, environment
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
 PASSES = 3
-_QUIET_ROUNDS = 6  # that a row comes to at least, if the machine rests
-_PATIENCE = 3.0  # seconds that each of the others waits for rest when its turn comes again
+_ROUNDS = 6  # that count a row comes to at least, if the machine rests
+_PATIENCE = 3.0  # seconds that another waits for rest when its turn comes again
 _WATCHED = 3  # times as long as a case takes, how fast the machine is
 LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
 
@@ -141,8 +142,9 @@ class Measured(NamedTuple):
     rounds: Rounds
 
     def lacks_rounds(self) -> bool:
-        """Whether others disturbed most of them."""
-        return len(self.rounds.quiet) < min(_QUIET_ROUNDS, len(self.rounds.quiet) + len(self.rounds.disturbed))
+        """Whether others disturbed all or most of them."""
+        count = len(self.rounds.quiet) + len(self.rounds.disturbed)
+        return not self.rounds.rested() or len(self.rounds.counted()) < min(_ROUNDS, count)
 
     def row(self, limits: Limits) -> dict[str, Any]:
         """What is said of it."""
@@ -159,7 +161,7 @@ class Measured(NamedTuple):
             "choice": self.choice,
             "error": self.error,
             "rounds": len(ours),
-            "disturbed": not self.rounds.quiet,
+            "disturbed": not self.rounds.rested(),
             "ours": mine,
             "rivals": against,
             "best_rival": best,
@@ -289,7 +291,8 @@ def run(
                 record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
             timed = [each for of_case in known for each in of_case if each.rounds.counted()]
             record["rows"] = [each.row(limits) for each in timed]
-            record["rounds_left_out"] = sum(len(each.rounds.disturbed) for each in timed if each.rounds.quiet)
+            done = sum(len(each.rounds.quiet) + len(each.rounds.disturbed) for each in timed)
+            record["rounds_left_out"] = done - sum(row["rounds"] for row in record["rows"])
             write(output, record)
     record["after"] = state(device)
     for group in grid:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 FEWEST_ROUNDS = 3
 _LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
+_LONGER = 1.15  # times the shortest round may another be that counts
 _ROUNDS_AT_MOST = 2  # times the fewest, where rounds that begin in quiet are disturbed
 _CALL_SECONDS = 1e-3  # shorter calls follow each other for so long: what another left in the caches is not theirs
 
@@ -92,13 +93,22 @@ class Rounds(NamedTuple):
     disturbed: list[dict[str, float]]
 
     def counted(self) -> list[dict[str, float]]:
-        """Quiet rounds; disturbed ones where there is no other."""
-        return self.quiet or self.disturbed
+        """Those that took all calls together at most 15 % longer than the shortest: what a witness sees is a moment."""
+        most = self._most()
+        return [each for each in (*self.quiet, *self.disturbed) if sum(each.values()) <= most]
+
+    def rested(self) -> bool:
+        """Whether one of those was quiet: else the shortest may have been disturbed as well."""
+        most = self._most()
+        return any(sum(each.values()) <= most for each in self.quiet)
 
     def times(self) -> dict[str, list[float]]:
         """By call, in counted rounds."""
         rounds = self.counted()
         return {name: [each[name] for each in rounds] for name in rounds[0]}
+
+    def _most(self) -> float:
+        return _LONGER * min((sum(each.values()) for each in (*self.quiet, *self.disturbed)), default=0.0)
 
 
 def interleave(
