@@ -380,6 +380,20 @@ def test_a_row_is_known_by_case_and_mode() -> None:
         report.compare(run(row()), run(row(mode="forward")))
 
 
+def test_rows_that_others_disturbed_are_not_called_slower() -> None:
+    calm, other = SMALL, SMALL._replace(H=9)
+    old, new = run(row(calm), row(other)), run(row(calm), row(other, ms=9.0, disturbed=True))
+    for before, after in (old, new), (new, old):
+        text, slower = report.compare(before, after)
+        assert not slower and text.splitlines()[-3:] == [
+            "0 of 1 rows slower; new time / old time: 1.00× (1.00..1.00)",
+            "rows only in the old run: 0; only in the new: 0",
+            "rows left out, as others disturbed them: 1",
+        ]
+    with pytest.raises(report.ReportError, match="no row in common that others left alone"):
+        report.compare(run(row(other)), run(row(other, disturbed=True)))
+
+
 @pytest.mark.parametrize(
     ("other", "then"),
     [

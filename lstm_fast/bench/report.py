@@ -156,15 +156,20 @@ def plots(run: Run, folder: Path) -> list[Path]:
 def compare(old: Run, new: Run, threshold: float = 1.05) -> tuple[str, bool]:
     """What got slower from ``old`` to ``new``, in words, and whether anything did.
 
-    A row is slower where it takes more than ``threshold`` times as long and its p20 lies above the old p80.
+    A row is slower where it takes more than ``threshold`` times as long and its p20 lies above the old p80. Rows that
+    others disturbed say nothing.
 
     Raises:
-        ReportError: the runs share no row.
+        ReportError: the runs share no row, or none that others left alone.
     """
     before, after = ({(_case(row), row["mode"]): row["ours"] for row in run["rows"]} for run in (old, new))
-    times = {key: after[key]["ms"] / before[key]["ms"] for key in before if key in after}
-    if not times:
+    disturbed = {(_case(row), row["mode"]) for run in (old, new) for row in run["rows"] if row.get("disturbed")}
+    shared = before.keys() & after.keys()
+    if not shared:
         raise ReportError("the two runs have no row in common: no case is measured in the same mode in both")
+    times = {key: after[key]["ms"] / before[key]["ms"] for key in before if key in shared - disturbed}
+    if not times:
+        raise ReportError("the two runs have no row in common that others left alone: measure one of them anew")
     slower = [key for key in times if times[key] > threshold and after[key]["p20"] > before[key]["p80"]]
     machines = [f"{_machine(run)} with {_threads(run['threads'])}" for run in (old, new)]
     lines = [f"The machines differ: {machines[0]}, then {machines[1]}."] * (machines[0] != machines[1])
@@ -172,7 +177,9 @@ def compare(old: Run, new: Run, threshold: float = 1.05) -> tuple[str, bool]:
         was, now = (_number(each[case, mode]["ms"]) for each in (before, after))
         lines.append(f"slower: {times[case, mode]:.2f}×  {case.label()}, {mode}: {was} ms, then {now} ms")
     lines.append(f"{len(slower)} of {len(times)} rows slower; new time / old time: {_summary(times.values())}")
-    lines.append(f"rows only in the old run: {len(before) - len(times)}; only in the new: {len(after) - len(times)}")
+    lines.append(f"rows only in the old run: {len(before) - len(shared)}; only in the new: {len(after) - len(shared)}")
+    if len(times) < len(shared):
+        lines.append(f"rows left out, as others disturbed them: {len(shared) - len(times)}")
     return "\n".join(lines), bool(slower)
 
 
