@@ -196,6 +196,15 @@ def test_readme_table() -> None:
     ]
 
 
+def test_readme_tells_what_others_disturbed() -> None:
+    one, two = run(row(disturbed=True), row(disturbed=False)), run(row(disturbed=True), row(disturbed=True), threads=2)
+    for runs, said in (
+        ([two, one], " Of 4 shapes and modes others disturbed all rounds of 1 on 1 thread, of 2 on 2 threads."),
+        ([one], " Of 2 shapes and modes others disturbed all rounds of 1 on 1 thread."),
+    ):
+        assert report.readme_table(runs).splitlines()[0].endswith("commit 012345678." + said)
+
+
 def test_readme_ratios_are_those_against_torch() -> None:
     found = row(ratio=2.0)
     found["rivals"]["haste"] = {**found["rivals"]["torch"], "ratio": 1.5}

@@ -97,7 +97,7 @@ def readme_table(runs: Sequence[Run]) -> str:
                 cells.setdefault((row["mode"], run["threads"]), []).append(row["rivals"]["torch"]["ratio"])
     lines = [
         "How many times as long torch.nn.LSTM takes as lstm_fast.LSTM: the geometric mean, and the least and the most "
-        f"of a group's shapes, each the median of interleaved pairs. {_origin(runs[0])}.",
+        f"of a group's shapes, each the median of interleaved pairs. {_origin(runs[0])}.{_disturbed(runs)}",
         "",
         "| | " + " | ".join(heads) + " |",
         "| --- " * (1 + len(heads)) + "|",
@@ -106,6 +106,14 @@ def readme_table(runs: Sequence[Run]) -> str:
         texts = [_summary(cells[column]) if column in cells else "–" for column in columns]
         lines.append(f"| {group} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _disturbed(runs: Sequence[Run]) -> str:
+    """In how many rows others slowed the machine down all the while; nothing where in none."""
+    counts = {run["threads"]: sum(row.get("disturbed", False) for row in run["rows"]) for run in runs}
+    found = [f"{count} on {_threads(threads)}" for threads, count in sorted(counts.items()) if count > 0]
+    rows = sum(len(run["rows"]) for run in runs)
+    return f" Of {rows} shapes and modes others disturbed all rounds of {', of '.join(found)}." if found else ""
 
 
 def write_readme(readme: Path, runs: Sequence[Run]) -> None:
