@@ -3,7 +3,6 @@
 import collections
 import gc
 import json
-import math
 import subprocess
 import sys
 import types
@@ -255,7 +254,6 @@ def test_what_torch_launches_is_noted_in_its_rows(monkeypatch: pytest.MonkeyPatc
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run.json"
     monkeypatch.setattr(timing.Witness, "disturbed", lambda _: False)
-    monkeypatch.setattr(timing, "_LONGER", math.inf)
     for stop_at, kept in (1, [(3, 3)] * 2), (3, [(3, 6)] * 2 + [(2, 3)] * 2):  # in the first pass, in the second
         with pytest.raises(KeyboardInterrupt):
             run(output, {"one": [SMALL, SMALL._replace(B=2)]}, stop_at)
@@ -275,7 +273,6 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(rivals, "ours", broken)
     monkeypatch.setattr(timing.Witness, "disturbed", lambda _: False)
-    monkeypatch.setattr(timing, "_LONGER", math.inf)
     record = run(tmp_path / "run.json", {"one": [SMALL._replace(B=2), SMALL]})
     assert [(row["B"], row["rounds"]) for row in record["rows"]] == [(3, 9)] * 2
     assert [(row["B"], row["why"].split(" by ")[0]) for row in record["failed"]] == [(2, "ours differs from torch")]

@@ -52,10 +52,12 @@ def test_rounds_wait_until_the_machine_rests_and_count_if_it_rested_all_the_whil
 
 
 def test_what_took_little_longer_than_the_shortest_counts() -> None:
-    """Also where a witness saw somebody for a moment; and if it saw nobody where somebody was, not that."""
+    """Also where a witness saw somebody for a moment; and if it saw nobody where somebody was, not that. All count
+    where it never saw anybody, or there is none, as on a GPU."""
     usual, slow, slower = ({"ours": ms, "torch": 20.0} for ms in (10.0, 14.0, 15.0))
     rounds = timing.Rounds([usual, slower], [slow, slower])
     assert rounds.times() == {"ours": [10.0, 14.0], "torch": [20.0, 20.0]} and rounds.rested()
+    assert timing.Rounds([usual, slower], []).counted() == [usual, slower]
     assert not timing.Rounds([slower], [usual]).rested() and not timing.Rounds([], [usual]).rested()
     assert not timing.Rounds([], []).counted() and not timing.Rounds([], []).rested()
 

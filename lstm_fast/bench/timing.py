@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import random
 import statistics
 import time
@@ -93,7 +94,8 @@ class Rounds(NamedTuple):
     disturbed: list[dict[str, float]]
 
     def counted(self) -> list[dict[str, float]]:
-        """Those that took all calls together at most 15 % longer than the shortest: what a witness sees is a moment."""
+        """All where nobody was seen; else those that took all calls together at most 15 % longer than the shortest, as
+        a witness sees a moment."""
         most = self._most()
         return [each for each in (*self.quiet, *self.disturbed) if sum(each.values()) <= most]
 
@@ -108,7 +110,9 @@ class Rounds(NamedTuple):
         return {name: [each[name] for each in rounds] for name in rounds[0]}
 
     def _most(self) -> float:
-        return _LONGER * min((sum(each.values()) for each in (*self.quiet, *self.disturbed)), default=0.0)
+        if not self.disturbed:
+            return math.inf
+        return _LONGER * min(sum(each.values()) for each in (*self.quiet, *self.disturbed))
 
 
 def interleave(
