@@ -69,11 +69,11 @@ def users_table() -> Path:
 
 def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A table of recorded runs (lstm_fast/bench/runner.py): for each call and number of threads the interval of torch's
-    time, reached through ``auto``, over ours; of rows that aren't plain in any other way."""
+    time, reached through ``auto``, over ours; of rows that aren't plain in any other way, and others left alone."""
     rows = []
     for run in runs:
         for row in run["rows"]:
-            odd = row["mode"] == "forward" or row["bidirectional"] or row["layers"] > 1
+            odd = row["mode"] == "forward" or row["bidirectional"] or row["layers"] > 1 or row.get("disturbed")
             if odd or "torch" not in row["rivals"] or row["choice"].startswith("torch:"):
                 continue
             kind = "cell" if row["cell"] else "packed" if row["packed"] else "projected" if row["P"] else "layer"

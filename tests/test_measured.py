@@ -131,14 +131,17 @@ def test_what_handing_over_takes_counts(tables: Any) -> None:
 
 
 def test_rows_that_say_nothing_of_the_kernel_are_left_out(tables: Any) -> None:
-    """Those where torch ran already, and those of a kind that no call is looked up by."""
+    """Those where torch ran already, those of a kind that no call is looked up by, and those that others disturbed."""
     rows = [
         row(CELL, "inference", 0.5, 0.5, "torch: it was faster"),
         row(CELL, "forward", 0.5, 0.5),
         row(Case(8, 4, 16, layers=2), "inference", 0.5, 0.5),
         row(Case(8, 4, 16, bidirectional=True), "inference", 0.5, 0.5),
+        {**row(CELL, "inference", 0.5, 0.5), "disturbed": True},
     ]
     assert measured.table_from([{**ABOUT, "rows": rows}])["rows"] == []
+    calm = {**row(CELL, "inference", 0.5, 0.5), "disturbed": False}
+    assert len(measured.table_from([{**ABOUT, "rows": [calm]}])["rows"]) == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [[1]]}'])
