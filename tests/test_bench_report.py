@@ -157,7 +157,7 @@ def test_table_says_what_the_machine_could_do_and_what_starting_takes() -> None:
         "limits: float32 270 GFLOP/s; 180 GB/s to 0.5 MiB, 50 GB/s to 32 MiB; 0.25 µs to meet",
         "GFLOP/s before each pass: float32 270, 180; float64 135, 90",
         "10 of 40 rounds left out: the machine was slowed down",
-        "1 of 1 rows have no other rounds than such",
+        "in 1 of 1 rows others slowed the machine down all the while",
         "clocks 1980 MHz, 2619 MHz, load 0.50; after the last row not told, load 1.25",
         "import 15 ms after torch's 700; first training pass 2 ms, torch's 25",
     ]

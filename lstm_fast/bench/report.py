@@ -108,10 +108,14 @@ def readme_table(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _count_disturbed(run: Run) -> int:
+    return sum(row.get("disturbed", False) for row in run["rows"])  # older runs don't say
+
+
 def _disturbed(runs: Sequence[Run]) -> str:
     """In how many rows others slowed the machine down all the while; nothing where in none."""
-    counts = {run["threads"]: sum(row.get("disturbed", False) for row in run["rows"]) for run in runs}
-    found = [f"{count} on {_threads(threads)}" for threads, count in sorted(counts.items()) if count > 0]
+    counts = sorted((run["threads"], _count_disturbed(run)) for run in runs)
+    found = [f"{count} on {_threads(threads)}" for threads, count in counts if count > 0]
     rows = sum(len(run["rows"]) for run in runs)
     return f" Of {rows} shapes and modes others disturbed all rounds of {', of '.join(found)}." if found else ""
 
@@ -207,8 +211,8 @@ def _machine_lines(run: Run) -> list[str]:
     if left_out := run.get("rounds_left_out"):
         counted = sum(row["rounds"] for row in run["rows"])
         lines.append(f"{left_out} of {left_out + counted} rounds left out: the machine was slowed down")
-    if disturbed := sum(row.get("disturbed", False) for row in run["rows"]):
-        lines.append(f"{disturbed} of {len(run['rows'])} rows have no other rounds than such")
+    if disturbed := _count_disturbed(run):
+        lines.append(f"in {disturbed} of {len(run['rows'])} rows others slowed the machine down all the while")
     if after := run.get("after"):
         texts = (f"{', '.join(each['clocks']) or 'not told'}, load {each['load']:.2f}" for each in (run, after))
         lines.append("clocks {}; after the last row {}".format(*texts))

@@ -143,8 +143,7 @@ class Measured(NamedTuple):
 
     def lacks_rounds(self) -> bool:
         """Whether others disturbed all or most of them."""
-        count = len(self.rounds.quiet) + len(self.rounds.disturbed)
-        return not self.rounds.rested() or len(self.rounds.counted()) < min(_ROUNDS, count)
+        return not self.rounds.rested() or len(self.rounds.counted()) < min(_ROUNDS, len(self.rounds.every()))
 
     def row(self, limits: Limits) -> dict[str, Any]:
         """What is said of it."""
@@ -206,14 +205,12 @@ def time_case(
         found, rows = check(case, modules, oracle, x), x.data.size(0) if case.packed else case.T * case.B
         for mode in modes:
             known.append(Measured(group, case, mode, choices[mode], found["ours"], rows, Rounds([], [])))
+    fewest, patience = (0, _PATIENCE) if again else (FEWEST_ROUNDS, seconds)  # quiet ones alone, or of any kind
     for each in known:
         if again and not each.lacks_rounds():
             continue
         tasks = {name: rivals.task(module, x, each.mode) for name, module in modules.items()}
-        if again:  # quiet ones alone
-            more = interleave(tasks, device, seconds, 0, witness, _PATIENCE)
-        else:
-            more = interleave(tasks, device, seconds, FEWEST_ROUNDS, witness, seconds)
+        more = interleave(tasks, device, seconds, fewest, witness, patience)
         each.rounds.quiet.extend(more.quiet)
         each.rounds.disturbed.extend(more.disturbed)
 
@@ -289,9 +286,9 @@ def run(
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 going.remove(at)
                 record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
-            timed = [each for of_case in known for each in of_case if each.rounds.counted()]
+            timed = [each for of_case in known for each in of_case if each.rounds.every()]
             record["rows"] = [each.row(limits) for each in timed]
-            done = sum(len(each.rounds.quiet) + len(each.rounds.disturbed) for each in timed)
+            done = sum(len(each.rounds.every()) for each in timed)
             record["rounds_left_out"] = done - sum(row["rounds"] for row in record["rows"])
             write(output, record)
     record["after"] = state(device)

@@ -93,11 +93,14 @@ class Rounds(NamedTuple):
     quiet: list[dict[str, float]]
     disturbed: list[dict[str, float]]
 
+    def every(self) -> list[dict[str, float]]:
+        return [*self.quiet, *self.disturbed]
+
     def counted(self) -> list[dict[str, float]]:
         """All where nobody was seen; else those that took all calls together at most 15 % longer than the shortest, as
         a witness sees a moment."""
         most = self._most()
-        return [each for each in (*self.quiet, *self.disturbed) if sum(each.values()) <= most]
+        return [each for each in self.every() if sum(each.values()) <= most]
 
     def rested(self) -> bool:
         """Whether one of those was quiet: else the shortest may have been disturbed as well."""
@@ -112,7 +115,7 @@ class Rounds(NamedTuple):
     def _most(self) -> float:
         if not self.disturbed:
             return math.inf
-        return _LONGER * min(sum(each.values()) for each in (*self.quiet, *self.disturbed))
+        return _LONGER * min(sum(each.values()) for each in self.every())
 
 
 def interleave(
@@ -134,25 +137,22 @@ def interleave(
     order, drawn = list(calls), random.Random(0)
     begin, waited = time.perf_counter(), 0.0
 
-    def done() -> int:
-        return len(rounds.quiet) + len(rounds.disturbed)
-
     def enough() -> bool:
-        worked = time.perf_counter() - begin - waited
+        worked, done = time.perf_counter() - begin - waited, len(rounds.every())
         if worked >= _LONG_SECONDS:
-            return worked >= seconds and done() > 0
-        return worked >= seconds and (len(rounds.quiet) >= fewest or done() >= _ROUNDS_AT_MOST * fewest)
+            return worked >= seconds and done > 0
+        return worked >= seconds and (len(rounds.quiet) >= fewest or done >= _ROUNDS_AT_MOST * fewest)
 
     def disturbed() -> bool:
         return witness is not None and witness.disturbed()
 
     while not enough():
         drawn.shuffle(order)
-        looked, noisy = time.perf_counter(), disturbed()
-        while noisy and waited < patience:
+        asked, noisy = time.perf_counter(), disturbed()
+        while noisy and waited + time.perf_counter() - asked < patience:
             noisy = disturbed()  # after a nap the next look would always find it slow
-            waited, looked = waited + time.perf_counter() - looked, time.perf_counter()
-        if noisy and done() >= fewest:
+        waited += time.perf_counter() - asked
+        if noisy and len(rounds.every()) >= fewest:
             break
         found = {}
         for name in order:
