@@ -25,7 +25,7 @@ struct ChunkGradients {
     A* split;  // the same for those over all steps: these, or where only those read planes a copy in planes
     // Of each thread, of the part at hand of its columns:
     A* packed;  // for products down them: [columns / kRows, rows of a chunk + 1, kRows]; of pairs [rows of a chunk / 2,
-                // columns, 2], or AMX's blocks; null where those read rows
+                // columns, 2], or AMX's blocks
     A* sums;    // over the rows
     Index part;  // columns of one, and a vector more
 };
@@ -107,11 +107,10 @@ struct Backward {
         const bool planes = walk.over_steps.planes;
         const Index ld = walk.over_steps.in_row(columns) + (planes ? kDeep : kUnits);
         const Index all = columns == 0 ? 0 : s.directions * packed_rows() * ld, size = walk.over_steps.room(all);
-        const bool packs = std::is_same_v<T, BFloat16> || planes || s.instruction_set < InstructionSet::avx512;
         A* const rows = arena.take<A>(walk.of_step.room(all));
         A* const split = walk.alike() ? rows : arena.take<A>(size);
         const Index part = columns == 0 ? 0 : columns / parts + 1 + 2 * kUnits;
-        A* const packed = packs ? arena.take<A>(walk.over_steps.room(threads * packed_rows() * part)) : nullptr;
+        A* const packed = arena.take<A>(walk.over_steps.room(threads * packed_rows() * part));
         return {columns, ld, rows, split, packed, arena.take<A>(threads * part), part};
     }
 
@@ -195,7 +194,7 @@ LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w
         if (lies_right<Isa>(f, columns, tile))
             return {w + k * columns + tile * kTile, columns, panel_width<Isa, Acc<T>>};
     }
-    return {packed.b, packed.ld, packed.panel, false, nullptr, packed.scales};
+    return {packed.b, packed.ld, packed.panel, false, packed.scales};
 }
 
 // Packs rows first .. first + rows of a tile, unless they are read as they lie.
@@ -353,7 +352,7 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
         Right<const O> right = piece_of(tile, k);
         right.far = is_far(depth * columns);
         for_blocks(step.team, part, f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
-            if (!in_passing) ask_for<Isa, O>(next, some, f.s.steps[step.t], b > 0, right);
+            if (!in_passing) ask_for<Isa, O>(next, b, f.s.steps[step.t], right);
             multiply<Isa>(rows, left + b * ld + k, ld, right, some, to + b * ld_to + tile * kTile, ld_to, k > 0);
         });
     };

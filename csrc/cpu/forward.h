@@ -1,7 +1,7 @@
 // The forward walk. By chunks of steps: first x W_ih^T of the chunk's rows into a buffer that stays in cache, then step
 // by step h W_hh^T on top of it and the gates while both are hot. Where all weights stay in cache and the batch is
-// large enough, or the batch as wide as x, it is one product a step instead, of [x_t, h_{t-1}] with both weights:
-// longer sums, and nothing to read again.
+// large enough, or in planes the batch as wide as x, it is one product a step instead, of [x_t, h_{t-1}] with both
+// weights: longer sums, and nothing to read again.
 #pragma once
 
 #include "activations.h"
@@ -95,12 +95,14 @@ LSTM_HD Acc<T>* step_products(const Forward<T>& f, int d, const Chunk& chunk, In
     const O* const states = before + b * f.ld;
     if (f.asks) ask_for_saved(f, d * f.walk.rows() + first, rows, tile * kUnits);
     if (f.joined) {
-        multiply<Isa>(rows, states, f.ld, packed_ih<Isa, const O>(f, d, tile), input + features, both, kTile, false);
+        Right<const O> weights = packed_ih<Isa, const O>(f, d, tile);
+        ask_for<Isa, O>(packed_ih<Isa, const O>(f, d, next).b, b, f.s.steps[t], weights);
+        multiply<Isa>(rows, states, f.ld, weights, input + features, both, kTile, false);
         return both;
     }
     Acc<T>* const products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
     Right<const O> hh = packed_hh<Isa, const O>(f, d, place);
-    ask_for<Isa, O>(packed_hh<Isa, const O>(f, d, next).b, features, f.s.steps[t], b > 0, hh);
+    ask_for<Isa, O>(packed_hh<Isa, const O>(f, d, next).b, b, f.s.steps[t], hh);
     multiply_weight<Isa, T>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, f.s.hidden, features, tile), hh, features,
                             products, true, f.hh_lies);
     return products;
@@ -174,11 +176,14 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
         const auto rows_of_w = gate_rows(f.weights[d].w_ih, f.s.hidden, input, tile);
         const Index place = in_passing ? part.tile : tile;
         if (in_passing) pack_rows<Isa>(rows_of_w, input, packed_ih<Isa, O>(f, d, place));
+        Right<const O> packed = packed_ih<Isa, const O>(f, d, place);
         const auto take = [&](Index first, Index rows) LSTM_INLINED {
-            multiply_weight<Isa, T>(rows, x + first * f.ld_x, f.ld_x, rows_of_w, packed_ih<Isa, const O>(f, d, place),
-                                    input, f.of_tile(d, tile) + first * kTile, false, f.unpacked);
+            multiply_weight<Isa, T>(rows, x + first * f.ld_x, f.ld_x, rows_of_w, packed, input,
+                                    f.of_tile(d, tile) + first * kTile, false, f.unpacked);
         };
         if (part.all_rows(team)) {
+            const Index next = in_passing ? place : std::min(tile + 1, part.tile_end - 1);
+            ask_for<Isa, O>(packed_ih<Isa, const O>(f, d, next).b, 0, chunk.rows, packed);
             take(0, chunk.rows);
             continue;
         }

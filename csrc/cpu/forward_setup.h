@@ -75,14 +75,15 @@ struct Forward {
         return rows <= std::min(2 * stay, kPlanesRows) ? rows : std::clamp(stay, kForwardRows, kPlanesRows);
     }
 
-    // Whether x and h are multiplied together: where both weights stay in cache, or where to read W_ih at every step
-    // moves less than to write and read pre-activations, and a tile of planes leaves room for them in the second cache.
+    // Whether x and h are multiplied together: where both weights stay in cache; of planes also where to read W_ih at
+    // every step moves less than to write and read pre-activations, and a tile leaves room for them in the second
+    // cache.
     bool joins() const {
         const Index depth = s.input + features, bytes = 4 * s.hidden * depth * static_cast<Index>(sizeof(T));
         const bool stay = s.batch >= kJoinedBatch && bytes <= kJoinedBytes;
-        const bool room =
-            !walk.of_step.planes || walk.of_step.room(depth * kTile) * static_cast<Index>(sizeof(T)) <= kJoinedTile;
-        const bool less = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch && room;
+        const bool room = walk.of_step.room(depth * kTile) * static_cast<Index>(sizeof(T)) <= kJoinedTile;
+        const bool wide = s.time > 1 && s.batch >= kForwardRows && s.input <= 8 * s.batch;
+        const bool less = walk.of_step.planes && wide && room;
         return !unpacked && walk.alike() && !walk.of_step.digits && s.input % (walk.of_step.planes ? kDeep : 2) == 0 &&
                (stay || less);
     }
@@ -141,7 +142,7 @@ struct Forward {
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_ih(const Forward<T>& f, int d, Index tile) {
     const Index depth = f.depth_ih();
-    return f.w_ih.template tile<Isa, O>(d * f.tiles + tile, depth, f.joined && is_far(4 * f.s.hidden * depth));
+    return f.w_ih.template tile<Isa, O>(d * f.tiles + tile, depth, is_far(4 * f.s.hidden * depth));
 }
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {

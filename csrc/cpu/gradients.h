@@ -10,7 +10,7 @@ namespace lstm::cpu {
 
 // Rows of a product whose result is not at once where it belongs.
 template <typename Isa>
-constexpr Index kRowsAtOnce = (Isa::side == kRows ? 10 : 8) * Isa::side;
+constexpr Index kRowsAtOnce = (Isa::side == kRows ? 20 : 8) * Isa::side;
 
 constexpr Index kRowsOfSum = 32;  // of one of the sums that are added up to a bias's: as exact as nn.LSTM's
 
@@ -71,9 +71,9 @@ LSTM_HD void for_factors(const Backward<T>& f, int d, const Take& take) {
     }
 }
 
-// How the chunk's gradients lie for products down their columns: in AVX-512 as they are.
-template <typename Isa>
-constexpr Along gradients_along = Isa::rows > kRows ? Along::blocks : Along::columns;
+// How the chunk's gradients are packed for products down their columns: pairs with two rows side by side.
+template <typename O>
+constexpr Along gradients_along = std::is_same_v<O, BFloat16> ? Along::columns : Along::blocks;
 
 // Whether each tile of W_ih is needed once and by one thread, as in packs_in_passing.
 template <typename Isa, typename T>
@@ -89,16 +89,18 @@ LSTM_HD Index depth_at_once(const Backward<T>& f, Index tile, Index k) {
     return Backward<T>::rounded || (tile + 1) * kTile > f.s.input ? depth : std::min(kDepth, depth);
 }
 
-// What they add to dx of rows first .. first + rows.
+// What they add to dx of rows first .. first + rows. `next`: the packed piece that is multiplied after this one.
 template <typename Isa, typename T>
 LSTM_HD void input_gradient(const Backward<T>& f, int d, const Chunk& chunk, Index first, Index rows, Index tile,
-                            Index k, const Right<Operand<Isa, T>>& packed) {
+                            Index k, const Right<Operand<Isa, T>>& packed, const Operand<Isa, T>* next) {
     using O = Operand<Isa, T>;
     const Index input = f.s.input, count = std::min(kTile, input - tile * kTile);
     const Index depth = depth_at_once<Isa>(f, tile, k);
     const bool add = f.s.directions > 1;
     const O* const left = chunk_split<const O>(f, f.da, d) + (first - chunk.base) * f.da.ld + k;
-    const auto right = right_side<Isa>(f, f.weights[d].w_ih, input, tile, k, packed);
+    auto right = right_side<Isa>(f, f.weights[d].w_ih, input, tile, k, packed);
+    right.far = is_far(4 * f.s.hidden * input);
+    ask_for<Isa, O>(next, 0, rows, right);
     T* const dx = f.dx + first * input + tile * kTile;
     if constexpr (!Backward<T>::rounded) {
         if (count == kTile) {
@@ -139,16 +141,20 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
             const Index some = depth_at_once<Isa>(f, tile, k);
             const auto packed = packed_at<Isa>(place.b, some);
             pack_tile<Isa>(f, f.weights[d].w_ih, input, tile, k, some, packed);
-            for_row_blocks([&](Index, Index first, Index rows)
-                               LSTM_INLINED { input_gradient<Isa>(f, d, chunk, first, rows, tile, k, packed); });
+            for_row_blocks([&](Index, Index first, Index rows) LSTM_INLINED {
+                input_gradient<Isa>(f, d, chunk, first, rows, tile, k, packed, packed.b);
+            });
         });
         return;
     }
     for_row_blocks([&](Index block, Index first, Index rows) LSTM_INLINED {
         for_pieces([&](Index k, Index tile) LSTM_INLINED {
-            if ((tile + block) % team.threads == thread)
-                input_gradient<Isa>(f, d, chunk, first, rows, tile, k,
-                                    packed_weight<Isa, T>(f.w_ih, depth, input, d, tile).from(k));
+            if ((tile + block) % team.threads != thread) return;
+            const auto piece_of = [&](Index of) LSTM_INLINED {
+                return packed_weight<Isa, T>(f.w_ih, depth, input, d, of).from(k);
+            };
+            const Index next = std::min(tile + team.threads, f.input_tiles - 1);
+            input_gradient<Isa>(f, d, chunk, first, rows, tile, k, piece_of(tile), piece_of(next).b);
         });
     });
 }
@@ -207,9 +213,9 @@ LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& 
         pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to, sums);
     } else {
         if (wanted) sum_columns<Isa>(from, g.ld, chunk.rows, part, sums);
-        if constexpr (gradients_along<Isa> == Along::blocks) {
+        if constexpr (gradients_along<O> == Along::blocks) {
             pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to);
-        } else if constexpr (sizeof(O) < sizeof(Acc<T>)) {
+        } else {
             for (Index row = 0; row < chunk.rows; row += 2) {
                 const O* const even = from + row * g.ld + part.first;
                 interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, part.count, to + row * part.count);
@@ -220,31 +226,26 @@ LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& 
 
 // B8 of one tile of a weight and one part of its rows: they are the gradients' columns, transposed, times the factor.
 template <typename Isa, typename T>
-LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk,
-                             const Columns& part, const Operand<Isa, T>* packed, const Operand<Isa, T>* of_factor,
-                             Index tile, Index index) {
+LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, const Chunk& chunk, const Columns& part,
+                             const Operand<Isa, T>* packed, const Operand<Isa, T>* of_factor, Index tile, Index index) {
     using A = Acc<T>;
     using O = Operand<Isa, T>;
-    constexpr Along along = gradients_along<Isa>;
-    constexpr bool pairs = sizeof(O) < sizeof(A);
-    const ChunkGradients<A>& g = *factor.rows;
+    constexpr Along along = gradients_along<O>;
     const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile), rows = part.count;
-    const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : pairs ? rows : g.ld;
+    const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : rows;
     const Index of_row = along == Along::blocks ? lda : sizeof(A) / sizeof(O);
-    const bool packs = along == Along::blocks || pairs;
-    const O* const a = packs ? packed : chunk_split<const O>(f, g, d) + part.first;
     const Right<const O> right = packed_at<Isa>(of_factor, chunk.rows);
     const Index at = part.first * columns + tile * kTile;
     if (count == kTile && (!Backward<T>::rounded || index + 1 < f.walk.chunks())) {
         A* const sum = factor.gradient.sum + at;
-        multiply<Isa, along>(rows, a, lda, right, chunk.rows, sum, columns, index > 0);
+        multiply<Isa, along>(rows, packed, lda, right, chunk.rows, sum, columns, index > 0);
         return;
     }
     constexpr Index at_once = kRowsAtOnce<Isa>;
     alignas(64) A products[at_once * kTile];
     for (Index row = 0; row < rows; row += at_once) {
         const Index block = std::min(at_once, rows - row);
-        multiply<Isa, along>(block, a + row * of_row, lda, right, chunk.rows, products, kTile, false);
+        multiply<Isa, along>(block, packed + row * of_row, lda, right, chunk.rows, products, kTile, false);
         for (Index r = 0; r < block; ++r)
             add_up<Isa>(f, index, products + r * kTile, count, factor.gradient, at + (row + r) * columns);
     }
@@ -262,7 +263,7 @@ LSTM_HD void part_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& 
     pack_gradients<Isa>(f, g, d, chunk, part, packed, sums, of_bias);
     if (of_bias) add_up<Isa>(f, index, sums, part.count, bias, part.first);
     for_factors<Isa>(f, d, [&](const Factor<T>& factor, Index tile, const O* right) LSTM_INLINED {
-        if (factor.rows == &g) weight_gradient<Isa>(f, factor, d, chunk, part, packed, right, tile, index);
+        if (factor.rows == &g) weight_gradient<Isa>(f, factor, chunk, part, packed, right, tile, index);
     });
 }
 

@@ -38,30 +38,32 @@ constexpr Index deep = whole_rows<O>  ? kDigitsDeep
                        : in_planes<O> ? kDeep
                                       : 2;
 
-// Whether a tile is one panel of floats. Then a product can ask, while it reads a tile, for the one that comes next,
-// some of its elements at each k; and tiles may be in fixed point (fixed.h).
+// Whether a tile is one panel of floats, which may be in fixed point (fixed.h).
 template <typename Isa, typename O>
 constexpr bool whole_panel = std::is_same_v<O, float> && panel_width<Isa, O> == kTile;
-constexpr Index kAsked = 32;
+// Whether a product can ask, while it reads a tile, for the one that comes next: where each block of rows reads all of
+// it, in lines of memory.
+template <typename Isa, typename O>
+constexpr bool asks = Isa::blocks == 1 && std::is_floating_point_v<O>;
 
 // Elements of a packed tile of depth k.
 LSTM_HD Index tile_size(Index k) { return round_up(k, kDigitsDeep) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
-// a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other. `next`: what
-// to ask for meanwhile, or null. `scales`: [k / kDepth, 64] of a tile whose pieces may be in fixed point, [64] of
-// digits, else null.
+// a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other. `scales`:
+// [k / kDepth, 64] of a tile whose pieces may be in fixed point, [64] of digits, else null. `next`: the tile to ask for
+// meanwhile, of the same depth, or null; `turn` of `turns` blocks of rows at this one is the product's first.
 template <typename O>
 struct Right {
     O* b;
     Index ld, panel;
     bool far = false;
-    const O* next = nullptr;
     float* scales = nullptr;
+    const O* next = nullptr;
+    Index turn = 0, turns = 1;
 
     LSTM_HD Right from(Index p) const {
-        float* const scale = scales == nullptr ? nullptr : scales + p / kDepth * kTile;
-        return {b + p * ld, ld, panel, far, next == nullptr ? nullptr : next + p * kAsked, scale};
+        return {b + p * ld, ld, panel, far, scales == nullptr ? nullptr : scales + p / kDepth * kTile};
     }
 };
 
@@ -75,13 +77,18 @@ LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
 // Whether a weight of so many elements is too large for the second cache beside what else is there.
 LSTM_HD bool is_far(Index elements) { return elements > 1 << 19; }
 
-// Where a step's rows make two blocks, the second of which finds a tile in cache while memory rests: each asks for a
-// half of the next one, of depth k. A single block would wait for memory in any case.
+// Asks for the next tile of a far weight: by the first blocks of a step's rows, as those that follow find this one in
+// cache, while memory rests. A single block would wait for memory in any case.
 template <typename Isa, typename O>
-LSTM_HD void ask_for(const O* next, Index k, Index rows_of_step, bool second, Right<const O>& right) {
-    if (whole_panel<Isa, O> && right.far && rows_of_step > kRows && rows_of_step <= 2 * kRows)
-        right.next = next + (second ? k * kAsked : 0);
+LSTM_HD void ask_for(const O* next, Index first, Index rows_of_step, Right<const O>& right) {
+    if (!asks<Isa, O> || !right.far || rows_of_step <= kRows) return;
+    right.next = next;
+    right.turn = (first + kRows - 1) / kRows;
+    right.turns = (rows_of_step + kRows - 1) / kRows;
 }
+
+// How many of a step's blocks ask, each for so large a part of the next tile: rather four, each of which has more time.
+LSTM_HD Index asking_of(Index turns) { return turns < 4 ? 2 : 4; }
 
 // How a product finds element (row, p) of its left side: a[row * lda + p]; down the columns, a[p * lda + row]; or in
 // packed blocks of Isa::side rows, [rows / side, lda, side], so that a block is read front to back.
@@ -97,17 +104,15 @@ constexpr int vectors_for(int rows) {
 
 // One pass over k: c[rows, n] = a[rows, k] b[k, n], or += if accumulate, of n columns in `Vectors` vectors. ldc:
 // elements from one row to the next. Each element is one sum in the order of k from 0, so that it does not depend on
-// how rows and columns are put together.
-template <typename Isa, int Rows, int Vectors, Along along, bool asks, typename A>
+// how rows and columns are put together. At each k it asks for so many elements of b.next.
+template <typename Isa, int Rows, int Vectors, Along along, int asked, typename A>
 LSTM_HD void multiply_pass(const A* a, Index lda, const Right<const A>& b, Index k, A* c, Index ldc, bool accumulate) {
     constexpr Index side = lanes<Isa, A>;
     Vector<Isa, A> sum[Rows][Vectors] = {};
 #pragma GCC unroll 4
     for (Index p = 0; p < k; ++p) {
-        if constexpr (asks) {
 #pragma GCC unroll 2
-            for (Index i = 0; i < kAsked; i += side) __builtin_prefetch(b.next + p * kAsked + i, 0, 2);
-        }
+        for (Index i = 0; i < asked; i += side) __builtin_prefetch(b.next + p * asked + i, 0, 2);
         Vector<Isa, A> row[Vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) {
@@ -141,7 +146,7 @@ LSTM_HD void multiply_pass(const A* a, Index lda, const Right<const A>& b, Index
 
 #ifdef LSTM_X86
 // The same with pairs. Down the columns, a[p * lda + 2 * row] is the pair of p and p + 1, p even.
-template <typename Isa, int Rows, int Vectors, Along along, bool asks>
+template <typename Isa, int Rows, int Vectors, Along along, int>
 __attribute__((target(LSTM_PAIRS_TARGET))) inline void multiply_pass(const BFloat16* a, Index lda,
                                                                      const Right<const BFloat16>& b, Index k, float* c,
                                                                      Index ldc, bool accumulate) {
@@ -192,7 +197,7 @@ LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const
     const auto pass = [&](auto n) LSTM_INLINED {
         constexpr int Rows = decltype(n)::value, wide = vectors_for<Isa, A>(Rows);
         if constexpr (wide > Isa::vectors) {
-            if (alone) return multiply_pass<Isa, Rows, wide, along, false>(a, lda, b, k, c, ldc, accumulate);
+            if (alone) return multiply_pass<Isa, Rows, wide, along, 0>(a, lda, b, k, c, ldc, accumulate);
         }
         if constexpr (whole_panel<Isa, O> && along == Along::rows) {
 #ifdef LSTM_X86
@@ -201,10 +206,15 @@ LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const
                 return;
             }
 #endif
-            if (b.next != nullptr)
-                return multiply_pass<Isa, Rows, Isa::vectors, along, true>(a, lda, b, k, c, ldc, accumulate);
         }
-        multiply_pass<Isa, Rows, Isa::vectors, along, false>(a, lda, b, k, c, ldc, accumulate);
+        if constexpr (asks<Isa, O> && along == Along::rows) {
+            constexpr int width = panel_width<Isa, O>;
+            if (b.next != nullptr && asking_of(b.turns) == 2)
+                return multiply_pass<Isa, Rows, Isa::vectors, along, width / 2>(a, lda, b, k, c, ldc, accumulate);
+            if (b.next != nullptr)
+                return multiply_pass<Isa, Rows, Isa::vectors, along, width / 4>(a, lda, b, k, c, ldc, accumulate);
+        }
+        multiply_pass<Isa, Rows, Isa::vectors, along, 0>(a, lda, b, k, c, ldc, accumulate);
     };
 #define LSTM_CASE(n) \
     case n:          \
@@ -222,7 +232,7 @@ LSTM_HD void fetch(const O* b, Index ld, Index first, Index end) {
 }
 
 // multiply_pass for any number of rows, in blocks of nearly the same size, for all columns of a tile, and for any k.
-// Some blocks take turns at a panel, which meanwhile stays in cache.
+// Some blocks take turns at a panel, which meanwhile stays in cache; their sums stay until all of k has been.
 template <typename Isa, Along along, typename O, typename A>
 LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<const O>& b, Index k, A* c, Index ldc,
                              bool accumulate) {
@@ -231,34 +241,39 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
     const Index blocks = (rows + kRows - 1) / kRows, of_row = along == Along::columns ? sizeof(A) / sizeof(O) : lda;
     const Index of_depth = along == Along::rows ? 1 : along == Along::columns ? lda : kRows;
     const Index width = side * (blocks == 1 ? vectors_for<Isa, A>(static_cast<int>(rows)) : Isa::vectors);
-    Index p = 0;
-    do {  // once for k = 0 too, which is a sum of nothing
-        const Index depth = std::min(kDepth, k - p);
-        for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
-            for (Index column = 0; column < kTile; column += width) {
-                const Index end = std::min(turn + Isa::blocks, blocks);
-                Right<const O> panels = b.from(p);
-                panels.b += column / panel_width<Isa, A> * b.panel;
-                for (Index block = turn; block < end; ++block) {
-                    if (b.far && end - turn >= kBlocksToFetch)
-                        fetch(panels.b + b.panel, b.ld, depth * (block - turn) / (end - turn),
-                              depth * (block - turn + 1) / (end - turn));
-                    const auto begin = [&](Index i) {
-                        return along == Along::blocks ? std::min(i * kRows, rows) : rows * i / blocks;
-                    };
-                    const Index first = begin(block), count = begin(block + 1) - first;
-                    const Index longest = in_block == Along::columns ? kShortSum : depth;
-                    for (Index q = 0; q == 0 || q < depth; q += longest)
-                        multiply_block<Isa, in_block>(count, blocks == 1, a + first * of_row + (p + q) * of_depth,
-                                                      along == Along::blocks ? kRows : lda, panels.from(q),
-                                                      std::min(longest, depth - q), c + first * ldc + column, ldc,
-                                                      accumulate || q > 0);
-                }
-            }
+    const auto begin = [&](Index i) LSTM_INLINED {
+        return along == Along::blocks ? std::min(i * kRows, rows) : rows * i / blocks;
+    };
+    const auto part_of_next = [&](Index turn, Index p, Index column) LSTM_INLINED {
+        const Index asking = asking_of(b.turns), asked = width / asking;
+        return b.next != nullptr && turn < asking ? b.next + column * k + (turn * k + p) * asked : nullptr;
+    };
+    const auto multiply_panels = [&](Index turn, Index end, Index p, Index column) LSTM_INLINED {
+        const Index depth = std::min(kDepth, k - p), longest = in_block == Along::columns ? kShortSum : depth;
+        Right<const O> panels = b.from(p);
+        panels.b += column / panel_width<Isa, A> * b.panel;
+        panels.turns = b.turns;
+        for (Index block = turn; block < end; ++block) {
+            if (b.far && end - turn >= kBlocksToFetch)
+                fetch(panels.b + b.panel, b.ld, depth * (block - turn) / (end - turn),
+                      depth * (block - turn + 1) / (end - turn));
+            panels.next = part_of_next(b.turn + block, p, column);
+            const Index first = begin(block), count = begin(block + 1) - first;
+            for (Index q = 0; q == 0 || q < depth; q += longest)
+                multiply_block<Isa, in_block>(count, blocks == 1, a + first * of_row + (p + q) * of_depth,
+                                              along == Along::blocks ? kRows : lda, q == 0 ? panels : panels.from(q),
+                                              std::min(longest, depth - q), c + first * ldc + column, ldc,
+                                              accumulate || p + q > 0);
         }
-        p += kDepth;
-        accumulate = true;
-    } while (p < k);
+    };
+    for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
+        Index p = 0;
+        do {  // once for k = 0 too, which is a sum of nothing
+            for (Index column = 0; column < kTile; column += width)
+                multiply_panels(turn, std::min(turn + Isa::blocks, blocks), p, column);
+            p += kDepth;
+        } while (p < k);
+    }
 }
 
 // multiply_blocks as a function of its own, one for all its callers. Not out_of_line, whose operands would lie in
