@@ -70,7 +70,7 @@ void bind_cpu(py::module_& m) {
     // Those that this CPU runs, the best last; a call names one by its place here.
     py::list sets = py::list();
     for (int set = 0; set <= static_cast<int>(lstm::cpu::best_instruction_set()); ++set) {
-        sets.append(std::array{"baseline", "avx2", "avx512", "avx512_bf16", "amx"}[set]);
+        sets.append(std::array{"baseline", "avx2", "avx512", "avx512_bf16", "avx512_slow_bf16", "amx"}[set]);
     }
     m.attr("CPU_INSTRUCTION_SETS") = sets;
     m.def(

@@ -18,10 +18,18 @@ from lstm_fast.kernels import LayerInputs, cpu
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=_C.CPU_INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    best = _C.CPU_INSTRUCTION_SETS.index(request.param)
+SLOW_PAIRS = "avx512_slow_bf16"  # where a call takes one of the two sets before it
+
+
+def limit_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this processor ran no better instruction set."""
+    best = _C.CPU_INSTRUCTION_SETS.index(name)
     monkeypatch.setattr(_C, "CPU_INSTRUCTION_SETS", _C.CPU_INSTRUCTION_SETS[: best + 1])
+
+
+@pytest.fixture(params=[name for name in _C.CPU_INSTRUCTION_SETS if name != SLOW_PAIRS])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    limit_to(request.param, monkeypatch)
     return str(request.param)
 
 
@@ -320,6 +328,35 @@ def test_many_chunks_of_steps_are_one_walk(
         for a, b, exact in zip(results(ours), others, right, strict=True):
             mine, allowed = ((t.double() - exact).norm() / exact.norm() for t in (a, b))
             assert mine <= 2 * allowed, sets[best]
+
+
+@pytest.mark.skipif(
+    SLOW_PAIRS not in _C.CPU_INSTRUCTION_SETS, reason="this processor's pairs of bf16 are fast, or none"
+)
+@pytest.mark.parametrize(
+    ("hidden", "steps", "batch", "taken"),
+    [
+        *((64, 30, 1, "avx512_bf16"), (64, 30, 2, "avx512"), (64, 12, 2, "avx512_bf16")),
+        *((300, 9, 3, "avx512_bf16"), (300, 9, 4, "avx512"), (520, 5, 5, "avx512_bf16"), (520, 5, 6, "avx512")),
+    ],
+)
+def test_pairs_that_are_slow_become_floats_in_calls_of_many_rows(
+    hidden: int, steps: int, batch: int, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of bf16 are those of the one or the other, which differ: products in pairs have sums of their own."""
+    torch.manual_seed(0)
+    layer = LSTM(40, hidden, dtype=torch.bfloat16, backend="cpu")
+    x = torch.randn(steps, batch, 40, dtype=torch.bfloat16)
+
+    def results(name: str) -> list[Tensor]:
+        with monkeypatch.context() as patch:
+            limit_to(name, patch)
+            y = layer(x)[0]
+            return [y, *torch.autograd.grad(y.sum(), layer.parameters())]
+
+    got, others = results(SLOW_PAIRS), {name: results(name) for name in ("avx512", "avx512_bf16")}
+    same = {name: all(a.equal(b) for a, b in zip(got, each, strict=True)) for name, each in others.items()}
+    assert same == {name: name == taken for name in others}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

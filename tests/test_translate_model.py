@@ -119,6 +119,21 @@ def test_loss_in_fp32_is_as_exact_as_its_products():
     assert abs(linear_cross_entropy(features, weight, bias, targets, 0.0) / exact - 1) < rounding
 
 
+@pytest.mark.parametrize(
+    ("place", "dtype"),
+    [
+        *(("cpu avx512_bf16", torch.bfloat16), ("cpu amx", torch.bfloat16)),
+        *(("cpu avx512_slow_bf16", torch.float32), ("cpu avx2", torch.float32), ("cpu", torch.float32)),
+    ],
+)
+def test_products_of_the_loss_are_bf16_where_that_is_faster(
+    place: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lstm_fast.translate.loss.place", lambda device: place)
+    assert product_dtype(torch.zeros(1)) == dtype
+    assert product_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
+
+
 def test_an_epoch_holds_every_pair_once_in_batches_within_the_limit():
     chance = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 30, (200, 2), generator=chance).tolist()

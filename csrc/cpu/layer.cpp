@@ -89,11 +89,22 @@ bool digits_pay(const Shape& s, Index rows) {
     return whole && s.time > 1 && rows >= (s.hidden < 384 ? 12 : 8) * s.time && rows >= 32;
 }
 
+// Whether bf16 takes less time as floats than in pairs that are slow: for enough rows a step, more where weights are
+// read again and again, as floats are twice the bytes; and to pack for.
+bool floats_pay(const Shape& s, Index rows) {
+    const Index weight = 4 * s.hidden * s.features, fewest = weight <= 1 << 18 ? 2 : weight <= 1 << 20 ? 4 : 6;
+    return rows >= fewest * s.time && rows > kMostFewRows;
+}
+
 // The instruction set that serves a call best, of those up to the one that it names.
 template <template <typename> class Job, typename T>
 InstructionSet serving(const Shape& s, bool digits = true) {
-    if (s.instruction_set < InstructionSet::amx) return s.instruction_set;
+    if (s.instruction_set < InstructionSet::avx512_slow_bf16) return s.instruction_set;
     const Index rows = std::accumulate(s.steps, s.steps + s.time, Index{0});
+    if (s.instruction_set == InstructionSet::avx512_slow_bf16) {
+        const bool pairs = std::is_same_v<T, BFloat16> && !floats_pay(s, rows);
+        return pairs ? InstructionSet::avx512_bf16 : InstructionSet::avx512;
+    }
     if (std::is_same_v<T, BFloat16>) return rows > kFewRows / 2 ? InstructionSet::amx : InstructionSet::avx512_bf16;
     if (!std::is_same_v<T, float>) return InstructionSet::avx512;
     if (std::is_same_v<Job<T>, Forward<float>> && digits && digits_pay(s, rows)) return InstructionSet::amx_digits;
@@ -176,6 +187,7 @@ InstructionSet find_best() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
     if (pairs && may_use_amx()) return InstructionSet::amx;
+    if (pairs && __builtin_cpu_is("intel")) return InstructionSet::avx512_slow_bf16;
     if (pairs) return InstructionSet::avx512_bf16;
     if (avx512) return InstructionSet::avx512;
     if (avx2) return InstructionSet::avx2;

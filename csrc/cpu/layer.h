@@ -20,16 +20,17 @@
 
 namespace lstm::cpu {
 
-// The last two are ones that layer.cpp chooses, for floats: AMX for products over all steps, AVX-512 for those of a
-// step; and AMX in digits.
+// Of those from AVX-512 on, layer.cpp chooses for each call among those up to the one named. The last two it alone
+// names, for floats: AMX for products over all steps, AVX-512 for those of a step; and AMX in digits.
 enum class InstructionSet : int {
     baseline = 0,
     avx2 = 1,
     avx512 = 2,
     avx512_bf16 = 3,
-    amx = 4,
-    amx_over_steps = 5,
-    amx_digits = 6
+    avx512_slow_bf16 = 4,  // the processor multiplies pairs of bf16 at half the rate of floats, not at twice
+    amx = 5,
+    amx_over_steps = 6,
+    amx_digits = 7
 };
 
 // The best one that this CPU runs; it runs all those before it too.

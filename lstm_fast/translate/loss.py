@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lstm_fast.measured import place
+
 _CHUNK = 128  # rows; at 8,000 subwords 4 MB of logits
 
 
@@ -38,7 +40,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     if weight.is_cuda:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.cpu._is_avx512_bf16_supported()
+        fast = place(weight.device) in ("cpu avx512_bf16", "cpu amx")
     return torch.bfloat16 if fast else torch.float32
 
 
