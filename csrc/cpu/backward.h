@@ -352,7 +352,7 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
         Right<const O> right = piece_of(tile, k);
         right.far = is_far(depth * columns);
         for_blocks(step.team, part, f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
-            if (!in_passing) ask_for<Isa, O>(next, b, f.s.steps[step.t], right);
+            ask_for<Isa, O>(next, b, f.s.steps[step.t], right);
             multiply<Isa>(rows, left + b * ld + k, ld, right, some, to + b * ld_to + tile * kTile, ld_to, k > 0);
         });
     };

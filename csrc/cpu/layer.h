@@ -20,7 +20,7 @@
 
 namespace lstm::cpu {
 
-// Of those from AVX-512 on, layer.cpp chooses for each call among those up to the one named. The last two it alone
+// Named avx512_slow_bf16 or amx, layer.cpp chooses for each call among those before it as well. The last two it alone
 // names, for floats: AMX for products over all steps, AVX-512 for those of a step; and AMX in digits.
 enum class InstructionSet : int {
     baseline = 0,

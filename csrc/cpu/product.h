@@ -77,11 +77,12 @@ LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
 // Whether a weight of so many elements is too large for the second cache beside what else is there.
 LSTM_HD bool is_far(Index elements) { return elements > 1 << 19; }
 
-// Asks for the next tile of a far weight: by the first blocks of a step's rows, as those that follow find this one in
-// cache, while memory rests. A single block would wait for memory in any case.
+// Asks for the next tile of a far weight, if there is another and it is packed: by the first blocks of a step's rows,
+// as those that follow find this one in cache, while memory rests. A single block would wait for memory in any case.
 template <typename Isa, typename O>
 LSTM_HD void ask_for(const O* next, Index first, Index rows_of_step, Right<const O>& right) {
-    if (!asks<Isa, O> || !right.far || rows_of_step <= kRows) return;
+    const bool packed = right.ld == panel_width<Isa, O>;
+    if (!asks<Isa, O> || !right.far || !packed || next == right.b || rows_of_step <= kRows) return;
     right.next = next;
     right.turn = (first + kRows - 1) / kRows;
     right.turns = (rows_of_step + kRows - 1) / kRows;
