@@ -46,7 +46,7 @@ gpu-check:
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install -q --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/.built: .venv/.installed $(BUILD_INPUTS)
