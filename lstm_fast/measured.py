@@ -18,6 +18,7 @@ import torch
 SHIPPED = Path(__file__).with_name("measured.json")
 MARGIN = 0.95  # what an interval's upper end has to stay below
 _LEAVING_MS = 0.009  # what it takes to hand a call over to torch, measured on a core of an AMD EPYC
+_FEWEST_ROUNDS = 3  # that an interval is one of
 _FARTHEST = 2.0  # from a measured shape, in factors of two of T, B and H together
 _UNNAMED = "avx512_bf16"  # the instruction set of runs recorded before runs named theirs
 
@@ -69,12 +70,14 @@ def users_table() -> Path:
 
 def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A table of recorded runs (lstm_fast/bench/runner.py): for each call and number of threads the interval of torch's
-    time, reached through ``auto``, over ours; of rows that aren't plain in any other way, and others left alone."""
+    time, reached through ``auto``, over ours; of rows that aren't plain in any other way, have the rounds for one, and
+    others left alone."""
     rows = []
     for run in runs:
         for row in run["rows"]:
-            odd = row["mode"] == "forward" or row["bidirectional"] or row["layers"] > 1 or row.get("disturbed")
-            if odd or "torch" not in row["rivals"] or row["choice"].startswith("torch:"):
+            odd = row["mode"] == "forward" or row["bidirectional"] or row["layers"] > 1
+            unsure = row.get("disturbed") or row["rounds"] < _FEWEST_ROUNDS
+            if odd or unsure or "torch" not in row["rivals"] or row["choice"].startswith("torch:"):
                 continue
             kind = "cell" if row["cell"] else "packed" if row["packed"] else "projected" if row["P"] else "layer"
             call = Call(_place_of(run), row["dtype"], kind, row["mode"] != "inference", row["T"], row["B"], row["H"])

@@ -24,6 +24,7 @@ def row(
         **case._asdict(),
         "mode": mode,
         "choice": choice,
+        "rounds": 3,
         "rivals": {"torch": {"ms": ms, "ratio_low": low, "ratio_high": high}},
     }
 
@@ -131,13 +132,15 @@ def test_what_handing_over_takes_counts(tables: Any) -> None:
 
 
 def test_rows_that_say_nothing_of_the_kernel_are_left_out(tables: Any) -> None:
-    """Those where torch ran already, those of a kind that no call is looked up by, and those that others disturbed."""
+    """Those where torch ran already, those of a kind that no call is looked up by, and those that others disturbed or
+    that have too few rounds for an interval."""
     rows = [
         row(CELL, "inference", 0.5, 0.5, "torch: it was faster"),
         row(CELL, "forward", 0.5, 0.5),
         row(Case(8, 4, 16, layers=2), "inference", 0.5, 0.5),
         row(Case(8, 4, 16, bidirectional=True), "inference", 0.5, 0.5),
         {**row(CELL, "inference", 0.5, 0.5), "disturbed": True},
+        {**row(CELL, "inference", 0.5, 0.5), "rounds": 2},
     ]
     assert measured.table_from([{**ABOUT, "rows": rows}])["rows"] == []
     calm = {**row(CELL, "inference", 0.5, 0.5), "disturbed": False}
