@@ -1,12 +1,19 @@
-"""Layers of unusual numbers, ours beside nn.LSTM, and in fp64 as the oracle."""
+"""Layers of unusual numbers, ours beside nn.LSTM, and in fp64 as the oracle; and processors of fewer instructions."""
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lstm_fast import LSTM
+from lstm_fast import _C, LSTM
+
+
+def limit_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this processor ran no better instruction set than the one of that name."""
+    best = _C.CPU_INSTRUCTION_SETS.index(name)
+    monkeypatch.setattr(_C, "CPU_INSTRUCTION_SETS", _C.CPU_INSTRUCTION_SETS[: best + 1])
 
 
 def uneven(w: Tensor) -> Tensor:

@@ -13,18 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lstm_fast import _C, LSTM
+from lstm_fast.environment import cpuinfo
 from lstm_fast.kernels import LayerInputs, cpu
+from tests.cpu_case import limit_to
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 SLOW_PAIRS = "avx512_slow_bf16"  # where a call takes one of the two sets before it
-
-
-def limit_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this processor ran no better instruction set."""
-    best = _C.CPU_INSTRUCTION_SETS.index(name)
-    monkeypatch.setattr(_C, "CPU_INSTRUCTION_SETS", _C.CPU_INSTRUCTION_SETS[: best + 1])
 
 
 @pytest.fixture(params=[name for name in _C.CPU_INSTRUCTION_SETS if name != SLOW_PAIRS])
@@ -322,12 +318,19 @@ def test_many_chunks_of_steps_are_one_walk(
         return [y.data, h_n, c_n, *torch.autograd.grad(loss, [x.data, *module.parameters()])]
 
     right, others = results(oracle, torch.float64), results(theirs)
-    sets = _C.CPU_INSTRUCTION_SETS
-    for best in range(len(sets)):
-        monkeypatch.setattr(_C, "CPU_INSTRUCTION_SETS", sets[: best + 1])
-        for a, b, exact in zip(results(ours), others, right, strict=True):
+    for name in _C.CPU_INSTRUCTION_SETS:
+        with monkeypatch.context() as patch:
+            limit_to(name, patch)
+            got = results(ours)
+        for a, b, exact in zip(got, others, right, strict=True):
             mine, allowed = ((t.double() - exact).norm() / exact.norm() for t in (a, b))
-            assert mine <= 2 * allowed, sets[best]
+            assert mine <= 2 * allowed, name
+
+
+def test_intels_pairs_are_slow_and_others_are_fast() -> None:
+    if "avx512_bf16" not in cpuinfo():
+        pytest.skip("this processor has no pairs of bf16")
+    assert (SLOW_PAIRS in _C.CPU_INSTRUCTION_SETS) == ("GenuineIntel" in cpuinfo())
 
 
 @pytest.mark.skipif(

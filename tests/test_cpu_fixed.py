@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lstm_fast import _C, LSTM
-from tests.cpu_case import WEIGHTS, case, check_usual_errors, results, three
+from tests.cpu_case import WEIGHTS, case, check_usual_errors, limit_to, results, three
 
 HIDDEN, STEPS = 352, 48  # of the sizes that go in fixed point, with a piece of k that isn't whole
 
@@ -65,8 +65,7 @@ def test_what_a_call_was_unfit_for_is_forgotten_by_the_next(monkeypatch: pytest.
         with torch.no_grad():
             ours(x, (torch.full((1, 1, HIDDEN), 1e34), torch.zeros(1, 1, HIDDEN)))  # beyond fixed point
             with monkeypatch.context() as patch:
-                sets = _C.CPU_INSTRUCTION_SETS
-                patch.setattr(_C, "CPU_INSTRUCTION_SETS", sets[: sets.index(name) + 1])
+                limit_to(name, patch)
                 y, _ = half(small)
             assert (y.double() - oracle(small.double())[0]).abs().max() < 1e-2
 

@@ -65,17 +65,11 @@ __attribute__((target(LSTM_AVX512_TARGET))) inline __m512d clamp(__m512d x, doub
     return _mm512_maskz_max_pd(0xff, _mm512_set1_pd(low), x);
 }
 #endif
-template <typename A>
-LSTM_HD Vector<Baseline, A> clamp_each(Vector<Baseline, A> x, A low, A high) {
-    const Vector<Baseline, A> lows = low - Vector<Baseline, A>{}, highs = high - Vector<Baseline, A>{};
+template <typename V, typename A>
+LSTM_HD V clamp(V x, A low, A high, Baseline) {
+    const V lows = low - V{}, highs = high - V{};
     x = x > highs ? highs : x;
     return x < lows ? lows : x;
-}
-LSTM_HD Vector<Baseline, float> clamp(Vector<Baseline, float> x, float low, float high, Baseline) {
-    return clamp_each<float>(x, low, high);
-}
-LSTM_HD Vector<Baseline, double> clamp(Vector<Baseline, double> x, double low, double high, Baseline) {
-    return clamp_each<double>(x, low, high);
 }
 
 // x[i], a vector of A, becomes tanh(x[i]) where bit i of kTanh is set, else sigmoid(x[i]).

@@ -200,14 +200,14 @@ LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const
         if constexpr (wide > Isa::vectors) {
             if (alone) return multiply_pass<Isa, Rows, wide, along, 0>(a, lda, b, k, c, ldc, accumulate);
         }
-        if constexpr (whole_panel<Isa, O> && along == Along::rows) {
 #ifdef LSTM_X86
+        if constexpr (whole_panel<Isa, O> && along == Along::rows) {
             if (b.scales != nullptr && b.scales[0] >= 0) {
                 unfit |= !multiply_fixed<Rows>(a, lda, b.b, b.scales, k, c, ldc, accumulate);
                 return;
             }
-#endif
         }
+#endif
         if constexpr (asks<Isa, O> && along == Along::rows) {
             constexpr int width = panel_width<Isa, O>;
             if (b.next != nullptr && asking_of(b.turns) == 2)
