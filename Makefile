@@ -5,23 +5,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
+PIP := $(BIN)/pip install -q --disable-pip-version-check
+READY := .venv/.built .venv/.installed
 CPP := $(shell find csrc tests benchmarks -name "*.cpp" -o -name "*.h" -o -name "*.cu")
+
+# one core downloads and checks types while the others compile
+MAKEFLAGS += -j2
 
 .PHONY: test demo lint wheel sanitize gpu-check clean
 
-test: lint
+test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests
 
-demo: .venv/.built
+demo: $(READY)
 	$(BIN)/lstm-fast demo
 
-lint: .venv/.built
+lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-# -j2 builds both at once: each compiles for minutes
 build/cpu_asan: SANITIZER := address,undefined
 build/cpu_tsan: SANITIZER := thread
 build/cpu_asan build/cpu_tsan: tests/cpu_sanitizers.cpp $(wildcard csrc/*.h csrc/cpu/*)
@@ -33,7 +37,7 @@ sanitize: build/cpu_asan build/cpu_tsan
 	build/cpu_asan
 	build/cpu_tsan
 
-wheel: .venv/.built
+wheel: $(READY)
 	$(BIN)/python -m build
 
 # The architecture of the card at hand, Hopper's with the suffix that its code needs; nothing, for all, without a card.
@@ -44,13 +48,17 @@ gpu-check:
 	LSTM_FAST_CUDA_ARCHS="$${LSTM_FAST_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARD)')}" $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-.venv/.installed: requirements.txt
+.venv/.tools: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile --disable-pip-version-check -r requirements.txt
+	$(PIP) -c requirements.txt setuptools pybind11 ninja
 	touch $@
 
-.venv/.built: .venv/.installed $(BUILD_INPUTS)
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+.venv/.installed: .venv/.tools
+	$(PIP) --no-compile -r requirements.txt
+	touch $@
+
+.venv/.built: .venv/.tools $(BUILD_INPUTS)
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

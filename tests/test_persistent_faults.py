@@ -131,21 +131,23 @@ def host_layer(tmp_path_factory) -> Path:
     return layer
 
 
-def build(folder: Path, csrc: Path, host_layer: Path) -> ctypes.CDLL:
-    library = folder / "kernels.so"
-    gxx("-shared", f"-I{csrc}", SHIM, host_layer, "-o", library)
+def build(folder: Path, csrc: Path, host_layer: Path, fault: Fault) -> ctypes.CDLL:
+    """The walk that the fault is in."""
+    library = folder / f"{fault.file}.so"
+    walk = [f"-DLSTM_GRID={str(fault.grid).lower()}", *(["-DLSTM_BACKWARD"] if fault.file == BACKWARD else [])]
+    gxx("-shared", *walk, f"-I{csrc}", SHIM, host_layer, "-o", library)
     loaded = ctypes.CDLL(str(library))
-    loaded.forward.restype = loaded.backward.restype = ctypes.c_char_p
+    loaded.walk.restype = ctypes.c_char_p
     return loaded
 
 
-def call(function, tensors: list[Tensor | None], case: Case, backward: bool, schedule: int) -> str:
+def call(library: ctypes.CDLL, tensors: list[Tensor | None], case: Case, backward: bool, schedule: int) -> str:
     directions, batch, hidden = case.c0.shape
     plan = persistent._plan(BF16, backward, hidden, batch, directions, None)
     numbers = [case.gates.size(0), len(case.steps), batch, hidden, directions, *plan]
     tensors = [*tensors, persistent._workspace(BF16, backward, plan, directions, torch.device("cpu"))]
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    return function(pointers, (ctypes.c_int64 * 13)(*numbers), ctypes.c_uint64(schedule)).decode()
+    return library.walk(pointers, (ctypes.c_int64 * 13)(*numbers), ctypes.c_uint64(schedule)).decode()
 
 
 def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
@@ -164,13 +166,13 @@ def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
             outputs = [found[name] for name in ("y", "h_n", "c_n", "cells")]
             biases = [case.biases[d][k] for k in (0, 1) for d in (0, -1)]
             tensors = [found["gates"], case.h0, case.c0, *weights, *biases, starts, *outputs]
-            error = call(library.forward, tensors, case, False, schedule)
+            error = call(library, tensors, case, False, schedule)
             wanted = whole
         else:
             found = {name: torch.full_like(gradients[name], 9) for name in ("dgates", "dh", "dc")}
             grads = [case.dy, case.dh_n, case.dc_n]
             tensors = [whole["gates"], whole["cells"], case.c0, *weights, starts, *grads, *found.values()]
-            error = call(library.backward, tensors, case, True, schedule)
+            error = call(library, tensors, case, True, schedule)
             wanted = gradients
         if error:
             shown.add(error)
@@ -190,10 +192,10 @@ def exchanging(grid: bool) -> Iterator[Case]:
 
 @pytest.mark.parametrize("grid", [False, True])
 def test_the_whole_kernel_shows_nothing(tmp_path, host_layer, grid):
-    library = build(tmp_path, CSRC, host_layer)
     with exchanging(grid) as case:
         for file in (FORWARD, BACKWARD):
-            assert caught(library, case, Fault(file, "", "", "")) == set()
+            none = Fault(file, "", "", "", grid)
+            assert caught(build(tmp_path, CSRC, host_layer, none), case, none) == set()
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -204,7 +206,7 @@ def test_a_fault_is_caught(tmp_path, host_layer, name):
     text = source.read_text()
     assert text.count(fault.whole) == 1, f"{fault.file} should have one {fault.whole!r}"
     source.write_text(text.replace(fault.whole, fault.broken))
-    library = build(tmp_path, tmp_path / "csrc", host_layer)
+    library = build(tmp_path, tmp_path / "csrc", host_layer, fault)
     with exchanging(fault.grid) as case:
         shown = caught(library, case, fault)
     assert any(fault.caught_as in how for how in shown), f"{name}: {shown or 'nothing showed'}"

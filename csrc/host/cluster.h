@@ -1,8 +1,6 @@
 // A cluster of blocks on one CPU thread: its fibres, who of them runs next, and when its messages land.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -13,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "context.h"
 #include "simt.h"
 
 namespace lstm::host {
@@ -55,7 +54,7 @@ struct Block {
 };
 
 struct Fibre {
-    ucontext_t context;
+    Context context;
     unsigned block, thread;                        // block: rank in the cluster
     const char* waits = nullptr;                   // for what; null while it can run
     const void* at = nullptr;                      // the Barrier or flag it waits at, if it does
@@ -103,11 +102,7 @@ class Cluster {
             Fibre& fibre = fibres_[j];
             fibre.block = j / threads_;
             fibre.thread = j % threads_;
-            getcontext(&fibre.context);
-            fibre.context.uc_stack.ss_sp = stacks + j * kStack;
-            fibre.context.uc_stack.ss_size = kStack;
-            fibre.context.uc_link = nullptr;
-            makecontext(&fibre.context, enter, 0);
+            fibre.context.begin_with(enter, stacks + j * kStack, kStack);
         }
         ranks_.resize(fibres_.size() / kLanes + launch.cluster + 1);
         for (unsigned j = 0; j < ranks_.size(); ++j) ranks_[j] = j;
@@ -295,7 +290,7 @@ class Cluster {
         blockDim = dims;
         gridDim = launch_.grid;
         ended_ = false;
-        swapcontext(&home_, &fibres_[number].context);
+        home_.leave_for(fibres_[number].context);
     }
 
     // Lets others go first, where the schedule wants it.
@@ -310,7 +305,7 @@ class Cluster {
 
     void leave(const char* what) {
         fibres_[current_].waits = what;
-        swapcontext(&fibres_[current_].context, &home_);
+        fibres_[current_].context.leave_for(home_);
     }
 
     bool ranked() const { return order_ == Order::by_block || order_ == Order::by_warp; }
@@ -445,7 +440,7 @@ class Cluster {
     unsigned threads_ = 0, current_ = 0;
     bool ended_ = false;
     std::string failure_;
-    ucontext_t home_{};
+    Context home_;
     std::vector<Block> blocks_;
     std::vector<Fibre> fibres_;
     std::vector<unsigned> ranks_, waiting_;
