@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/layer.h"
-#include "tensors.h"
+#include "saved.h"
 
 namespace lstm::tensors {
 
@@ -90,10 +90,10 @@ inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
     const Fresh y = new_empty(inputs.x, y_shape, size);
     const Fresh h_n = inputs.cell ? Fresh() : new_empty(inputs.x, inputs.state_shape(features), size);
     const Fresh c_n = new_empty(inputs.x, inputs.state_shape(hidden), size);
-    const Fresh gates = save ? new_empty(inputs.x, {directions, rows, 4 * hidden}, size) : Fresh();
+    const Fresh gates = save ? saved_empty(inputs.x, {directions, rows, 4 * hidden}, inputs.dtype()) : Fresh();
     PyObject* const wide = size == 2 ? types().float32 : nullptr;
-    const std::int64_t cells_size = wide == nullptr ? size : 4;
-    const Fresh cells = save ? new_empty(inputs.x, {directions, rows, hidden}, cells_size, wide) : Fresh();
+    const Dtype of_cells = wide == nullptr ? inputs.dtype() : Dtype::float32;
+    const Fresh cells = save ? saved_empty(inputs.x, {directions, rows, hidden}, of_cells, wide) : Fresh();
     const cpu::ForwardArgs args{address(inputs.x),
                                 address(inputs.h0),
                                 address(inputs.c0),

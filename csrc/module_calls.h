@@ -14,10 +14,9 @@
 namespace lstm::tensors {
 
 inline std::optional<Dtype> dtype_of(const View& x) {
-    constexpr std::uint8_t ieee = 2, brain = 4;  // DLPack's codes
     if (x.lanes != 1) return std::nullopt;
-    if (x.kind == brain && x.bits == 16) return Dtype::bfloat16;
-    if (x.kind != ieee) return std::nullopt;
+    if (x.kind == kBrain && x.bits == 16) return Dtype::bfloat16;
+    if (x.kind != kIeee) return std::nullopt;
     if (x.bits == 16) return Dtype::float16;
     if (x.bits == 32) return Dtype::float32;
     return x.bits == 64 ? std::optional(Dtype::float64) : std::nullopt;

@@ -18,6 +18,10 @@ namespace lstm::tensors {
 
 namespace py = pybind11;
 
+// DLPack's codes of the CPU and of IEEE's and Brain's floats.
+constexpr std::int32_t kCpu = 1;
+constexpr std::uint8_t kIeee = 2, kBrain = 4;
+
 // Where a tensor's elements lie; null for None.
 struct Data {
     void* address = nullptr;
@@ -53,9 +57,10 @@ struct ExchangeApi {
     int (*view)(void* tensor, View* out);
 };
 
-// torch.Tensor's and torch.nn.Parameter's own types (what a subclass holds, only its author knows), and torch.float32.
+// torch.Tensor's and torch.nn.Parameter's own types (what a subclass holds, only its author knows), torch.float32, and
+// torch.utils.dlpack.from_dlpack.
 struct Types {
-    PyObject *tensor, *parameter, *float32;
+    PyObject *tensor, *parameter, *float32, *from_dlpack;
     const ExchangeApi* api;  // null where this torch has none
 };
 
@@ -69,9 +74,10 @@ inline const Types& types() {
         if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
             api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
         const auto* const exchange = static_cast<const ExchangeApi*>(api);
+        const py::object from_dlpack = py::module_::import("torch.utils.dlpack").attr("from_dlpack");
         const bool known = exchange != nullptr && exchange->major == 1;
         return Types{tensor.ptr(), py::module_::import("torch.nn").attr("Parameter").ptr(), torch.attr("float32").ptr(),
-                     known ? exchange : nullptr};
+                     from_dlpack.ptr(), known ? exchange : nullptr};
     };
     return found.call_once_and_store_result(find).get_stored();
 }
@@ -127,9 +133,8 @@ inline std::optional<View> view_anywhere(py::handle tensor) {
 
 // The same of a tensor on the CPU.
 inline std::optional<View> view(py::handle tensor) {
-    constexpr int cpu = 1;
     const auto found = view_anywhere(tensor);
-    return found && found->device_type == cpu ? found : std::nullopt;
+    return found && found->device_type == kCpu ? found : std::nullopt;
 }
 
 // w_ih, w_hh, b_ih, b_hh, w_hr of one direction; nothing where one is absent.
