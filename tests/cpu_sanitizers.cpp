@@ -1,6 +1,7 @@
 // The CPU kernels under a sanitizer, without Python: `make sanitize` compiles this file with ASan and UBSan, and with
 // TSan, which knows std::thread and not OpenMP's. Every dtype, instruction set and way through the kernels; results of
-// several threads are those of one, bit by bit.
+// several threads are those of one, bit by bit; and threads that share kept blocks.
+#include <atomic>
 #include <condition_variable>
 #include <cstdio>
 #include <mutex>
@@ -40,6 +41,7 @@ class Barrier {
 #include "../csrc/cpu/jobs_avx2.cpp"
 #include "../csrc/cpu/jobs_avx512.cpp"
 #include "../csrc/cpu/jobs_baseline.cpp"
+#include "../csrc/cpu/kept.cpp"
 #include "../csrc/cpu/layer.cpp"
 
 namespace {
@@ -202,8 +204,29 @@ int differences(Dtype dtype) {
 
 }  // namespace
 
+// Threads that take, write, read and give back: how many found what another had written.
+int kept_blocks() {
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> threads;
+    for (int own = 0; own < 4; ++own) {
+        threads.emplace_back([&, own] {
+            for (int turn = 0; turn < 200; ++turn) {
+                const std::int64_t bytes = kLeastKept + (turn * 7 + own) % 5 * kLeastKept / 3;
+                const auto block = take_block(bytes);
+                auto* const words = static_cast<volatile int*>(block->data);
+                const std::int64_t last = bytes / 4 - 1;
+                words[0] = words[last] = own;
+                std::this_thread::yield();
+                wrong += words[0] != own || words[last] != own;
+            }
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    return wrong;
+}
+
 int main() {
-    const int found = differences<float>(Dtype::float32) + differences<double>(Dtype::float64) +
+    const int found = kept_blocks() + differences<float>(Dtype::float32) + differences<double>(Dtype::float64) +
                       differences<BFloat16>(Dtype::bfloat16) + differences<Float16>(Dtype::float16);
     std::printf("%d differences\n", found);
     return found == 0 ? 0 : 1;

@@ -13,15 +13,15 @@
 namespace lstm::cpu {
 namespace {
 
-constexpr std::int64_t kAlignment = std::int64_t{2} << 20, kMostKept = std::int64_t{1} << 30;
+constexpr std::int64_t kAlignment = std::int64_t{2} << 20, kMostOfPool = std::int64_t{1} << 30;
 
-struct Kept {
+struct Pool {
     std::mutex mutex;
     std::vector<std::unique_ptr<Block>> blocks;
 };
 
-Kept& kept() {
-    static Kept& all = *new Kept;  // never destroyed: a tensor may live longer than what is static
+Pool& pool() {
+    static Pool& all = *new Pool;  // never destroyed: a tensor may live longer than what is static
     return all;
 }
 
@@ -39,18 +39,18 @@ void Keep::operator()(Block* block) const {
 #ifdef MADV_FREE
     madvise(owned->data, owned->size, MADV_FREE);
 #endif
-    Kept& all = kept();
+    Pool& all = pool();
     const std::lock_guard<std::mutex> lock(all.mutex);
     std::int64_t size = owned->size;
     for (const auto& block : all.blocks) size += block->size;
-    if (size > kMostKept) return;
+    if (size > kMostOfPool) return;
     all.blocks.push_back(std::move(owned));
 }
 
 std::unique_ptr<Block, Keep> take_block(std::int64_t bytes) {
     std::vector<std::unique_ptr<Block>> freed;
     {
-        Kept& all = kept();
+        Pool& all = pool();
         const std::lock_guard<std::mutex> lock(all.mutex);
         auto best = all.blocks.end();
         for (auto one = all.blocks.begin(); one != all.blocks.end(); ++one) {
