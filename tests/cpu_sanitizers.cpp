@@ -202,8 +202,6 @@ int differences(Dtype dtype) {
     return found;
 }
 
-}  // namespace
-
 // Threads that take, write, read and give back: how many found what another had written.
 int kept_blocks() {
     std::atomic<int> wrong{0};
@@ -224,6 +222,8 @@ int kept_blocks() {
     for (std::thread& thread : threads) thread.join();
     return wrong;
 }
+
+}  // namespace
 
 int main() {
     const int found = kept_blocks() + differences<float>(Dtype::float32) + differences<double>(Dtype::float64) +
