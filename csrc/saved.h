@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 
 #include "cpu/kept.h"
 #include "tensors.h"
@@ -10,36 +11,25 @@ namespace lstm::tensors {
 
 // DLPack's tensor with an owner, DLManagedTensor: the one from before versions, which every torch takes.
 struct Managed {
-    void* data;
-    std::int32_t device_type, device;
-    std::int32_t dims;
-    std::uint8_t kind, bits;
-    std::uint16_t lanes;
-    std::int64_t *sizes, *strides;
-    std::uint64_t byte_offset;
+    View tensor;
     void* owner;
     void (*deleter)(Managed*);
 };
 
 // A tensor on the CPU whose memory is kept for others when it goes.
-inline py::object keep_empty(const TensorShape& shape, Dtype dtype, std::int64_t bytes) {
+inline Fresh keep_empty(const TensorShape& shape, Dtype dtype, std::int64_t bytes) {
     constexpr const char* name = "dltensor";  // until torch has taken it
     struct Kept {
         TensorShape shape;
-        std::unique_ptr<cpu::Block, cpu::Keep> block;
+        cpu::KeptBlock block;
         Managed managed;
     };
     auto kept = std::make_unique<Kept>(Kept{shape, cpu::take_block(bytes), {}});
-    kept->managed = {kept->block->data,
-                     kCpu,
-                     0,
-                     static_cast<std::int32_t>(shape.size()),
-                     dtype == Dtype::bfloat16 ? kBrain : kIeee,
-                     static_cast<std::uint8_t>(8 * size_of(dtype)),
-                     1,
-                     kept->shape.data(),
-                     nullptr,
-                     0,
+    char* const data = kept->block->data;
+    const auto dims = static_cast<std::int32_t>(shape.size());
+    const std::uint8_t kind = dtype == Dtype::bfloat16 ? kBrain : kIeee;
+    const auto bits = static_cast<std::uint8_t>(8 * size_of(dtype));
+    kept->managed = {{data, kCpu, 0, dims, kind, bits, 1, kept->shape.data(), nullptr, 0},
                      kept.get(),
                      [](Managed* own) { delete static_cast<Kept*>(own->owner); }};
     const py::capsule capsule(&kept->managed, name, [](PyObject* own) {
@@ -50,17 +40,14 @@ inline py::object keep_empty(const TensorShape& shape, Dtype dtype, std::int64_t
     kept.release();
     auto tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(types().from_dlpack, capsule.ptr()));
     if (!tensor) throw py::error_already_set();
-    return tensor;
+    return {std::move(tensor), data};
 }
 
 // What a training step saves, on the CPU, of `like`'s dtype or of `other`: large memory comes again at the next step.
 inline Fresh saved_empty(py::handle like, const TensorShape& shape, Dtype dtype, PyObject* other = nullptr) {
     std::int64_t bytes = size_of(dtype);
     for (const std::int64_t n : shape) bytes *= n;
-    if (bytes < cpu::kLeastKept) return new_empty(like, shape, size_of(dtype), other);
-    Fresh made{keep_empty(shape, dtype, bytes), nullptr};
-    made.data = static_cast<char*>(data_ptr(made.tensor));
-    return made;
+    return bytes < cpu::kLeastKept ? new_empty(like, shape, size_of(dtype), other) : keep_empty(shape, dtype, bytes);
 }
 
 }  // namespace lstm::tensors

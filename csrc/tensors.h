@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/arena.h"
+#include "cpu/block.h"
 #include "lstm_math.h"
 
 namespace lstm::tensors {
@@ -27,8 +27,7 @@ struct Data {
     void* address = nullptr;
 };
 
-// The head of DLPack's C exchange API (github.com/dmlc/dlpack, include/dlpack/dlpack.h, major version 1), whose `view`
-// describes a tensor where it lies. torch has it from 2.10 on.
+// DLPack's description of a tensor where it lies, DLTensor (github.com/dmlc/dlpack, include/dlpack/dlpack.h).
 struct View {
     void* data;
     std::int32_t device_type, device;
@@ -51,6 +50,8 @@ struct View {
         return true;
     }
 };
+
+// The head of its C exchange API, major version 1, whose `view` fills one in. torch has it from 2.10 on.
 struct ExchangeApi {
     std::uint32_t major, minor;
     void *previous, *allocate, *from_python, *to_python;

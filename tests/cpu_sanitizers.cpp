@@ -37,6 +37,7 @@ class Barrier {
 
 #define LSTM_MEET barrier.wait()
 #include "../csrc/cpu/arena.cpp"
+#include "../csrc/cpu/block.cpp"
 #include "../csrc/cpu/jobs_amx.cpp"
 #include "../csrc/cpu/jobs_avx2.cpp"
 #include "../csrc/cpu/jobs_avx512.cpp"
@@ -211,7 +212,7 @@ int kept_blocks() {
             for (int turn = 0; turn < 200; ++turn) {
                 const std::int64_t bytes = kLeastKept + (turn * 7 + own) % 5 * kLeastKept / 3;
                 const auto block = take_block(bytes);
-                auto* const words = static_cast<volatile int*>(block->data);
+                auto* const words = reinterpret_cast<volatile int*>(block->data);
                 const std::int64_t last = bytes / 4 - 1;
                 words[0] = words[last] = own;
                 std::this_thread::yield();

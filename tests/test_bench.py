@@ -21,6 +21,7 @@ from lstm_fast._C import CPU_INSTRUCTION_SETS
 from lstm_fast.bench import commands, limits, memory, report, rivals, runner, timing
 from lstm_fast.bench.cases import GRIDS, MODES, Case
 from lstm_fast.bench.limits import Limits
+from lstm_fast.measured import FEWEST_ROUNDS
 
 SMALL = Case(4, 3, 8)
 KINDS = [
@@ -224,7 +225,7 @@ def test_rows_that_others_disturbed_are_measured_again(
         what = calls["ours"]()
         timed[what] += 1
         again = timed[what] > runner.PASSES
-        assert (fewest, patience) == ((0, runner._PATIENCE) if again else (timing.FEWEST_ROUNDS, seconds))
+        assert (fewest, patience) == ((0, runner._PATIENCE) if again else (FEWEST_ROUNDS, seconds))
         busy = what == troubled and timed[what] <= rests_after
         each = [{"ours": 10.0 if busy else 1.0, "torch": 2.0}] * 6
         return timing.Rounds([], each) if busy else timing.Rounds(each, [])

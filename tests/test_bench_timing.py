@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lstm_fast.bench import timing
+from lstm_fast.measured import FEWEST_ROUNDS
 
 
 def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
     called: list[str] = []
     calls = {name: lambda name=name: called.append(name) for name in ("ours", "torch", "reference")}
     rounds = timing.interleave(calls, "cpu", 0.0)
-    assert [each.keys() for each in rounds.quiet] == [calls.keys()] * timing.FEWEST_ROUNDS and not rounds.disturbed
+    assert [each.keys() for each in rounds.quiet] == [calls.keys()] * FEWEST_ROUNDS and not rounds.disturbed
     changes = sum(a != b for a, b in pairwise(called))
-    assert changes >= 3 * timing.FEWEST_ROUNDS / 2
+    assert changes >= 3 * FEWEST_ROUNDS / 2
 
 
 class Neighbour:
@@ -80,7 +81,7 @@ def test_a_machine_that_never_rests_is_measured_all_the_same(monkeypatch: pytest
 def test_nor_does_one_that_rests_too_shortly_take_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     machine: Any = Neighbour(lambda now: now % 11 >= 0.5, monkeypatch)
     found = timing.interleave({"ours": machine.ours}, "cpu", 0.0, witness=machine, patience=10.0)
-    assert not found.quiet and len(found.disturbed) == 2 * timing.FEWEST_ROUNDS
+    assert not found.quiet and len(found.disturbed) == 2 * FEWEST_ROUNDS
 
 
 @pytest.mark.parametrize("has_registers", [True, False])

@@ -2,16 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace lstm::cpu {
+#include "block.h"
 
-// Asks the system for pages of 2 MiB where they lie wholly within a result's bytes: made one by one, pages of 4 KiB
-// take up to a third of a training step. Not on CPUs whose second cache is smaller than what is then zeroed at once:
-// there large calls took up to a fifth longer.
-void ask_for_huge_pages(void* result, std::int64_t bytes);
+namespace lstm::cpu {
 
 // Arrays carved from one block. The first use counts the bytes, with null for every array; an arena made with that
 // count gives them. Arrays begin at multiples of 64 bytes and hold anything. A block of up to 128 MiB is kept for the
@@ -26,11 +24,12 @@ class Arena {
 
     template <typename A>
     A* take(std::int64_t size) {
-        char* const array = block_ == nullptr ? nullptr : block_ + used_;
+        char* const array = block_ == nullptr ? nullptr : block_->data + used_;
         used_ += (size * static_cast<std::int64_t>(sizeof(A)) + 63) / 64 * 64;
 #ifdef __SANITIZE_ADDRESS__  // nothing may be read or written behind an array
         if (block_ != nullptr)
-            __asan_poison_memory_region(array + size * sizeof(A), used_ + 64 - (array - block_) - size * sizeof(A));
+            __asan_poison_memory_region(array + size * sizeof(A),
+                                        used_ + 64 - (array - block_->data) - size * sizeof(A));
         used_ += 64;
 #endif
         return reinterpret_cast<A*>(array);
@@ -38,8 +37,8 @@ class Arena {
     std::int64_t used() const { return used_; }
 
   private:
-    char* block_ = nullptr;  // its first 64 bytes hold its size
-    std::int64_t used_ = 64;
+    std::unique_ptr<Block> block_;
+    std::int64_t used_ = 0;
 };
 
 }  // namespace lstm::cpu

@@ -1,19 +1,16 @@
 #include "kept.h"
 
 #include <mutex>
-#include <new>
 #include <utility>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "arena.h"
-
 namespace lstm::cpu {
 namespace {
 
-constexpr std::int64_t kAlignment = std::int64_t{2} << 20, kMostOfPool = std::int64_t{1} << 30;
+constexpr std::int64_t kMostOfPool = std::int64_t{1} << 30;
 
 struct Pool {
     std::mutex mutex;
@@ -25,14 +22,7 @@ Pool& pool() {
     return all;
 }
 
-std::int64_t rounded(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
 }  // namespace
-
-Block::Block(std::int64_t bytes) : data(std::aligned_alloc(kAlignment, rounded(bytes))), size(rounded(bytes)) {
-    if (data == nullptr) throw std::bad_alloc();
-    ask_for_huge_pages(data, bytes);
-}
 
 void Keep::operator()(Block* block) const {
     std::unique_ptr<Block> owned(block);
@@ -47,7 +37,7 @@ void Keep::operator()(Block* block) const {
     all.blocks.push_back(std::move(owned));
 }
 
-std::unique_ptr<Block, Keep> take_block(std::int64_t bytes) {
+KeptBlock take_block(std::int64_t bytes) {
     std::vector<std::unique_ptr<Block>> freed;
     {
         Pool& all = pool();
@@ -58,14 +48,16 @@ std::unique_ptr<Block, Keep> take_block(std::int64_t bytes) {
             if (bytes <= size && size / 2 <= bytes && (best == all.blocks.end() || size < (*best)->size)) best = one;
         }
         if (best != all.blocks.end()) {
-            std::unique_ptr<Block, Keep> block(best->release());
+            KeptBlock block(best->release());
             all.blocks.erase(best);
             return block;
         }
         freed.swap(all.blocks);
     }
     freed.clear();
-    return std::unique_ptr<Block, Keep>(new Block(bytes));
+    KeptBlock block(new Block(bytes));
+    ask_for_huge_pages(block->data, bytes);
+    return block;
 }
 
 }  // namespace lstm::cpu

@@ -2,29 +2,23 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
+
+#include "block.h"
 
 namespace lstm::cpu {
 
 // From here on malloc asks the system for each block, and gives its pages back with it.
 constexpr std::int64_t kLeastKept = std::int64_t{32} << 20;
 
-struct Block {
-    void* const data;  // at a multiple of 2 MiB
-    const std::int64_t size;
-    explicit Block(std::int64_t bytes);  // throws std::bad_alloc
-    ~Block() { std::free(data); }
-    Block(const Block&) = delete;
-};
-
 // Keeps a block for the next who asks for as much; up to 1 GiB of them, whose pages the system may take when it is
 // short of others.
 struct Keep {
     void operator()(Block* block) const;
 };
+using KeptBlock = std::unique_ptr<Block, Keep>;
 
 // A block of that size or of up to twice as much, kept or new. Where none serves, all that are kept are freed first.
-std::unique_ptr<Block, Keep> take_block(std::int64_t bytes);  // throws std::bad_alloc
+KeptBlock take_block(std::int64_t bytes);  // throws std::bad_alloc
 
 }  // namespace lstm::cpu

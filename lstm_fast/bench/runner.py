@@ -29,8 +29,9 @@ import lstm_fast
 from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
-from lstm_fast.bench.timing import FEWEST_ROUNDS, Rounds, Witness, compared, interleave, spread
+from lstm_fast.bench.timing import Rounds, Witness, compared, interleave, spread
 from lstm_fast.environment import cpuinfo, environment
+from lstm_fast.measured import FEWEST_ROUNDS
 
 # of nn.LSTM's result in the same dtype, by norm: rounding in another order; TF32's where a GPU computes fp32 so
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}

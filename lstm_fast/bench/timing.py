@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FEWEST_ROUNDS = 3
+from lstm_fast.measured import FEWEST_ROUNDS
+
 _LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
 _LONGER = 1.15  # times the shortest round may another be that counts
 _ROUNDS_AT_MOST = 2  # times the fewest, where rounds that begin in quiet are disturbed
