@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ import lstm_fast
 
 pytestmark = pytest.mark.skipif(not lstm_fast.backends()["cpu"].available, reason="the extension isn't built")
 
+CSRC = Path(__file__).parents[1] / "csrc"
+CXX = shlex.split(os.environ.get("CXX", "g++"))
 H, P = 2048, 3  # 32 KiB of gates a row in fp32, and little to multiply
 ROWS = {torch.float32: 1050, torch.bfloat16: 2050, torch.float64: 550}  # 32 MiB of gates or a little more
 
@@ -60,29 +66,79 @@ def test_what_lives_is_nobody_elses():
     assert gates_of(third).data_ptr() != ours.data_ptr() and torch.equal(ours, kept)
 
 
-def test_a_step_takes_memory_of_its_size_up_to_twice_as_large():
+def test_small_tensors_are_torchs_own():
     module = module_of()
-    large, small = forward(module, 2500), forward(module, 1300)
-    places = gates_of(large).data_ptr(), gates_of(small).data_ptr()
-    del large, small
-    small = forward(module, 1300)
-    assert gates_of(small).data_ptr() == places[1], "the smaller of two that serve"
-    large = forward(module, 1300)
-    assert gates_of(large).data_ptr() == places[0]
-    del large, small
-    small = forward(module, 1300)
-    assert gates_of(small).data_ptr() == places[1]
-    another = forward(module, 1100)
-    assert gates_of(another).data_ptr() != places[0], "more than twice as large as needed"
+    assert gates_of(forward(module, 1000)).untyped_storage().resizable()
+    assert not gates_of(forward(module, 1100)).untyped_storage().resizable()
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self tells of memory")
+POOL = """
+#include "cpu/kept.h"
+
+using namespace lstm::cpu;
+
+extern "C" Block* take(std::int64_t bytes) { return take_block(bytes).release(); }
+extern "C" void give(Block* block) { Keep()(block); }
+extern "C" void* place_of(const Block* block) { return block->data; }
+"""
 
 
-def mapped_mib() -> float:
-    found = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+class Pool:
+    """The pool on its own, in a library of its own: no other test has left anything in it. Sizes are in MiB."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.give, self.place_of = library.give, library.place_of
+        self._take = library.take
+        self._take.argtypes = [ctypes.c_int64]
+        self._take.restype = self.place_of.restype = ctypes.c_void_p
+        self.give.argtypes = self.place_of.argtypes = [ctypes.c_void_p]
+
+    def take(self, *sizes: int) -> list[int]:
+        return [self._take(size << 20) for size in sizes]
+
+    def keep(self, *blocks: int) -> list[int]:
+        """Gives the blocks back, in that order; returns where they lie."""
+        places = [self.place_of(block) for block in blocks]
+        for block in blocks:
+            self.give(block)
+        return places
+
+    def take_at(self, *sizes: int) -> list[int]:
+        """Where blocks of those sizes lie, which go back at once: the first is given back last."""
+        return self.keep(*reversed(self.take(*sizes)))[::-1]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which(CXX[0]) is None:
+        pytest.skip(f"no C++ compiler: {CXX[0]}")
+    folder = tmp_path_factory.mktemp("pool")
+    (folder / "pool.cpp").write_text(POOL)
+    sources = [str(folder / "pool.cpp"), *(str(CSRC / "cpu" / name) for name in ("kept.cpp", "block.cpp"))]
+    command = [*CXX, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CSRC}", *sources, "-o", str(folder / "pool.so")]
+    subprocess.run(command, check=True)
+    return folder / "pool.so"
+
+
+@pytest.fixture
+def pool(library: Path, tmp_path: Path) -> Pool:
+    return Pool(ctypes.CDLL(shutil.copy(library, tmp_path)))  # a file that was not loaded before: an empty pool
+
+
+def test_a_block_serves_requests_of_up_to_half_its_size(pool):
+    small, large = pool.keep(*pool.take(42, 80))
+    for _ in range(2):  # in that order, then in the other
+        assert pool.take_at(40, 40) == [small, large], "the smaller of those that serve comes first"
+    assert pool.take_at(80) == [large]
+    assert pool.take_at(38) == [small]
+    assert pool.take_at(38, 38)[1] != large, "more than twice as large as needed"
+
+
+def test_of_blocks_that_serve_alike_the_last_comes_first(pool):
+    first, last = pool.keep(*pool.take(40, 40))
+    assert pool.take_at(40) == [last]
+    assert pool.take_at(40, 40) == [last, first]
+    assert pool.take_at(40) == [last]
 
 
 def is_mapped(address: int) -> bool:
@@ -90,26 +146,18 @@ def is_mapped(address: int) -> bool:
     return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
 
 
-@needs_proc
-def test_what_does_not_serve_is_freed_first():
-    module, sizes = module_of(), []
-    for rows in (4000, 1800) * 3:  # 125 and 56 MiB of gates; cells of 31 and 14 MiB are torch's own
-        forward(module, rows)
-        sizes.append(mapped_mib())
-    assert 50 < sizes[-2] - sizes[-1] < 90
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self tells of memory")
 
 
 @needs_proc
-def test_a_gib_is_the_most_that_is_kept():
-    module = module_of()
-    steps = [forward(module, 4000) for _ in range(9)]  # 125 MiB each
-    places = [gates_of(y).data_ptr() for y in steps]
+def test_where_none_serves_all_are_freed(pool):
+    places = pool.keep(*pool.take(*[100] * 8))
     assert all(map(is_mapped, places))
-    del steps
-    assert sum(map(is_mapped, places)) == 8
+    pool.take(40)
+    assert sum(map(is_mapped, places)) <= 1, "at most one lies where the new block does"
 
 
-def test_small_tensors_are_torchs_own():
-    module = module_of()
-    assert gates_of(forward(module, 1000)).untyped_storage().resizable()
-    assert not gates_of(forward(module, 1100)).untyped_storage().resizable()
+@needs_proc
+def test_a_gib_is_the_most_that_is_kept(pool):
+    places = pool.keep(*pool.take(*[128] * 9))
+    assert list(map(is_mapped, places)) == [True] * 8 + [False]

@@ -45,7 +45,7 @@ KeptBlock take_block(std::int64_t bytes) {
         auto best = all.blocks.end();
         for (auto one = all.blocks.begin(); one != all.blocks.end(); ++one) {
             const std::int64_t size = (*one)->size;
-            if (bytes <= size && size / 2 <= bytes && (best == all.blocks.end() || size < (*best)->size)) best = one;
+            if (bytes <= size && size / 2 <= bytes && (best == all.blocks.end() || size <= (*best)->size)) best = one;
         }
         if (best != all.blocks.end()) {
             KeptBlock block(best->release());

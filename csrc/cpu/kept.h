@@ -18,7 +18,8 @@ struct Keep {
 };
 using KeptBlock = std::unique_ptr<Block, Keep>;
 
-// A block of that size or of up to twice as much, kept or new. Where none serves, all that are kept are freed first.
+// A block of that size or of up to twice as much: of those kept the smallest, and of the smallest the last; or a new
+// one. Where none serves, all that are kept are freed first.
 KeptBlock take_block(std::int64_t bytes);  // throws std::bad_alloc
 
 }  // namespace lstm::cpu
