@@ -115,8 +115,8 @@ class _Fused(nn.Module):
             weight = self._parameter(name)
             found.append(weight if weight is None or weight.dtype == dtype else weight.to(dtype))
         w_ih, w_hh, *rest = found
-        w_hr = rest.pop() if self.proj_size > 0 else None
-        b_ih, b_hh = rest or (None, None)
+        b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
+        w_hr = rest[-1] if self.proj_size > 0 else None
         return w_ih, w_hh, b_ih, b_hh, w_hr
 
     def _as_fx_leaf(self, x: Any, hx: Any) -> Any:

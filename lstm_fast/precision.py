@@ -11,8 +11,10 @@ from torch import Tensor
 
 def rnn_tf32() -> bool:
     """Whether torch lets cuDNN's recurrent layers multiply fp32 as TF32: on, unless the user said otherwise."""
-    precision = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)  # torch 2.9 and later
-    return bool(torch.backends.cudnn.allow_tf32) if precision is None else precision == "tf32"
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "rnn"):  # before torch 2.9
+        return bool(cudnn.allow_tf32)
+    return bool(cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def test_fx_takes_the_modules_as_leaves():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_onnx_holds_one_lstm_a_layer(dynamo):
-    module = make(num_layers=2).eval()
+    module = nn.Sequential(make(num_layers=2)).eval()  # within a model: before 2.10 torch refuses an nn.LSTM itself
     buffer = io.BytesIO()
     if dynamo:
         torch.onnx.export(module, (X,), dynamo=True, verbose=False).save(buffer)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lstm_fast import autograd
 from lstm_fast.autograd import layer
 from lstm_fast.kernels import LayerInputs, cpu
+from tests.quick_case import needs_exchange_api
 
 ROWS, BATCH, INPUTS, HIDDEN, FEATURES = 6, 2, 3, 5, 4
 STATES, PER_DIRECTION = 3, 5
@@ -46,7 +47,7 @@ PLAIN = {
 }
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no exchange API")
+@needs_exchange_api
 @pytest.mark.parametrize("tensors", PLAIN.values(), ids=PLAIN.keys())
 def test_plain_inputs_pass_at_a_glance(tensors: list[Tensor | None]) -> None:
     assert autograd.layer_inputs_fit(tensors)

@@ -14,6 +14,7 @@ from lstm_fast import _C, autograd
 from lstm_fast.autograd import layer
 from lstm_fast.kernels import LayerInputs, persistent
 from tests.persistent_case import Case, error, granted, precision
+from tests.quick_case import needs_exchange_api
 
 KINDS = ["bf16", "fp16", "tf32", "fp32"]
 # nn.LSTM on a CPU has no TF32 to compare with: its 11 bits of operands, summed.
@@ -116,6 +117,7 @@ def weights_of(case: Case) -> list:
     return [(*direction, None) for direction in case.theirs.all_weights]
 
 
+@needs_exchange_api
 @pytest.mark.parametrize("directions", [1, 2])
 def test_states_that_nobody_gave_are_zeros(directions, monkeypatch):
     """Of a layer as modules call it, with its gradients; on the host, where no module would. None are made."""

@@ -41,6 +41,18 @@ def test_products_on_a_gpu_follow_cudnn_and_leave_torch_as_it_was(of_cudnn, of_m
             assert matmul_precision() == before
 
 
+@pytest.mark.parametrize("of_matmul", [True, False])
+@pytest.mark.parametrize("of_cudnn", [True, False])
+def test_torch_before_precisions_had_names(of_cudnn, of_matmul, monkeypatch):
+    """torch 2.8 has one switch for cuDNN and one for products."""
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=of_cudnn))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=of_matmul))
+    assert precision.rnn_tf32() is of_cudnn
+    with precision.rnn_precision(SimpleNamespace(is_cuda=True, dtype=torch.float32)):
+        assert matmul_precision() is of_cudnn
+    assert matmul_precision() is of_matmul
+
+
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one switch a backend")
 @pytest.mark.usefixtures("restore_precision")
 def test_a_setting_for_all_of_torch_still_reaches_products_afterwards():
