@@ -350,9 +350,9 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
         const Index some = std::min(kDepth, depth - k);
         if (in_passing) pack_tile<Isa>(f, w, columns, tile, k, some, packed_piece(tile, k));
         Right<const O> right = piece_of(tile, k);
-        right.far = is_far(depth * columns);
+        right.weight = depth * columns;
         for_blocks(step.team, part, f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
-            ask_for<Isa, O>(next, b, f.s.steps[step.t], right);
+            ask_for<Isa, O>(next, b, f.s.steps[step.t], part.block_stride, right);
             multiply<Isa>(rows, left + b * ld + k, ld, right, some, to + b * ld_to + tile * kTile, ld_to, k > 0);
         });
     };

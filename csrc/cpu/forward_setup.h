@@ -142,13 +142,12 @@ struct Forward {
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_ih(const Forward<T>& f, int d, Index tile) {
     const Index depth = f.depth_ih();
-    return f.w_ih.template tile<Isa, O>(d * f.tiles + tile, depth, is_far(4 * f.s.hidden * depth));
+    return f.w_ih.template tile<Isa, O>(d * f.tiles + tile, depth, 4 * f.s.hidden * depth);
 }
 template <typename Isa, typename O, typename T>
 LSTM_HD Right<O> packed_hh(const Forward<T>& f, int d, Index tile) {
     if (f.joined) return packed_ih<Isa, O>(f, d, tile).from(f.s.input);
-    const bool far = is_far(4 * f.s.hidden * f.features);
-    return f.w_hh.template tile<Isa, O>(d * f.tiles + tile, f.features, far);
+    return f.w_hh.template tile<Isa, O>(d * f.tiles + tile, f.features, 4 * f.s.hidden * f.features);
 }
 
 // How threads share x W_ih^T: by tiles where only that is in planes, which want many rows at once.

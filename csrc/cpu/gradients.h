@@ -99,8 +99,8 @@ LSTM_HD void input_gradient(const Backward<T>& f, int d, const Chunk& chunk, Ind
     const bool add = f.s.directions > 1;
     const O* const left = chunk_split<const O>(f, f.da, d) + (first - chunk.base) * f.da.ld + k;
     auto right = right_side<Isa>(f, f.weights[d].w_ih, input, tile, k, packed);
-    right.far = is_far(4 * f.s.hidden * input);
-    ask_for<Isa, O>(next, 0, rows, right);
+    right.weight = 4 * f.s.hidden * input;
+    ask_for<Isa, O>(next, 0, rows, 1, right);
     T* const dx = f.dx + first * input + tile * kTile;
     if constexpr (!Backward<T>::rounded) {
         if (count == kTile) {

@@ -13,6 +13,7 @@ namespace lstm::cpu {
 constexpr Index kDeep = 32;        // k of a packed tile is padded to a multiple,
 constexpr Index kDigitsDeep = 64;  // of digits to one of these
 constexpr int kBlocksToFetch = 4;  // at least, that share asking for the next panel
+constexpr Index kManyRows = 12;    // of a step at most, that leave the second cache to a weight
 
 // Whether the calling thread met what its products can't hold: infinity in planes, or with weights in fixed point a sum
 // that is no finite float. Such a call is computed anew.
@@ -50,42 +51,47 @@ constexpr bool asks = Isa::blocks == 1 && std::is_floating_point_v<O>;
 LSTM_HD Index tile_size(Index k) { return round_up(k, kDigitsDeep) * kTile; }
 
 // The right side of a product, [k, 64]: element (p, column) is b[column / width * panel + p * ld + column % width], of
-// a panel's width. `far`: it comes from behind the second cache, and tiles are taken one after the other. `scales`:
+// a panel's width. `weight`: how many elements has the weight whose tiles are taken one after the other. `scales`:
 // [k / kDepth, 64] of a tile whose pieces may be in fixed point, [64] of digits, else null. `next`: the tile to ask for
 // meanwhile, of the same depth, or null; `turn` of `turns` blocks of rows at this one is the product's first.
 template <typename O>
 struct Right {
     O* b;
     Index ld, panel;
-    bool far = false;
+    Index weight = 0;
     float* scales = nullptr;
     const O* next = nullptr;
     Index turn = 0, turns = 1;
 
     LSTM_HD Right from(Index p) const {
-        return {b + p * ld, ld, panel, far, scales == nullptr ? nullptr : scales + p / kDepth * kTile};
+        return {b + p * ld, ld, panel, weight, scales == nullptr ? nullptr : scales + p / kDepth * kTile};
     }
 };
 
 // The packed tile of depth k at b.
 template <typename Isa, typename O>
-LSTM_HD Right<O> packed_at(O* b, Index k, bool far = false) {
+LSTM_HD Right<O> packed_at(O* b, Index k, Index weight = 0) {
     constexpr Index width = panel_width<Isa, std::remove_const_t<O>>;
-    return {b, width, round_up(k, deep<std::remove_const_t<O>>) * width, far};
+    return {b, width, round_up(k, deep<std::remove_const_t<O>>) * width, weight};
 }
 
-// Whether a weight of so many elements is too large for the second cache beside what else is there.
+// Whether a weight of so many elements is too large for the second cache beside what else is there; or, where a step
+// has many rows, whose states and sums need room as well.
 LSTM_HD bool is_far(Index elements) { return elements > 1 << 19; }
+LSTM_HD bool is_far_for_many(Index elements) { return elements > 1 << 17; }
 
-// Asks for the next tile of a far weight, if there is another and it is packed: by the first blocks of a step's rows,
-// as those that follow find this one in cache, while memory rests. A single block would wait for memory in any case.
+// Asks for the next tile of a far weight, if there is another and it is packed: by a thread's first blocks of a step's
+// rows, as those that follow find this one in cache, while memory rests. A single block would wait for memory in any
+// case. `first`: row of the step, whose blocks so many threads share by turns.
 template <typename Isa, typename O>
-LSTM_HD void ask_for(const O* next, Index first, Index rows_of_step, Right<const O>& right) {
+LSTM_HD void ask_for(const O* next, Index first, Index rows_of_step, Index threads, Right<const O>& right) {
     const bool packed = right.ld == panel_width<Isa, O>;
-    if (!asks<Isa, O> || !right.far || !packed || next == right.b || rows_of_step <= kRows) return;
+    const Index turns = ((rows_of_step + kRows - 1) / kRows + threads - 1) / threads;
+    const bool far = turns * kRows > kManyRows ? is_far_for_many(right.weight) : is_far(right.weight);
+    if (!asks<Isa, O> || !far || !packed || next == right.b || turns == 1) return;
     right.next = next;
-    right.turn = (first + kRows - 1) / kRows;
-    right.turns = (rows_of_step + kRows - 1) / kRows;
+    right.turn = (first + kRows - 1) / kRows / threads;
+    right.turns = turns;
 }
 
 // How many of a step's blocks ask, each for so large a part of the next tile: rather four, each of which has more time.
@@ -255,7 +261,7 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
         panels.b += column / panel_width<Isa, A> * b.panel;
         panels.turns = b.turns;
         for (Index block = turn; block < end; ++block) {
-            if (b.far && end - turn >= kBlocksToFetch)
+            if (is_far(b.weight) && end - turn >= kBlocksToFetch)
                 fetch(panels.b + b.panel, b.ld, depth * (block - turn) / (end - turn),
                       depth * (block - turn + 1) / (end - turn));
             panels.next = part_of_next(b.turn + block, p, column);

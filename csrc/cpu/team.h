@@ -238,8 +238,8 @@ struct PackedWeight {
 
     // The number-th tile, of depth k, as a product takes it.
     template <typename Isa, typename O>
-    LSTM_HD Right<O> tile(Index number, Index k, bool far = false) const {
-        Right<O> right = packed_at<Isa>(reinterpret_cast<O*>(tiles) + number * tile_size(k), k, far);
+    LSTM_HD Right<O> tile(Index number, Index k, Index weight = 0) const {
+        Right<O> right = packed_at<Isa>(reinterpret_cast<O*>(tiles) + number * tile_size(k), k, weight);
         if (scales != nullptr) right.scales = scales + number * scales_size(k);
         return right;
     }
