@@ -2,13 +2,16 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from lstm_fast import _C
 
@@ -29,6 +32,15 @@ def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "demo", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=ignore)
     return copy
+
+
+@in_a_checkout
+def test_what_make_installs_serves_the_oldest_python_promised() -> None:
+    promised = re.search(r'requires-python = ">=(3\.\d+),', (ROOT / "pyproject.toml").read_text())
+    pins = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert promised is not None and "pytest" in pins
+    needs = {name: metadata(name).get("Requires-Python") or "" for name in pins}
+    assert not {name: which for name, which in needs.items() if f"{promised[1]}.9" not in SpecifierSet(which)}
 
 
 @in_a_checkout
