@@ -1,12 +1,7 @@
 """csrc/lstm_math.h and csrc/cpu/activations.h over the whole range of float, against torch in float64."""
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lstm_fast._C import CPU_INSTRUCTION_SETS
+from tests.compiled import CSRC, compiled
 
-ROOT = Path(__file__).resolve().parents[1]
-CXX = shlex.split(os.environ.get("CXX", "g++"))
 SOURCE = """
 #include "cpu/activations.h"
 using namespace lstm;
@@ -69,14 +63,10 @@ Map = Callable[[str, Tensor, torch.dtype], Tensor]
 @pytest.fixture(scope="module", params=["-O3", "-O3 -march=native"])
 def apply(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Map:
     """apply(name, x, dtype): the C++ function of that name on every element of x, as dtype."""
-    if shutil.which(CXX[0]) is None:
-        pytest.skip(f"no C++ compiler: {CXX[0]}")
     folder = tmp_path_factory.mktemp("math")
     (folder / "math.cpp").write_text(SOURCE)
-    flags = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", *shlex.split(request.param)]
-    command = [*CXX, *flags, f"-I{ROOT / 'csrc'}", str(folder / "math.cpp"), "-o", str(folder / "math.so")]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(folder / "math.so"))
+    flags = ["-fno-math-errno", "-fno-trapping-math", *request.param.split(), f"-I{CSRC}"]
+    library = ctypes.CDLL(str(compiled(folder / "math.so", *flags, folder / "math.cpp")))
 
     def call(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         padded = torch.cat([x, x.new_zeros(-x.numel() % 64)])  # vectors come whole

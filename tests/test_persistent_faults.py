@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lstm_fast.kernels import persistent
+from tests.compiled import CSRC, compiled
 from tests.persistent_case import Case, granted
 
-CSRC = Path(__file__).parents[1] / "csrc"
 SHIM = Path(__file__).with_name("persistent_shim.cpp")
 SCHEDULES = range(24)
 BF16 = 0
@@ -117,26 +116,19 @@ FAULTS = {
 }
 
 
-def gxx(*arguments: str | Path) -> None:
-    hardened = ["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]  # as some distributions' compilers are set up
-    command = ["g++", "-std=c++17", "-O1", *hardened, "-fPIC", "-Wno-unknown-pragmas", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+# Hardened as some distributions' compilers are set up.
+FLAGS = ["-O1", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-Wno-unknown-pragmas"]
 
 
 @pytest.fixture(scope="module")
 def host_layer(tmp_path_factory) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on PATH")
-    layer = tmp_path_factory.mktemp("host") / "simt.o"
-    gxx("-c", CSRC / "host" / "simt.cpp", "-o", layer)
-    return layer
+    return compiled(tmp_path_factory.mktemp("host") / "simt.o", *FLAGS, "-c", CSRC / "host" / "simt.cpp")
 
 
 def build(folder: Path, csrc: Path, host_layer: Path, fault: Fault) -> ctypes.CDLL:
     """The walk that the fault is in."""
-    library = folder / f"{fault.file}.so"
     walk = [f"-DLSTM_GRID={str(fault.grid).lower()}", *(["-DLSTM_BACKWARD"] if fault.file == BACKWARD else [])]
-    gxx("-shared", *walk, f"-I{csrc}", SHIM, host_layer, "-o", library)
+    library = compiled(folder / f"{fault.file}.so", *FLAGS, *walk, f"-I{csrc}", SHIM, host_layer)
     loaded = ctypes.CDLL(str(library))
     loaded.walk.restype = ctypes.c_char_p
     return loaded

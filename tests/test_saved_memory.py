@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,11 +11,10 @@ import torch
 from torch import Tensor
 
 import lstm_fast
+from tests.compiled import CSRC, compiled
 
 pytestmark = pytest.mark.skipif(not lstm_fast.backends()["cpu"].available, reason="the extension isn't built")
 
-CSRC = Path(__file__).parents[1] / "csrc"
-CXX = shlex.split(os.environ.get("CXX", "g++"))
 H, P = 2048, 3  # 32 KiB of gates a row in fp32, and little to multiply
 ROWS = {torch.float32: 1050, torch.bfloat16: 2050, torch.float64: 550}  # 32 MiB of gates or a little more
 
@@ -110,14 +106,10 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which(CXX[0]) is None:
-        pytest.skip(f"no C++ compiler: {CXX[0]}")
     folder = tmp_path_factory.mktemp("pool")
     (folder / "pool.cpp").write_text(POOL)
-    sources = [str(folder / "pool.cpp"), *(str(CSRC / "cpu" / name) for name in ("kept.cpp", "block.cpp"))]
-    command = [*CXX, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CSRC}", *sources, "-o", str(folder / "pool.so")]
-    subprocess.run(command, check=True)
-    return folder / "pool.so"
+    sources = [folder / "pool.cpp", CSRC / "cpu" / "kept.cpp", CSRC / "cpu" / "block.cpp"]
+    return compiled(folder / "pool.so", "-O1", f"-I{CSRC}", *sources)
 
 
 @pytest.fixture

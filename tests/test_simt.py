@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,20 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.compiled import CSRC, compiled
+
 TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
 SCHEDULES = range(60)
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on PATH")
+    sources = [TESTS / "simt_kernels.cpp", CSRC / "host" / "simt.cpp"]
     library = tmp_path_factory.mktemp("simt") / "kernels.so"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    sources = [str(TESTS / "simt_kernels.cpp"), str(CSRC / "host" / "simt.cpp")]
-    subprocess.run(["g++", *flags, *sources, "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(compiled(library, "-O1", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *sources)))
     for name in (
         "product",
         "indices",
