@@ -183,7 +183,7 @@ LSTM_HD bool lies_right(const Backward<T>& f, Index columns, Index tile) {
 template <typename Isa, typename T>
 LSTM_HD Right<Operand<Isa, T>> packed_weight(const PackedWeight<Acc<T>>& packed, Index rows, Index columns, int d,
                                              Index tile) {
-    return packed.template tile<Isa, Operand<Isa, T>>(d * tiles_of(columns) + tile, rows);
+    return packed.template tile<Isa, Operand<Isa, T>>(d * tiles_of(columns) + tile, rows, rows * columns);
 }
 
 // Of a tile of w [.., columns], rows k and on: `packed`, or as they lie.
@@ -194,7 +194,7 @@ LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w
         if (lies_right<Isa>(f, columns, tile))
             return {w + k * columns + tile * kTile, columns, panel_width<Isa, Acc<T>>};
     }
-    return {packed.b, packed.ld, packed.panel, false, packed.scales};
+    return {packed.b, packed.ld, packed.panel, packed.weight, packed.scales};
 }
 
 // Packs rows first .. first + rows of a tile, unless they are read as they lie.
@@ -342,7 +342,7 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
     const bool in_passing = packs_in_passing(f, step.team);
     const auto packed_piece = [&](Index tile, Index k) LSTM_INLINED {
         const auto whole = packed_weight<Isa, T>(packed, depth, columns, step.d, in_passing ? part.tile : tile);
-        return in_passing ? packed_at<Isa>(whole.b, std::min(kDepth, depth - k)) : whole.from(k);
+        return in_passing ? packed_at<Isa>(whole.b, std::min(kDepth, depth - k), whole.weight) : whole.from(k);
     };
     const auto piece_of = [&](Index tile, Index k)
                               LSTM_INLINED { return right_side<Isa>(f, w, columns, tile, k, packed_piece(tile, k)); };
@@ -350,7 +350,6 @@ LSTM_HD void multiply_step(const StepBack<Isa, T>& step, const Operand<Isa, T>* 
         const Index some = std::min(kDepth, depth - k);
         if (in_passing) pack_tile<Isa>(f, w, columns, tile, k, some, packed_piece(tile, k));
         Right<const O> right = piece_of(tile, k);
-        right.weight = depth * columns;
         for_blocks(step.team, part, f.s, step.t, [&](Index b, Index rows) LSTM_INLINED {
             ask_for<Isa, O>(next, b, f.s.steps[step.t], part.block_stride, right);
             multiply<Isa>(rows, left + b * ld + k, ld, right, some, to + b * ld_to + tile * kTile, ld_to, k > 0);

@@ -85,25 +85,27 @@ LSTM_HD void ask_for_saved(const Forward<T>& f, Index first, Index rows, Index u
     }
 }
 
-// The products of one tile with h_{t-1}, on top of x W_ih^T; joined, of both, in `both`. `place`: where the tile of
-// W_hh is, and `next` the one after it; so many threads share the step's blocks of rows.
+// The products of one tile with h_{t-1}, on top of x W_ih^T; joined, of both, in `both`. The part's tiles are walked
+// the one or the other way; in passing each of W_hh lies where the first one does.
 template <typename Isa, typename T>
 LSTM_HD Acc<T>* step_products(const Forward<T>& f, int d, const Chunk& chunk, Index t, Index b, Index rows,
-                              Index threads, Index tile, Index place, Index next, const Operand<Isa, T>* before,
+                              const Part& part, Index tile, Index way, bool in_passing, const Operand<Isa, T>* before,
                               Acc<T>* both) {
     using O = Operand<Isa, T>;
     const Index input = f.s.input, features = f.features, first = f.walk.start[t] + b;
+    const Index place = in_passing ? part.tile : tile;
+    const Index next = in_passing ? place : std::clamp(tile + way, part.tile, part.tile_end - 1);
     const O* const states = before + b * f.ld;
     if (f.asks) ask_for_saved(f, d * f.walk.rows() + first, rows, tile * kUnits);
     if (f.joined) {
         Right<const O> weights = packed_ih<Isa, const O>(f, d, tile);
-        ask_for<Isa, O>(packed_ih<Isa, const O>(f, d, next).b, b, f.s.steps[t], threads, weights);
+        ask_for<Isa, O>(packed_ih<Isa, const O>(f, d, next).b, b, f.s.steps[t], part.block_stride, weights);
         multiply<Isa>(rows, states, f.ld, weights, input + features, both, kTile, false);
         return both;
     }
     Acc<T>* const products = f.of_tile(d, tile) + (first - chunk.base) * kTile;
     Right<const O> hh = packed_hh<Isa, const O>(f, d, place);
-    ask_for<Isa, O>(packed_hh<Isa, const O>(f, d, next).b, b, f.s.steps[t], threads, hh);
+    ask_for<Isa, O>(packed_hh<Isa, const O>(f, d, next).b, b, f.s.steps[t], part.block_stride, hh);
     multiply_weight<Isa, T>(rows, states, f.ld, gate_rows(f.weights[d].w_hh, f.s.hidden, features, tile), hh, features,
                             products, true, f.hh_lies);
     return products;
@@ -181,7 +183,8 @@ LSTM_HD void input_products(const Forward<T>& f, const Team& team, int d, const 
             packed_ih<Isa, const O>(f, d, in_passing ? place : std::min(tile + 1, part.tile_end - 1)).b;
         const auto take = [&](Index first, Index rows, Index rows_of_step, Index threads) LSTM_INLINED {
             Right<const O> packed = packed_ih<Isa, const O>(f, d, place);
-            if (first < rows_of_step) ask_for<Isa, O>(next, first, rows_of_step, threads, packed);
+            if (first < rows_of_step)  // those of the first step
+                ask_for<Isa, O>(next, first, rows_of_step, threads, packed);
             multiply_weight<Isa, T>(rows, x + first * f.ld_x, f.ld_x, rows_of_w, packed, input,
                                     f.of_tile(d, tile) + first * kTile, false, f.unpacked);
         };
@@ -237,10 +240,8 @@ LSTM_HD void walk_tiles(const Forward<T>& f, const Team& team, const Part& part,
         for_blocks(team, part, f.s, t, [&](Index b, Index rows) LSTM_INLINED {
             const A* first = nullptr;
             for (Index i = 0; i < some; ++i) {
-                const Index now = tile + way * i, next = std::clamp(now + way, part.tile, part.tile_end - 1);
-                const A* const products =
-                    step_products<Isa>(f, d, chunk, t, b, rows, part.block_stride, now, in_passing ? part.tile : now,
-                                       in_passing ? part.tile : next, before, both + i * kTile);
+                const A* const products = step_products<Isa>(f, d, chunk, t, b, rows, part, tile + way * i, way,
+                                                             in_passing, before, both + i * kTile);
                 if (i == 0) first = products;
             }
             if (some > 1) {

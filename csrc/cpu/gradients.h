@@ -99,7 +99,6 @@ LSTM_HD void input_gradient(const Backward<T>& f, int d, const Chunk& chunk, Ind
     const bool add = f.s.directions > 1;
     const O* const left = chunk_split<const O>(f, f.da, d) + (first - chunk.base) * f.da.ld + k;
     auto right = right_side<Isa>(f, f.weights[d].w_ih, input, tile, k, packed);
-    right.weight = 4 * f.s.hidden * input;
     ask_for<Isa, O>(next, 0, rows, 1, right);
     T* const dx = f.dx + first * input + tile * kTile;
     if constexpr (!Backward<T>::rounded) {
@@ -139,7 +138,7 @@ LSTM_HD void input_gradients(const Backward<T>& f, int d, const Chunk& chunk, co
         for_pieces([&](Index k, Index tile) LSTM_INLINED {
             if (tile % team.threads != thread) return;
             const Index some = depth_at_once<Isa>(f, tile, k);
-            const auto packed = packed_at<Isa>(place.b, some);
+            const auto packed = packed_at<Isa>(place.b, some, place.weight);
             pack_tile<Isa>(f, f.weights[d].w_ih, input, tile, k, some, packed);
             for_row_blocks([&](Index, Index first, Index rows) LSTM_INLINED {
                 input_gradient<Isa>(f, d, chunk, first, rows, tile, k, packed, packed.b);

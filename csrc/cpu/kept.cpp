@@ -32,7 +32,7 @@ void Keep::operator()(Block* block) const {
     Pool& all = pool();
     const std::lock_guard<std::mutex> lock(all.mutex);
     std::int64_t size = owned->size;
-    for (const auto& block : all.blocks) size += block->size;
+    for (const auto& other : all.blocks) size += other->size;
     if (size > kMostOfPool) return;
     all.blocks.push_back(std::move(owned));
 }
