@@ -1,4 +1,4 @@
-"""One layer as a differentiable operation: the only checks of shapes and dtypes, the only save_for_backward.
+"""One layer as a differentiable operation: the only save_for_backward.
 
 Eager calls go through ``LayerFunction``; compilers, exporters and dispatch modes see the registered operators
 ``lstm_fast::layer`` and ``lstm_fast::layer_backward``. Both reach ``_forward`` and ``_backward`` below, which give the
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from lstm_fast import reference
+from lstm_fast.checks import INPUTS, OF_DIRECTION, STATES, batch_of, check_inputs, directions_of, steps_of
 from lstm_fast.dispatch import KERNELS
 from lstm_fast.kernels import LayerInputs, Saved, Weights, cpu
 
@@ -35,13 +35,9 @@ except ImportError:  # then the reference serves, and everything is checked here
         return False
 
 
-_PER_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
-_STATES = 3  # x, h0, c0
-_INPUTS = _STATES + 2 * _PER_DIRECTION
 _NOTHING = nullcontext()
 _TAKE_NO_STATES = ("persistent",)  # backends for which None stands for zeros
 _transforms = torch._C._functorch.peek_interpreter_stack
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 def transforms_active() -> bool:
@@ -75,7 +71,7 @@ def layer(
     Raises:
         RuntimeError: a shape, dtype, device or ``batch_sizes`` that doesn't fit the others.
     """
-    absent = (None,) * (_PER_DIRECTION * (2 - len(weights)))
+    absent = (None,) * (OF_DIRECTION * (2 - len(weights)))
     rest = (*(t for direction in weights for t in direction), *absent)
     seen_by_others = torch.compiler.is_compiling() or transforms_active() or _watched(x)
     inputs: tuple[Any, ...] = (x, h0, c0, *rest)
@@ -95,8 +91,8 @@ def layer(
         if saved is not None:
             result = _apply(*inputs, batch_sizes, backend, (*result, *saved))
     elif not torch.compiler.is_compiling() and transforms_active():
-        _check(inputs)
-        result = _differentiable_forward(inputs, _steps(batch_sizes, x, inputs[2]))
+        check_inputs(inputs)
+        result = _differentiable_forward(inputs, steps_of(batch_sizes, x, inputs[2]))
     else:
         result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
     return result[0], result[1], result[2]
@@ -111,7 +107,7 @@ def _zero_states(
     x: Tensor, batch_sizes: Tensor | None, directions: int, features: Any, hidden: Any
 ) -> tuple[Tensor, Tensor]:
     """h0 and c0."""
-    batch = _batch(x, batch_sizes)
+    batch = batch_of(x, batch_sizes)
     c0 = x.new_zeros(directions, batch, hidden)
     return c0 if features == hidden else x.new_zeros(directions, batch, features), c0
 
@@ -120,17 +116,9 @@ def _with_states(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[
     """The inputs, with zeros for states that are None."""
     if inputs[2] is not None:
         return inputs
-    x, weights = inputs[0], _directions(inputs)
+    x, weights = inputs[0], directions_of(inputs)
     hidden = weights[0][1].size(1)
-    return [x, *_zero_states(x, batch_sizes, len(weights), hidden, hidden), *inputs[_STATES:]]
-
-
-def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
-    """B where there are no states to tell."""
-    if batch_sizes is None:
-        return x.size(-2)
-    _check_kind(batch_sizes)
-    return int(batch_sizes[0]) if batch_sizes.numel() > 0 else 0
+    return [x, *_zero_states(x, batch_sizes, len(weights), hidden, hidden), *inputs[STATES:]]
 
 
 def _ready(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
@@ -138,74 +126,8 @@ def _ready(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
     if layer_inputs_fit(inputs):
         return inputs
     inputs = _with_states(inputs, batch_sizes)
-    _check(inputs)
+    check_inputs(inputs)
     return [None if t is None else t.contiguous() for t in inputs]
-
-
-def _check(inputs: Sequence[Tensor | None]) -> None:
-    x, h0, c0 = inputs[0], inputs[1], inputs[2]
-    assert x is not None and h0 is not None and c0 is not None
-    directions, batch, hidden = c0.shape
-    if h0.shape[:2] != (directions, batch):
-        raise RuntimeError(f"h_0 and c_0 should agree in their first two sizes, got {[*h0.shape]} and {[*c0.shape]}")
-    for b_ih, b_hh in zip(inputs[_STATES + 2 :: _PER_DIRECTION], inputs[_STATES + 3 :: _PER_DIRECTION], strict=True):
-        if (b_ih is None) != (b_hh is None):
-            raise RuntimeError("bias_ih and bias_hh should both be given, or neither")
-    dtype, device, gates, projected = x.dtype, x.device, 4 * hidden, h0.size(2)
-    for name, state in (("hidden", h0), ("cell", c0)):
-        if state.dtype != dtype or state.device != device:
-            raise _wrong_kind(name, state, x)
-    shapes = ((gates, x.size(-1)), (gates, projected), (gates,), (gates,), (projected, hidden))
-    for index, weight in enumerate(inputs[_STATES : _STATES + directions * _PER_DIRECTION]):
-        if weight is None:
-            if index % _PER_DIRECTION < 2:
-                name, direction = _NAMES[index % _PER_DIRECTION], index // _PER_DIRECTION
-                raise RuntimeError(f"{name} of direction {direction} of {directions} should be given, got None")
-            if index % _PER_DIRECTION == _PER_DIRECTION - 1 and projected != hidden:
-                raise RuntimeError(
-                    f"weight_hr should be given where h_0 has {projected} features, not {hidden}, got None"
-                )
-            continue
-        if weight.shape != shapes[index % _PER_DIRECTION]:
-            name, shape = _NAMES[index % _PER_DIRECTION], shapes[index % _PER_DIRECTION]
-            raise RuntimeError(f"{name} should have size {[*shape]}, got {[*weight.shape]}")
-        if weight.dtype != dtype or weight.device != device:
-            raise _wrong_kind("parameter", weight, x)
-
-
-def _wrong_kind(name: str, tensor: Tensor, x: Tensor) -> RuntimeError:
-    if tensor.device != x.device:
-        return RuntimeError(
-            f"Input and {name} tensors are not at the same device, "
-            f"found input tensor at {x.device} and {name} tensor at {tensor.device}"
-        )
-    return RuntimeError(
-        f"Input and {name} tensors are not of the same dtype, "
-        f"found input tensor of {x.dtype} and {name} tensor of {tensor.dtype}"
-    )
-
-
-def _check_kind(batch_sizes: Tensor) -> None:
-    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
-        raise RuntimeError(
-            "batch_sizes should be a 1-D int64 tensor on the CPU, "
-            f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
-        )
-
-
-def _steps(batch_sizes: Tensor | None, x: Tensor, c0: Tensor | None) -> list[int]:
-    """Active sequences of each step; [] for an empty batch."""
-    rows = x.shape[:-1].numel()
-    batch = _batch(x, batch_sizes) if c0 is None else c0.size(1)
-    if batch_sizes is None:
-        return [batch] * (rows // batch) if batch > 0 else []
-    _check_kind(batch_sizes)
-    steps: list[int] = batch_sizes.tolist()
-    if not steps or steps[0] != batch or steps[-1] < 1 or any(a < b for a, b in pairwise(steps)):
-        raise RuntimeError(f"batch_sizes should start at {batch}, never grow and stay above 0, got {steps}")
-    if sum(steps) != rows:
-        raise RuntimeError(f"batch_sizes should sum to the {rows} rows of data, got a sum of {sum(steps)}")
-    return steps
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -218,8 +140,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     """y, h_n, c_n, and with ``save`` activated gates and cells for backward."""
     *given, batch_sizes, backend, save = args
     inputs = _ready(given, batch_sizes)
-    x, h0, c0 = inputs[:_STATES]
-    steps = _steps(batch_sizes, x, c0)
+    x, h0, c0 = inputs[:STATES]
+    steps = steps_of(batch_sizes, x, c0)
     saved: Saved | None
     with _without_autocast(x):
         if not steps:
@@ -233,7 +155,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
                 y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
             saved = gates.to(x.dtype), cells
         else:
-            layer_inputs = LayerInputs(x, h0, c0, _directions(inputs), steps)
+            layer_inputs = LayerInputs(x, h0, c0, directions_of(inputs), steps)
             y, h_n, c_n, saved = KERNELS[backend].layer_forward(layer_inputs, save)
     return y, h_n, c_n, saved if save else None
 
@@ -250,12 +172,12 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
         of_layer, its_grads = _as_layer(given, (dy, dh_n, dc_n))
         return _as_cell(_backward(*its_grads, *of_layer, batch_sizes, y, gates, cells, backend, needs))
     inputs = _ready(given, batch_sizes)
-    x, h0, c0 = inputs[:_STATES]
-    weights = _directions(inputs)
+    x, h0, c0 = inputs[:STATES]
+    weights = directions_of(inputs)
     if y.shape != (*x.shape[:-1], len(weights) * weights[0][1].size(1)):  # w_hh [4H, R]
         sizes = f"{[*x.shape]} and {[*y.shape]}"
         raise RuntimeError(f"input and output should have kept their sizes until the backward pass, got {sizes}")
-    steps = _steps(batch_sizes, x, c0)
+    steps = steps_of(batch_sizes, x, c0)
     grads: list[Tensor | None]
     with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, _without_autocast(x):
         if not steps:
@@ -266,7 +188,7 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
             of_outputs = [None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)]
             layer_inputs = LayerInputs(x, h0, c0, weights, steps)
             grads = KERNELS[backend].layer_backward(layer_inputs, y, (gates, cells), of_outputs, needs)
-            grads += [None] * (_INPUTS - len(grads))
+            grads += [None] * (INPUTS - len(grads))
     return grads
 
 
@@ -296,22 +218,16 @@ def _no_steps_backward(grads: Sequence[Tensor | None], inputs: Sequence[Any]) ->
     return found
 
 
-def _directions(inputs: Sequence[Any]) -> list[Weights]:
-    """Each direction's weights; the second has none where there is one."""
-    directions = [tuple(inputs[first : first + _PER_DIRECTION]) for first in (_STATES, _STATES + _PER_DIRECTION)]
-    return directions if directions[1][0] is not None else directions[:1]
-
-
 def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``_forward`` by the reference, differentiable to any order; gates stay in the accumulation dtype."""
-    x, h0, c0 = inputs[:_STATES]
+    x, h0, c0 = inputs[:STATES]
     form = x.shape[:-1]
     if not steps:  # an empty batch: the graph still has to reach every input
         none = sum(t.sum() for t in inputs if t is not None)
         y = x.new_zeros(*form, h0.size(0) * h0.size(2)) + none
         return y, h0 + none, c0 + none, y, y
     outs, x = [], x.flatten(0, -2)
-    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(_directions(inputs)):
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(directions_of(inputs)):
         outs.append(reference.layer(x, h0[d], c0[d], w_ih, w_hh, b_ih, b_hh, w_hr, steps, d == 1))
     y, h_n, c_n, gates, cells = zip(*outs, strict=True)
     whole = torch.cat([t.view(*form, -1) for t in y], dim=-1)  # of a view autograd would not see a change in place
@@ -322,13 +238,13 @@ def _reference_backward(
     grads: Sequence[Tensor | None], inputs: Sequence[Any], y: Tensor, gates: Tensor, cells: Tensor, steps: list[int]
 ) -> list[Tensor | None]:
     """The gradients of the 13 inputs by the reference, differentiable to any order."""
-    x, h0, c0 = inputs[:_STATES]
+    x, h0, c0 = inputs[:STATES]
     dy, dh_n, dc_n = grads
     form, x, y = x.shape, x.flatten(0, -2), y.flatten(0, -2)
     dy = None if dy is None else dy.reshape(*y.shape)  # under is_grads_batched there is no flatten
     features = h0.size(2)
     found = []
-    for d, (w_ih, w_hh, _, _, w_hr) in enumerate(_directions(inputs)):
+    for d, (w_ih, w_hh, _, _, w_hr) in enumerate(directions_of(inputs)):
         columns = slice(d * features, (d + 1) * features)
         found.append(
             reference.layer_backward(
@@ -345,7 +261,7 @@ def _reference_backward(
     ]
     for g in found:
         result += [g.w_ih, g.w_hh, g.b, g.b.clone(), g.w_hr]
-    return result + [None] * (_INPUTS - len(result))
+    return result + [None] * (INPUTS - len(result))
 
 
 def _save(ctx: Any, tensors: Sequence[Any], backend: str, y: Tensor, gates: Tensor, cells: Tensor) -> None:
@@ -363,14 +279,14 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
             return all_of
     inputs: Sequence[Any]
     *inputs, batch_sizes, y, gates, cells = saved
-    grads, needs = grad_outputs[:_STATES], ctx.needs_input_grad[:_INPUTS]
+    grads, needs = grad_outputs[:STATES], ctx.needs_input_grad[:INPUTS]
     found: Sequence[Tensor | None]
     if followed or _batched(grads):
         cell = _of_cell(inputs)
         if cell:
             inputs, grads = _as_layer(inputs, grads)
         inputs = _with_states(inputs, batch_sizes)
-        steps = _steps(batch_sizes, inputs[0], inputs[2])
+        steps = steps_of(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):
             y, _, _, gates, cells = _differentiable_forward(inputs, steps)
             if steps:
@@ -424,7 +340,7 @@ def _forward_op(*args: Any) -> tuple[Tensor, ...]:
 
 def _backward_op(*args: Any) -> tuple[Tensor, ...]:
     """``_backward`` as an operator, with empty tensors where ``needs`` asks for none."""
-    x, needs = args[_STATES], args[-1]
+    x, needs = args[STATES], args[-1]
     found = zip(_backward(*args), needs, strict=True)
     return tuple(x.new_empty(0) if g is None or not need else g for g, need in found)
 
@@ -454,7 +370,7 @@ _layer_backward_op = library.custom_op(
     mutates_args=(),
     schema=f"(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, {_WEIGHTS_SCHEMA},"
     " Tensor? batch_sizes, Tensor y, Tensor gates, Tensor cells, str backend, bool[] needs) -> ("
-    + ", ".join(["Tensor"] * _INPUTS)
+    + ", ".join(["Tensor"] * INPUTS)
     + ")",
 )
 
@@ -462,8 +378,8 @@ _layer_backward_op = library.custom_op(
 @_layer_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     *inputs, _, backend, save = args
-    _check(inputs)
-    x, h0, c0 = inputs[:_STATES]
+    check_inputs(inputs)
+    x, h0, c0 = inputs[:STATES]
     directions, _, hidden = c0.shape
     rows = math.prod(x.shape[:-1])
     gates = cells = None
