@@ -45,6 +45,10 @@ def transforms_active() -> bool:
     return _transforms() is not None or forward_ad._current_level >= 0
 
 
+# Dynamo, which traces to know what is so, takes "no transform" for one: an object that isn't None.
+transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _watched(x: Tensor) -> bool:
     """Whether a dispatch mode or a tensor subclass must see the registered operators."""
     return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter)
@@ -90,7 +94,7 @@ def layer(
             *result, saved = _forward(*inputs, batch_sizes, backend, save)
         if saved is not None:
             result = _apply(*inputs, batch_sizes, backend, (*result, *saved))
-    elif not torch.compiler.is_compiling() and transforms_active():
+    elif transforms_active():
         check_inputs(inputs)
         result = _differentiable_forward(inputs, steps_of(batch_sizes, x, inputs[2]))
     else:
