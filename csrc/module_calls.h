@@ -279,14 +279,19 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
                                  int set) {
     constexpr std::size_t of_inputs = 13;
     const auto x = view(py::object(saved[0])), h0 = view(py::object(saved[1])), c0 = view(py::object(saved[2]));
-    const auto y = view(py::object(saved[of_inputs + 1]));
-    if (!x || !h0 || !c0 || !y) return py::none();
+    const auto y = view(py::object(saved[of_inputs + 1])), gates = view(py::object(saved[of_inputs + 2])),
+               cells = view(py::object(saved[of_inputs + 3]));
+    if (!x || !h0 || !c0 || !y || !gates || !cells) return py::none();
     const bool cell = c0->dims == 2;
     if (!layer_inputs_fit(saved, cell)) return py::none();  // who kept them may have changed them
     const std::int64_t batch = c0->sizes[c0->dims - 2], hidden = c0->sizes[c0->dims - 1];
     const std::int64_t features = h0->sizes[h0->dims - 1], directions = cell ? 1 : c0->sizes[0];
+    const std::int64_t rows = std::accumulate(x->sizes, x->sizes + x->dims - 1, std::int64_t{1}, std::multiplies<>());
     const bool alike = y->dims == x->dims && std::equal(x->sizes, x->sizes + x->dims - 1, y->sizes);
-    if (!alike || y->sizes[y->dims - 1] != directions * features) return py::none();
+    if (!alike || y->sizes[y->dims - 1] != directions * features || !same_dtype(*y, *x)) return py::none();
+    if (!gates->has_sizes({directions, rows, 4 * hidden}) || !same_dtype(*gates, *x)) return py::none();
+    const bool wide = cells->kind == kIeee && cells->lanes == 1 && cells->bits == std::max<int>(x->bits, 32);
+    if (!cells->has_sizes({directions, rows, hidden}) || !wide) return py::none();
     std::array<Data, 3> of_outputs;
     std::array<py::object, 3> contiguous;
     for (std::size_t i = 0; i < of_outputs.size(); ++i) {
@@ -300,14 +305,12 @@ inline py::object train_backward(const py::tuple& saved, const py::tuple& grads,
             return py::none();
         of_outputs[i].address = found->data;
     }
-    const std::int64_t rows = std::accumulate(x->sizes, x->sizes + x->dims - 1, std::int64_t{1}, std::multiplies<>());
     const std::optional<Dtype> dtype = dtype_of(*x);
     auto steps = read_steps(saved[of_inputs], rows, batch);
     if (!dtype || !steps || steps->front() != batch || (cell && steps->size() > 1)) return py::none();
     const LayerSizes sizes{x->sizes[x->dims - 1], hidden, features, static_cast<int>(*dtype), threads, set};
-    const auto data = [&](std::size_t i) { return py::object(saved[of_inputs + i]).cast<Data>(); };
-    py::list found =
-        layer_backward({saved, *x, std::move(*steps), sizes, cell}, data(1), data(2), data(3), of_outputs, needs);
+    py::list found = layer_backward({saved, *x, std::move(*steps), sizes, cell}, Data{y->data}, Data{gates->data},
+                                    Data{cells->data}, of_outputs, needs);
     while (found.size() < needs.size()) found.append(py::none());
     return py::tuple(found);
 }

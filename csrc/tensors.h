@@ -41,13 +41,16 @@ struct View {
         return static_cast<std::size_t>(dims) == expected.size() && std::equal(expected.begin(), expected.end(), sizes);
     }
 
-    bool contiguous() const {
+    // Whether its elements lie one behind the other, and as they are. Zeros that torch doesn't store have no address; a
+    // single float, which always lies so, may be part of a conjugate, whose sign this description doesn't tell.
+    bool plain() const {
         std::int64_t elements = 1;
         for (int i = dims - 1; i >= 0; --i) {
             if (sizes[i] != 1 && strides[i] != elements) return false;
             elements *= sizes[i];
         }
-        return true;
+        if (elements == 1 && kind == kIeee) return false;
+        return elements == 0 || data != nullptr;
     }
 };
 
@@ -118,7 +121,7 @@ inline Fresh new_empty(py::handle like, const TensorShape& shape, std::int64_t s
     return made;
 }
 
-// A tensor as it lies; nothing where torch can't tell in this way, or it isn't contiguous.
+// A tensor as it lies; nothing where torch can't tell in this way, or it isn't plain.
 inline std::optional<View> view_anywhere(py::handle tensor) {
     const Types& known = types();
     const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
@@ -128,7 +131,7 @@ inline std::optional<View> view_anywhere(py::handle tensor) {
         PyErr_Clear();
         return std::nullopt;
     }
-    if (!found.contiguous()) return std::nullopt;
+    if (!found.plain()) return std::nullopt;
     return found;
 }
 

@@ -13,7 +13,7 @@ same reason the node of an LSTMCell has states [B, H], and no h_n.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +23,19 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from lstm_fast import reference
-from lstm_fast.checks import INPUTS, OF_DIRECTION, STATES, batch_of, check_inputs, directions_of, steps_of
+from lstm_fast.checks import (
+    INPUTS,
+    OF_DIRECTION,
+    STATES,
+    batch_of,
+    check_inputs,
+    check_saved,
+    directions_of,
+    output_from,
+    plain,
+    saved_shapes,
+    steps_of,
+)
 from lstm_fast.dispatch import KERNELS
 from lstm_fast.kernels import LayerInputs, Saved, Weights, cpu
 
@@ -36,6 +48,7 @@ except ImportError:  # then the reference serves, and everything is checked here
 
 
 _NOTHING = nullcontext()
+_NOWHERE = torch.empty(0, device="cpu")
 _TAKE_NO_STATES = ("persistent",)  # backends for which None stands for zeros
 _transforms = torch._C._functorch.peek_interpreter_stack
 
@@ -49,9 +62,11 @@ def transforms_active() -> bool:
 transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _watched(x: Tensor) -> bool:
-    """Whether a dispatch mode or a tensor subclass must see the registered operators."""
-    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter)
+def _watched(tensors: Iterable[Any]) -> bool:
+    """Whether a dispatch mode or a subclass of Tensor must see the registered operators."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors
+    )
 
 
 def layer(
@@ -77,12 +92,14 @@ def layer(
     """
     absent = (None,) * (OF_DIRECTION * (2 - len(weights)))
     rest = (*(t for direction in weights for t in direction), *absent)
-    seen_by_others = torch.compiler.is_compiling() or transforms_active() or _watched(x)
     inputs: tuple[Any, ...] = (x, h0, c0, *rest)
     zeros = isinstance(c0, int)
     if zeros:
         inputs = (x, None, None, *rest)
+    seen_by_others = torch.compiler.is_compiling() or transforms_active() or _watched(())
     fits = not seen_by_others and layer_inputs_fit(inputs)
+    if not seen_by_others and not fits:
+        seen_by_others = _watched(inputs)
     if zeros and not (fits and backend in _TAKE_NO_STATES and _weights_tell(x, c0, weights)):
         inputs = (x, *_zero_states(x, batch_sizes, len(weights), features=h0, hidden=c0), *rest)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -126,12 +143,12 @@ def _with_states(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[
 
 
 def _ready(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
-    """The inputs, checked and contiguous."""
+    """The inputs, checked and plain."""
     if layer_inputs_fit(inputs):
         return inputs
     inputs = _with_states(inputs, batch_sizes)
     check_inputs(inputs)
-    return [None if t is None else t.contiguous() for t in inputs]
+    return [None if t is None else plain(t) for t in inputs]
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -149,11 +166,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     saved: Saved | None
     with _without_autocast(x):
         if not steps:
-            directions, _, hidden = c0.shape
+            directions = c0.size(0)
             y, h_n, c_n = x.new_empty(*x.shape[:-1], directions * h0.size(2)), h0.clone(), c0.clone()
-            acc = reference.accumulate_dtype(x.dtype)
-            gates = x.new_empty(*_saved_shape(backend, directions, 0, hidden))
-            saved = gates, x.new_empty(directions, 0, hidden, dtype=acc)
+            saved = _empty_saved(backend, x, directions_of(inputs), 0)
         elif backend == "reference":
             with torch.no_grad():
                 y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
@@ -164,9 +179,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
     return y, h_n, c_n, saved if save else None
 
 
-def _saved_shape(backend: str, directions: int, rows: int, hidden: int) -> tuple[int, ...]:
-    """Of the activated gates."""
-    return (rows, directions * 4 * hidden) if backend == "persistent" else (directions, rows, 4 * hidden)
+def _empty_saved(backend: str, x: Tensor, weights: Sequence[Weights], rows: int) -> Saved:
+    _, gates, cells = saved_shapes(backend, x, weights, rows)
+    return x.new_empty(gates), x.new_empty(cells, dtype=reference.accumulate_dtype(x.dtype))
 
 
 def _backward(*args: Any) -> Sequence[Tensor | None]:
@@ -178,9 +193,7 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
     inputs = _ready(given, batch_sizes)
     x, h0, c0 = inputs[:STATES]
     weights = directions_of(inputs)
-    if y.shape != (*x.shape[:-1], len(weights) * weights[0][1].size(1)):  # w_hh [4H, R]
-        sizes = f"{[*x.shape]} and {[*y.shape]}"
-        raise RuntimeError(f"input and output should have kept their sizes until the backward pass, got {sizes}")
+    y, gates, cells = check_saved(backend, x, weights, y, gates, cells)
     steps = steps_of(batch_sizes, x, c0)
     grads: list[Tensor | None]
     with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, _without_autocast(x):
@@ -189,7 +202,7 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
         elif backend == "reference":
             grads = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
         else:
-            of_outputs = [None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)]
+            of_outputs = [None if g is None else plain(g) for g in (dy, dh_n, dc_n)]
             layer_inputs = LayerInputs(x, h0, c0, weights, steps)
             grads = KERNELS[backend].layer_backward(layer_inputs, y, (gates, cells), of_outputs, needs)
             grads += [None] * (INPUTS - len(grads))
@@ -248,11 +261,12 @@ def _reference_backward(
     dy = None if dy is None else dy.reshape(*y.shape)  # under is_grads_batched there is no flatten
     features = h0.size(2)
     found = []
-    for d, (w_ih, w_hh, _, _, w_hr) in enumerate(directions_of(inputs)):
+    inputs_of = directions_of(inputs)
+    for d, (w_ih, w_hh, _, _, w_hr) in enumerate(inputs_of):
         columns = slice(d * features, (d + 1) * features)
         found.append(
             reference.layer_backward(
-                None if dy is None else dy[:, columns],
+                dy if dy is None or len(inputs_of) == 1 else dy[:, columns],  # no batching rule has all columns
                 None if dh_n is None else dh_n[d],
                 None if dc_n is None else dc_n[d],
                 *(x, h0[d], c0[d], w_ih, w_hh, w_hr, y[:, columns], gates[d], cells[d], steps, d == 1),
@@ -268,15 +282,27 @@ def _reference_backward(
     return result + [None] * (INPUTS - len(result))
 
 
-def _save(ctx: Any, tensors: Sequence[Any], backend: str, y: Tensor, gates: Tensor, cells: Tensor) -> None:
-    """``tensors``: the 13 inputs and batch_sizes."""
+def _save(
+    ctx: Any,
+    tensors: Sequence[Any],
+    backend: str,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    changes: tuple[Tensor, int] | None = None,
+) -> None:
+    """``tensors``: the 13 inputs and batch_sizes. ``changes``: what counts changes of y in place, and its count now;
+    None where autograd refuses a y that was changed."""
     ctx.save_for_backward(*tensors, y, gates, cells)
     ctx.set_materialize_grads(False)
-    ctx.backend = backend
+    ctx.backend, ctx.changes = backend, changes
 
 
 def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, followed = ctx.saved_tensors, torch.is_grad_enabled() or transforms_active()
+    if not followed and ctx.changes is not None and ctx.changes[0]._version != ctx.changes[1]:
+        *rest, y, gates, cells = saved
+        saved = (*rest, output_from(ctx.backend, y, directions_of(rest), gates, cells), gates, cells)
     if ctx.backend == "cpu" and not followed and torch._C._len_torch_dispatch_stack() == 0:
         all_of = cpu.train_backward(saved, grad_outputs, ctx.needs_input_grad)
         if all_of is not None:
@@ -300,7 +326,7 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
         found = _as_cell(found) if cell else found
     else:
         args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, list(needs))
-        found = torch.ops.lstm_fast.layer_backward(*args) if _watched(inputs[0]) else _backward(*args)
+        found = torch.ops.lstm_fast.layer_backward(*args) if _watched(args) else _backward(*args)
     return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
@@ -317,7 +343,9 @@ class LayerFunction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # with a setup_context, each call would cost 20 us more
         *tensors, backend, outputs = args
         y, h_n, c_n, gates, cells = outputs
-        _save(ctx, tensors, backend, y, gates, cells)
+        counter = y.detach()  # of what is done to y in place,
+        counter.data = _NOWHERE  # without its memory
+        _save(ctx, tensors, backend, y.data, gates, cells, (counter, counter._version))
         return y, h_n, c_n
 
     backward = staticmethod(_backward_from_context)
@@ -384,14 +412,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     *inputs, _, backend, save = args
     check_inputs(inputs)
     x, h0, c0 = inputs[:STATES]
-    directions, _, hidden = c0.shape
-    rows = math.prod(x.shape[:-1])
     gates = cells = None
     if save:
-        gates = x.new_empty(*_saved_shape(backend, directions, rows, hidden))
-        cells = x.new_empty(directions, rows, hidden, dtype=reference.accumulate_dtype(x.dtype))
+        gates, cells = _empty_saved(backend, x, directions_of(inputs), math.prod(x.shape[:-1]))
     return (
-        x.new_empty(*x.shape[:-1], directions * h0.size(2)),
+        x.new_empty(*x.shape[:-1], c0.size(0) * h0.size(2)),
         h0.new_empty(h0.shape),
         c0.new_empty(c0.shape),
         x.new_empty(0) if gates is None else gates,

@@ -1,4 +1,5 @@
-"""What a layer's 13 inputs are, and the only checks that they fit each other; lstm_fast/autograd.py has their order."""
+"""What a layer's 13 inputs are (lstm_fast/autograd.py has their order) and what is saved of a call: all checks that
+they fit each other."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lstm_fast.kernels import Weights
+from lstm_fast.reference import accumulate_dtype
 
 OF_DIRECTION = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
 STATES = 3  # x, h0, c0
@@ -95,3 +97,51 @@ def steps_of(batch_sizes: Tensor | None, x: Tensor, c0: Tensor | None) -> list[i
     if sum(steps) != rows:
         raise RuntimeError(f"batch_sizes should sum to the {rows} rows of data, got a sum of {sum(steps)}")
     return steps
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same, elements one behind the other and as they are: neither negated nor zeros that torch doesn't store."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_neg().contiguous()
+
+
+def saved_shapes(
+    backend: str, x: Tensor, weights: Sequence[Weights], rows: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of y, activated gates and cells."""
+    directions, hidden, features = len(weights), weights[0][0].size(0) // 4, weights[0][1].size(1)  # w_hh [4H, R]
+    apart = backend != "persistent"
+    gates = (directions, rows, 4 * hidden) if apart else (rows, directions * 4 * hidden)
+    return (*x.shape[:-1], directions * features), gates, (directions, rows, hidden)
+
+
+def check_saved(
+    backend: str, x: Tensor, weights: Sequence[Weights], y: Tensor, gates: Tensor, cells: Tensor
+) -> list[Tensor]:
+    """y, gates and cells for a kernel, if they are what was saved: who kept them may have changed them."""
+    rows = x.shape[:-1].numel()
+    shapes = saved_shapes(backend, x, weights, rows)
+    if y.shape != shapes[0]:
+        sizes = f"{[*x.shape]} and {[*y.shape]}"
+        raise RuntimeError(f"input and output should have kept their sizes until the backward pass, got {sizes}")
+    dtypes = (x.dtype, x.dtype, accumulate_dtype(x.dtype))
+    for name, t, shape, dtype in zip(("output", "gates", "cells"), (y, gates, cells), shapes, dtypes, strict=True):
+        if (t.shape, t.dtype, t.device) != (shape, dtype, x.device):
+            raise RuntimeError(
+                f"what was saved as {name} should come back as {dtype} {[*shape]} on {x.device}, "
+                f"got {t.dtype} {[*t.shape]} on {t.device}"
+            )
+    return [plain(t) for t in (y, gates, cells)]
+
+
+def output_from(backend: str, y: Tensor, weights: Sequence[Weights], gates: Tensor, cells: Tensor) -> Tensor:
+    """y as it was, from what else is saved (F6, and the projection), where somebody has changed it since."""
+    directions, rows, hidden = cells.shape
+    if backend == "persistent":  # [N, D, H, 4]
+        o = gates.reshape(rows, directions, hidden, 4)[..., 3].transpose(0, 1)
+    else:
+        o = gates.reshape(directions, rows, 4, hidden)[:, :, 3]
+    m = (o.to(cells.dtype) * cells.tanh()).to(y.dtype)
+    h = [own if w_hr is None else own @ w_hr.t() for own, (*_, w_hr) in zip(m, weights, strict=True)]
+    return torch.cat(h, dim=-1).view_as(y)

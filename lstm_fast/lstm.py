@@ -77,7 +77,7 @@ class _Fused(nn.Module):
         for parameter in self._parameters.values():  # by far the most often the first says so
             if parameter is not None and parameter.requires_grad:
                 return True
-        return x.requires_grad or (isinstance(hx, tuple) and any(getattr(t, "requires_grad", False) for t in hx))
+        return x.requires_grad or (isinstance(hx, tuple) and any(getattr(t, "requires_grad", None) is True for t in hx))
 
     def _train(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
         """The same where gradients may be asked for."""
@@ -108,6 +108,14 @@ class _Fused(nn.Module):
         found = self._parameters.get(name)
         return getattr(self, name) if found is None else found
 
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """A parameter's. One that is parametrised isn't computed for it: that may draw random numbers."""
+        kept: Any = self._modules.get("parametrizations")
+        if kept is not None and name in kept and not kept[name].unsafe:  # what it makes has the original's dtype
+            original: Tensor = kept[name].original if kept[name].is_tensor else kept[name].original0
+            return original.dtype
+        return self._parameter(name).dtype
+
     def _weights(self, names: list[str], dtype: torch.dtype) -> Weights:
         """One direction's parameters as they are at this call: parametrised, pruned, replaced or not."""
         found = []
@@ -120,8 +128,13 @@ class _Fused(nn.Module):
         return w_ih, w_hh, b_ih, b_hh, w_hr
 
     def _as_fx_leaf(self, x: Any, hx: Any) -> Any:
-        """torch.fx takes modules of torch.nn as leaves by their module path; this makes ours one too."""
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, hx), {})
+        """torch.fx takes modules of torch.nn as leaves by their module path; this makes ours one too. None where no
+        argument is a proxy."""
+        for value in (x, hx, *(hx if isinstance(hx, (tuple, list)) else ())):
+            if isinstance(value, torch.fx.Proxy):
+                tracer: Any = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, hx), {})
+        return None
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles, and leaves in the parent, the torch module that shares these parameters."""
@@ -191,7 +204,7 @@ class LSTM(_Fused, nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """RNNBase's check, of the weight that is there now."""
-        dtype = self._parameter("weight_ih_l0").dtype
+        dtype = self._dtype_of("weight_ih_l0")
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
@@ -214,8 +227,9 @@ class LSTM(_Fused, nn.RNNBase):
             found = self._quick(input, hx)
             if found is not None:
                 return self._packed(input, *found) if packed else found
-        if isinstance(input, torch.fx.Proxy):
-            return self._as_fx_leaf(input, hx)
+        leaf = self._as_fx_leaf(input, hx)
+        if leaf is not None:
+            return leaf
         if isinstance(hx, Tensor):
             raise TypeError("hx should be a tuple (h_0, c_0), got: Tensor")
         if not packed and input.dim() not in (2, 3):
@@ -320,9 +334,7 @@ class LSTM(_Fused, nn.RNNBase):
         return x, torch.cat([h for h, _ in states]), torch.cat([c for _, c in states])
 
     def _compute_dtype(self, x: Tensor, hx: Any, packed: bool) -> torch.dtype:
-        return self._under_autocast(
-            self._parameter("weight_ih_l0").dtype, x, hx, stepwise=packed and self.proj_size == 0
-        )
+        return self._under_autocast(self._dtype_of("weight_ih_l0"), x, hx, stepwise=packed and self.proj_size == 0)
 
     def _batched_state(self, hx: Sequence[Tensor], batched: bool) -> State:
         """h_0 and c_0 with their batch dimension; the errors are torch.nn.LSTM's."""
@@ -383,8 +395,9 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         found = self._quick(input, hx)
         if found is not None:
             return found
-        if isinstance(input, torch.fx.Proxy):
-            return self._as_fx_leaf(input, hx)
+        leaf = self._as_fx_leaf(input, hx)
+        if leaf is not None:
+            return leaf
         h, c = self._checked_state(input, hx)
         dtype = self._compute_dtype(input, hx)
         choice = self._choose(input, dtype)
@@ -412,7 +425,7 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         return 1, x.data.size(0) if x.data.dim() == 2 else 1
 
     def _compute_dtype(self, x: Tensor, hx: Any) -> torch.dtype:
-        dtype = self._parameter("weight_ih").dtype
+        dtype = self._dtype_of("weight_ih")
         if x.dtype != dtype and _autocast_dtype(x.device.type) is None:
             raise RuntimeError(f"input and weight_ih must have the same dtype, but got {x.dtype} and {dtype}")
         return self._under_autocast(dtype, x, hx, stepwise=True)

@@ -91,13 +91,13 @@ def test_second_backward(backend):
         torch.autograd.grad(y, x)
 
 
-@pytest.mark.parametrize("what", ["weight", "input", "output"])
+@pytest.mark.parametrize("what", ["weight", "input"])
 def test_a_change_in_place_between_forward_and_backward_raises(backend, what):
     module = lstm_fast.LSTM(3, 4, backend=backend, **F64)
     x = data()[0]
     y, (h, c) = module(x)
     with torch.no_grad():
-        {"weight": module.weight_hh_l0, "input": x, "output": y}[what].add_(1)
+        {"weight": module.weight_hh_l0, "input": x}[what].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (y.sum() + h.sum()).backward()
     y, (h, c) = module(data()[0])
@@ -190,8 +190,9 @@ def test_transforms_agree_with_torchs_reverse_mode():
     torch.testing.assert_close(hessian(lambda v: ours(v).sum())(x), curvature)
 
 
-def test_batches_of_gradients(backend):
-    module = make(backend)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_batches_of_gradients(backend, directions):
+    module = make(backend) if directions == 2 else lstm_fast.LSTM(3, 4, backend=backend, **F64)
     x = data()[0].requires_grad_()
     y = module(x)[0]
     gs = torch.randn(5, *y.shape, **F64)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import library, nn
 from torch._subclasses import FakeTensorMode
+from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lstm_fast
@@ -58,6 +59,38 @@ def test_compile_with_the_default_backend_in_training():
     compiled = torch.compile(model, fullgraph=True)
     compiled(X)[0].sum().backward()
     assert model[0].weight_hh_l1.grad.any()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("backend", "served_by"), [("auto", "cpu"), ("cpu", "cpu"), ("reference", "reference")])
+@pytest.mark.parametrize("cls", [lstm_fast.LSTM, lstm_fast.LSTMCell])
+def test_a_compiled_graph_holds_the_kernel_that_an_eager_call_takes(cls, backend, served_by, training):
+    module, x = make(cls, backend=backend), X if cls is lstm_fast.LSTM else X[0]
+    held = []
+
+    def keep(graph, _):
+        held.extend(n.args[-2] for n in graph.graph.nodes if n.target is torch.ops.lstm_fast.layer)
+        return graph.forward
+
+    with torch.set_grad_enabled(training):
+        torch.compile(module, fullgraph=True, backend=keep)(x)
+    assert held == [served_by]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: vmap(f)(torch.stack([x, x.flip(0)])),
+        lambda f, x: jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f, x: grad(lambda v: f(v).sum())(x),
+    ],
+    ids=["vmap", "jvp", "grad"],
+)
+def test_a_transform_inside_a_compiled_function(transform, compiler):
+    module = make(bidirectional=True)
+    compiled = torch.compile(lambda x: transform(lambda v: module(v)[0], x), backend=compiler)
+    torch.testing.assert_close(compiled(X), transform(lambda v: module(v)[0], X))
 
 
 def test_compile_once_for_all_lengths():
@@ -180,6 +213,25 @@ def test_fx_takes_the_modules_as_leaves():
     graph = torch.fx.symbolic_trace(model)
     assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["lstm", "cell"]
     torch.testing.assert_close(graph(X), model(X))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("cls", [lstm_fast.LSTM, lstm_fast.LSTMCell])
+def test_fx_does_where_only_the_states_are_traced(cls, frozen):
+    module, x = make(cls).requires_grad_(not frozen), X if cls is lstm_fast.LSTM else X[0]
+    state = torch.randn(*(() if cls is lstm_fast.LSTMCell else (1,)), 2, 4)
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, h, c):
+            return self.module(x, (h, c))[0]
+
+    graph = torch.fx.symbolic_trace(Decoder())
+    assert "call_module" in [n.op for n in graph.graph.nodes]
+    torch.testing.assert_close(graph(state, state), module(x, (state, state))[0])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -62,6 +62,45 @@ def test_parametrisations_and_pruning(change):
     torch.testing.assert_close(found[1], found[0])
 
 
+class Drop(nn.Module):
+    def forward(self, w):
+        return nn.functional.dropout(w, 0.5)
+
+
+class Float(nn.Module):
+    def forward(self, w):
+        return w.float()
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih"])
+def test_a_parametrised_weight_is_computed_once_a_call(name):
+    """As torch.nn.LSTMCell does; torch.nn.LSTM takes four draws of each."""
+    found = []
+    for cls in (nn.LSTMCell, lstm_fast.LSTMCell):
+        torch.manual_seed(0)
+        cell = cls(3, 5)
+        parametrize.register_parametrization(cell, name, Drop())
+        found.append((cell(X[0])[0], torch.rand(1)))
+    torch.testing.assert_close(found[1], found[0])
+    module = lstm_fast.LSTM(3, 5)
+    parametrize.register_parametrization(module, f"{name}_l0", Drop())
+    torch.manual_seed(1)
+    module(X, (torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)))
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    getattr(module, f"{name}_l0")
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_a_weight_kept_in_another_dtype():
+    theirs, ours = pair()
+    for module in (theirs, ours):
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            getattr(module, name).data = getattr(module, name).data.bfloat16()
+            parametrize.register_parametrization(module, name, Float(), unsafe=True)
+    torch.testing.assert_close(ours(X)[0], theirs(X)[0])
+
+
 def test_cached_and_removed_parametrisations():
     theirs, ours = pair()
     for module in (theirs, ours):
