@@ -11,6 +11,8 @@ CPP := $(shell find csrc tests benchmarks -name "*.cpp" -o -name "*.h" -o -name 
 
 # one core downloads and checks types while the others compile
 MAKEFLAGS += -j2
+# and ninja takes all cores, not its share of two jobs
+unexport MAKEFLAGS
 
 .PHONY: test demo lint wheel sanitize gpu-check clean
 
