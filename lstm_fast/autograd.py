@@ -292,7 +292,7 @@ def _save(
     changes: tuple[Tensor, int] | None = None,
 ) -> None:
     """``tensors``: the 13 inputs and batch_sizes. ``changes``: what counts changes of y in place, and its count now;
-    None where autograd refuses a y that was changed."""
+    None for a y that nobody else has."""
     ctx.save_for_backward(*tensors, y, gates, cells)
     ctx.set_materialize_grads(False)
     ctx.backend, ctx.changes = backend, changes
@@ -381,7 +381,7 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     *tensors, backend, _ = inputs
     y, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
-    _save(ctx, tensors, backend, y, gates, cells)
+    _save(ctx, tensors, backend, y.clone(), gates, cells)  # compilers leave the copy out where nobody changes y
 
 
 _WEIGHTS_SCHEMA = ", ".join(

@@ -180,6 +180,17 @@ def test_an_output_may_be_changed_in_place(config, backend, change):
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("change", [IN_PLACE["rectified"], IN_PLACE["reset"]], ids=["rectified", "reset"])
+def test_and_within_a_compiled_function(change):
+    torch._dynamo.reset()
+    theirs, ours = twins(PAIRS[0], bidirectional=True)
+    compiled = torch.compile(lambda x: change(ours(x)[0]), backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 2, IN).double().requires_grad_()
+    got = torch.autograd.grad(compiled(x).square().sum(), [x, *ours.parameters()])
+    want = torch.autograd.grad(change(theirs(x)[0].clone()).square().sum(), [x, *theirs.parameters()])
+    torch.testing.assert_close(got, want)
+
+
 def test_so_may_a_packed_one():
     theirs, ours = twins(PAIRS[0])
     packed = pack_padded_sequence(torch.randn(5, 2, IN).double(), [5, 3])
