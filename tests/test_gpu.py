@@ -83,6 +83,30 @@ def test_a_cuda_graph_captures_training(backend, dtype):
     assert same_bits(captured, train(module, x))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_graph_holds_the_kernel(backend):
+    module, x = build(backend)
+    held = []
+
+    def keep(graph, _):
+        held.extend(n.args[-2] for n in graph.graph.nodes if n.target is torch.ops.lstm_fast.layer)
+        return graph.forward
+
+    wanted = train(module, x)
+    torch._dynamo.reset()
+    found = train(torch.compile(module, fullgraph=True, backend=keep), x)
+    assert held == [backend]
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_output_changed_in_place(backend):
+    module, x = build(backend)
+    wanted = torch.autograd.grad(module(x)[0].relu().square().sum(), [x, *module.parameters()])
+    found = torch.autograd.grad(module(x)[0].relu_().square().sum(), [x, *module.parameters()])
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_walk(backend, dtype, monkeypatch):
