@@ -75,11 +75,16 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     }
 }
 
-// Asks for where gates and cells will be saved: else one store waits for memory after the other, and what comes behind
-// them for a place in the queue.
+// Asks for where gates and cells will be saved, or y written in inference, of some rows of step t from b on: else one
+// store waits for memory after the other, and what comes behind them for a place in the queue.
 template <typename T>
-LSTM_HD void ask_for_saved(const Forward<T>& f, Index first, Index rows, Index unit) {
-    for (Index row = first; row < first + rows; ++row) {
+LSTM_HD void ask_for_results(const Forward<T>& f, int d, Index t, Index b, Index rows, Index unit) {
+    for (Index at = f.walk.start[t] + b, end = at + rows; at < end; ++at) {
+        if (f.gates == nullptr) {
+            __builtin_prefetch(f.y + (at * f.s.directions + d) * f.features + unit, 1);
+            continue;
+        }
+        const Index row = d * f.walk.rows() + at;
         for (Index gate = 0; gate < 4; ++gate) __builtin_prefetch(f.gates + (row * 4 + gate) * f.s.hidden + unit, 1);
         __builtin_prefetch(f.cells + row * f.s.hidden + unit, 1);
     }
@@ -96,7 +101,7 @@ LSTM_HD Acc<T>* step_products(const Forward<T>& f, int d, const Chunk& chunk, In
     const Index place = in_passing ? part.tile : tile;
     const Index next = in_passing ? place : std::clamp(tile + way, part.tile, part.tile_end - 1);
     const O* const states = before + b * f.ld;
-    if (f.asks) ask_for_saved(f, d * f.walk.rows() + first, rows, tile * kUnits);
+    if (f.asks) ask_for_results(f, d, t, b, rows, tile * kUnits);
     if (f.joined) {
         Right<const O> weights = packed_ih<Isa, const O>(f, d, tile);
         ask_for<Isa, O>(packed_ih<Isa, const O>(f, d, next).b, b, f.s.steps[t], part.block_stride, weights);

@@ -42,7 +42,7 @@ struct Forward {
           c_n(static_cast<T*>(args.c_n)),
           gates(static_cast<T*>(args.gates)),
           cells(static_cast<A*>(args.cells)),
-          asks(asks_for_saved()),
+          asks(asks_for_results()),
           unpacked(walk.few()),
           hh_lies(lies_hh()),
           joined(joins()),
@@ -96,11 +96,12 @@ struct Forward {
                             !walk.of_step.planes && !pairs);
     }
 
-    // Whether gates and cells are saved behind the second cache. In planes a tile of a small weight is multiplied
-    // before what was asked for its many rows has come.
-    bool asks_for_saved() const {
-        const bool far = gates != nullptr && is_far(walk.rows() * s.directions * 5 * s.hidden);
-        return far && (!walk.of_step.planes || is_far(4 * s.hidden * features));
+    // Whether gates and cells, or in inference y, are written behind the second cache. In planes a tile of a small
+    // weight is multiplied before what was asked for its many rows has come.
+    bool asks_for_results() const {
+        const Index of_row = gates != nullptr ? 5 * s.hidden : feature_tiles == 0 ? features : 0;
+        const bool in_time = !walk.of_step.planes || (gates != nullptr && is_far(4 * s.hidden * features));
+        return in_time && is_far(walk.rows() * s.directions * of_row);
     }
 
     // Of a tile of W_ih, or of both weights joined.
@@ -119,7 +120,7 @@ struct Forward {
     const TypedWeights<T> weights[2];
     T *y, *h_n, *c_n, *gates;
     A* cells;
-    const bool asks;       // whether to ask for where gates and cells will be saved
+    const bool asks;       // whether to ask for where results will be written
     const bool unpacked;   // whether weights are read as they lie
     const bool hh_lies;    // whether W_hh is
     const bool joined;     // whether x and h are multiplied together
