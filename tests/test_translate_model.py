@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lstm_fast.translate.batches import collate, pad_sources, plan_epoch
+from lstm_fast.translate.batches import collate, cut, pad_sources, plan_epoch
 from lstm_fast.translate.loss import linear_cross_entropy, product_dtype
 from lstm_fast.translate.model import ModelConfig, Translator
 from lstm_fast.translate.tokenizer import EOS, PAD, Tokenizer, VocabularyError
@@ -151,6 +151,11 @@ def test_an_epoch_holds_every_pair_once_in_batches_within_the_limit():
 def test_a_pair_longer_than_the_limit_is_a_batch_of_its_own():
     examples = [([5] * 50, [6]), ([5], [6]), ([5], [6] * 50)]
     assert sorted(map(len, plan_epoch(examples, 10, seed=0, epoch=0))) == [1, 1, 1]
+
+
+def test_batches_are_cut_by_rows_and_by_padded_subwords():
+    assert cut([2, 0, 1, 3, 4], [1, 2, 1, 3, 9], tokens=6, rows=2) == [[2, 0], [1, 3], [4]]
+    assert cut([], [], tokens=6) == []
 
 
 def test_sources_end_with_eos_and_padding():

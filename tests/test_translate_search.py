@@ -16,7 +16,7 @@ from lstm_fast.translate.corpus import Pair
 from lstm_fast.translate.model import ModelConfig, Translator
 from lstm_fast.translate.plots import plot_attention
 from lstm_fast.translate.scoring import evaluate, score
-from lstm_fast.translate.search import Translation, beam_search, greedy_search, translate
+from lstm_fast.translate.search import Hypothesis, Translation, beam_search, greedy_search, translate
 from lstm_fast.translate.tokenizer import BOS, EOS, Tokenizer
 
 SOURCES = [[4, 5, 6, 7], [5], [7, 7, 4], [6, 5]]
@@ -106,6 +106,21 @@ def test_translations_keep_their_order_and_blank_lines(tokenizer):
     assert together[1].text == together[4].text == ""
     assert together[0].attention.shape == (len(together[0].target_pieces), len(together[0].source_pieces))
     assert together[0].source_pieces[-1] == "</s>"
+
+
+def test_a_long_sentence_shares_its_batch_with_few(tokenizer, monkeypatch):
+    shapes = []
+
+    def recorded(model, source, lengths):
+        shapes.append(tuple(source.shape))
+        return [Hypothesis([EOS], 0.0, torch.zeros(1, source.size(1)))] * len(source)
+
+    monkeypatch.setattr("lstm_fast.translate.search.greedy_search", recorded)
+    model = Translator(ModelConfig(len(tokenizer), 16)).eval()
+    translate(model, tokenizer, ["red"] * 100 + ["red " * 2000], beam=1)
+    assert sum(rows for rows, _ in shapes) == 101
+    assert max(rows for rows, _ in shapes) == 64
+    assert all(rows == 1 or rows * length <= 6400 for rows, length in shapes)
 
 
 TRANSLATIONS = ["La rose est rouge.", "Je me suis levé des cendres.", "Il a quitté la maison ce matin."]

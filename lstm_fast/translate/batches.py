@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,6 +39,29 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(source, lengths, pad_sequence(targets, batch_first=True, padding_value=PAD))
 
 
+def padded(example: Example) -> int:
+    """The subwords of a pair's longer side, with its BOS or EOS."""
+    return 1 + max(map(len, example))
+
+
+def cut(order: Sequence[int], lengths: Sequence[int], tokens: int, rows: float = math.inf) -> list[list[int]]:
+    """``order`` in batches of at most ``rows`` items and ``tokens`` padded subwords, but at least one item.
+
+    Args:
+        order: indices of ``lengths``.
+        lengths: of the items, in subwords.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if not batches or len(batches[-1]) >= rows or longest * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
 def plan_epoch(examples: Sequence[Example], tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch as indices of ``examples``: like lengths together, in an order of chance.
 
@@ -46,13 +70,6 @@ def plan_epoch(examples: Sequence[Example], tokens: int, seed: int, epoch: int) 
     """
     chance = random.Random(f"{seed}/{epoch}")
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i][1]) + chance.random(), len(examples[i][0])))
-    batches: list[list[int]] = []
-    longest = 0
-    for index in order:
-        longest = max(longest, *(len(ids) + 1 for ids in examples[index]))
-        if not batches or longest * (len(batches[-1]) + 1) > tokens:
-            batches.append([])
-            longest = max(len(ids) + 1 for ids in examples[index])
-        batches[-1].append(index)
+    batches = cut(order, [padded(example) for example in examples], tokens)
     chance.shuffle(batches)
     return batches

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lstm_fast.translate.batches import pad_sources
+from lstm_fast.translate.batches import cut, pad_sources
 from lstm_fast.translate.model import Memory, State, Translator
 from lstm_fast.translate.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 
 BEAM = 5
 _BATCH = 64  # sentences
+_BATCH_TOKENS = 6400  # their padded subwords: a long sentence shares its batch with few
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ def translate(model: Translator, tokenizer: Tokenizer, sentences: Sequence[str],
     sources = tokenizer.encode(sentences)
     order = sorted((i for i, ids in enumerate(sources) if ids), key=lambda i: len(sources[i]))
     results = [Translation(sentence, "", 0.0, [], [], torch.zeros(0, 0)) for sentence in sentences]
-    for first in range(0, len(order), _BATCH):
-        batch = order[first : first + _BATCH]
+    for batch in cut(order, [len(ids) + 1 for ids in sources], _BATCH_TOKENS, _BATCH):
         source, lengths = pad_sources([sources[i] for i in batch])
         source = source.to(model.output_bias.device)
         found = greedy_search(model, source, lengths) if beam == 1 else beam_search(model, source, lengths, beam)
