@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lstm_fast.translate import training
 from lstm_fast.translate.checkpoint import CheckpointError, load_model, load_tensors
 from lstm_fast.translate.corpus import CorpusError, read_pairs
 from lstm_fast.translate.search import translate
@@ -35,9 +36,10 @@ class Silent:
 
     def __init__(self, stop_after: int = 0) -> None:
         self.steps, self.stop_after = 0, stop_after
+        self.notes: list[str] = []
 
     def note(self, text: str) -> None:
-        pass
+        self.notes.append(text)
 
     def step(self, progress: float, loss: float, sentences_per_second: float) -> None:
         self.steps += 1
@@ -91,6 +93,70 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, finished, tm
     summary = resume(tmp_path / "run", Silent())
     assert summary["steps"] == 20
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_ctrl_c_ends_an_evaluation_which_the_resumed_run_does(config, finished, tmp_path, monkeypatch):
+    def interrupted(*arguments, beam):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the evaluation went on")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "evaluate", interrupted)
+        train(config, tmp_path / "run", Silent())
+    load_model(tmp_path / "run")
+    resume(tmp_path / "run", Silent())
+    assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("name", ["save_model", "save_tensors"])
+def test_ctrl_c_twice_amid_a_save_leaves_a_whole_run(config, finished, tmp_path, monkeypatch, name):
+    save = getattr(training, name)
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        save(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, name, interrupted)
+        train(config, tmp_path / "run", Silent())
+    load_model(tmp_path / "run")
+    resume(tmp_path / "run", Silent())
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_pairs_longer_than_a_batch_are_left_out_and_counted(config, text, tmp_path):
+    long = tmp_path / "long.tsv"
+    long.write_text(text.read_text(encoding="utf-8") + "word " * 100 + "\t" + "mot " * 100 + "\n", encoding="utf-8")
+    told = []
+    for train_file, dev_file in ((long, text), (text, long)):
+        reporter = Silent()
+        train(replace(config, train=str(train_file), dev=str(dev_file), steps=1), tmp_path / train_file.stem, reporter)
+        told += [note for note in reporter.notes if "left out" in note]
+    assert told == [
+        "left out for more than 40 subwords (--batch-tokens): 1 training pairs and 0 dev pairs",
+        "left out for more than 40 subwords (--batch-tokens): 0 training pairs and 1 dev pairs",
+    ]
+    with pytest.raises(CorpusError, match=r"batch_tokens should be at least \d+ for any training pair to fit, got: 3"):
+        train(replace(config, batch_tokens=3), tmp_path / "none", Silent())
+
+
+def test_a_batch_of_dev_is_bounded(config, tmp_path, monkeypatch):
+    dev = tmp_path / "dev.tsv"
+    lines = [f"{'red ' * words}{i}\t{'rouge ' * words}{i}\n" for i in range(30) for words in (2, 100)]
+    dev.write_text("".join(lines), encoding="utf-8")
+    sizes, loss = [], training.smoothed_loss
+    monkeypatch.setattr(
+        training,
+        "smoothed_loss",
+        lambda model, batch, smoothing: (
+            sizes.append((model.training, *batch.target.shape)) or loss(model, batch, smoothing)
+        ),
+    )
+    train(replace(config, dev=str(dev), batch_tokens=2000, steps=1), tmp_path / "run", Silent())
+    rows, widths = zip(*(size for learning, *size in sizes if not learning), strict=True)
+    assert sum(rows) == 60 and max(widths) > 100
+    assert all(n * (t - 1) <= training.DEV_TOKENS for n, t in zip(rows, widths, strict=True))
 
 
 def test_seeds_decide(config, finished, tmp_path):
@@ -210,6 +276,14 @@ def test_a_checkpoint_of_another_kind_is_refused(finished, tmp_path, change, mes
         load_model(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_model_alone_cannot_be_resumed(config, finished, tmp_path):
+    shutil.copy(finished / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds a model but no training\.safetensors: .* choose another --out"):
+        resume(tmp_path, Silent())
+    with pytest.raises(CheckpointError, match=r"holds a trained model already: choose another --out$"):
+        train(config, tmp_path, Silent())
 
 
 def test_other_files_are_refused(finished, tmp_path, text):

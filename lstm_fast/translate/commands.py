@@ -83,7 +83,9 @@ def train_command(
     encoder_layers: Annotated[int, typer.Option(help="Stacked, each both ways.")] = TrainingConfig.encoder_layers,
     decoder_layers: Annotated[int, typer.Option(help="Stacked.")] = TrainingConfig.decoder_layers,
     dropout: Annotated[float, typer.Option(help="Probability.")] = TrainingConfig.dropout,
-    batch_tokens: Annotated[int, typer.Option(help="Subwords in a batch, at most.")] = TrainingConfig.batch_tokens,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Subwords in a batch, at most; longer pairs are left out.")
+    ] = TrainingConfig.batch_tokens,
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = TrainingConfig.learning_rate,
     seed: Annotated[int, typer.Option(help="Of weights, dropout and the order of batches.")] = TrainingConfig.seed,
     resume_run: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it began.")] = False,

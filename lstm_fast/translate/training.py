@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lstm_fast import explain
 from lstm_fast.environment import environment
-from lstm_fast.translate.batches import Batch, Example, collate, plan_epoch
+from lstm_fast.translate.batches import Batch, Example, collate, cut, padded, plan_epoch
 from lstm_fast.translate.checkpoint import (
     MODEL_FILE,
     TRAINING_FILE,
@@ -36,7 +37,7 @@ from lstm_fast.translate.checkpoint import (
     save_tensors,
     tensor_bytes,
 )
-from lstm_fast.translate.corpus import Pair, Splits, builtin, group_references, load_splits
+from lstm_fast.translate.corpus import CorpusError, Pair, Splits, builtin, group_references, load_splits
 from lstm_fast.translate.loss import linear_cross_entropy
 from lstm_fast.translate.model import ModelConfig, Translator
 from lstm_fast.translate.scoring import evaluate
@@ -48,6 +49,7 @@ CLIP = 1.0  # norm of all gradients
 AVERAGING = 0.995  # decay of the averaged weights at each step, less in the first ones
 EVALUATIONS = 10  # on dev, evenly over the budget
 DEV_SENTENCES = 400
+DEV_BATCH, DEV_TOKENS = 50, 5000  # pairs, and their padded subwords
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class TrainingConfig:
         train, dev: ``English<TAB>French`` files; train None for the built-in text, dev None to split one off.
         minutes, steps, epochs: the budget; one of them.
         vocab_size: subwords, at most.
-        batch_tokens: padded subwords of a batch, in either language, at most.
+        batch_tokens: padded subwords of a batch, in either language, at most; longer pairs are left out, of dev too.
         learning_rate: of AdamW, at its peak.
         Others: see ModelConfig.
     """
@@ -111,12 +113,13 @@ def train(config: TrainingConfig, out: Path, reporter: Reporter) -> dict[str, An
         VocabularyError: ``vocab_size`` is too small for the text.
         CheckpointError: ``out`` holds a run already.
         FloatingPointError: training diverged.
-        KeyboardInterrupt: on Ctrl-C, after the current step; the run has been saved.
+        KeyboardInterrupt: on Ctrl-C, after the current step or amid an evaluation; the run has been saved.
     """
     started = time.monotonic()
-    for name in (MODEL_FILE, TRAINING_FILE):
-        if (out / name).exists():
-            raise CheckpointError(f"{out} holds a trained model already: choose another --out, or --resume it")
+    if (out / TRAINING_FILE).exists():
+        raise CheckpointError(f"{out} holds a trained model already: choose another --out, or --resume it")
+    if (out / MODEL_FILE).exists():
+        raise CheckpointError(f"{out} holds a trained model already: choose another --out")
     splits = config.load_splits()
     tokenizer = Tokenizer.train((text for p in splits.train for text in (p.english, p.french)), config.vocab_size)
     torch.manual_seed(config.seed)
@@ -131,6 +134,10 @@ def resume(out: Path, reporter: Reporter) -> dict[str, Any]:
     """
     started = time.monotonic()
     path = out / TRAINING_FILE
+    if not path.exists() and (out / MODEL_FILE).exists():
+        raise CheckpointError(
+            f"{out} holds a model but no {TRAINING_FILE}: its run can't be resumed, choose another --out to train anew"
+        )
     tensors, about = load_tensors(path, "training")
     try:
         config, text = TrainingConfig(**about["config"]), about["text"]
@@ -154,8 +161,10 @@ class _Run:
     def __init__(self, config: TrainingConfig, splits: Splits, tokenizer: Tokenizer, started: float) -> None:
         self.config, self.tokenizer, self.text = config, tokenizer, _digest(splits)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.examples = examples_of(tokenizer, splits.train)
-        self.dev = _spread(splits.dev, DEV_SENTENCES)
+        self.examples = [example for _, example in _fitting("training", splits.train, tokenizer, config.batch_tokens)]
+        dev = [pair for pair, _ in _fitting("dev", splits.dev, tokenizer, config.batch_tokens)]
+        self.left_out = len(splits.train) - len(self.examples), len(splits.dev) - len(dev)
+        self.dev = _spread(dev, DEV_SENTENCES)
         self.model = Translator(config.model_config(len(tokenizer))).to(self.device)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
@@ -172,16 +181,24 @@ class _Run:
         )
         reporter.note(f"{len(self.examples)} sentence pairs, {sizes}, on {self.device}")
         reporter.note(f"LSTM on {self._backend()}")
+        if any(self.left_out):
+            pairs = "{} training pairs and {} dev pairs".format(*self.left_out)
+            reporter.note(f"left out for more than {self.config.batch_tokens} subwords (--batch-tokens): {pairs}")
         batches = self._batches()
         with _Interrupts() as interrupts:
-            while (progress := self.progress()) < 1 or self.step == 0:
-                loss = self._train_step(next(batches), min(progress, 1.0))
-                reporter.step(self.progress(), loss, self.sentences / self.seconds())
-                if self.progress() * EVALUATIONS >= self.evaluations + 1:
-                    self._evaluate(out, reporter)
-                if interrupts.seen:
-                    self._save(out)
-                    raise KeyboardInterrupt
+            try:
+                while self.step == 0 or self.progress() < 1 or self._evaluation_is_due():
+                    if self._evaluation_is_due():
+                        with interrupts.at_once():
+                            loss, bleu = self._evaluate()
+                        self._keep(loss, bleu, out, reporter)
+                    else:
+                        loss = self._train_step(next(batches), min(self.progress(), 1.0))
+                        reporter.step(self.progress(), loss, self.sentences / self.seconds())
+                    interrupts.check()
+            except KeyboardInterrupt:
+                self._save(out)
+                raise
         return self.summary()
 
     def seconds(self) -> float:
@@ -226,14 +243,25 @@ class _Run:
         self.sentences += len(batch.source)
         return loss.item()
 
-    def _evaluate(self, out: Path, reporter: Reporter) -> None:
-        """Scores the averaged weights on dev, keeps them if they are the best so far, and saves the run."""
-        self.evaluations = int(self.progress() * EVALUATIONS)
+    def _evaluation_is_due(self) -> bool:
+        return self.step > 0 and self._tenths() > self.evaluations
+
+    def _tenths(self) -> int:
+        return int(min(self.progress(), 1.0) * EVALUATIONS)
+
+    def _evaluate(self) -> tuple[float, float]:
+        """Loss and BLEU of the averaged weights on dev."""
         examples = examples_of(self.tokenizer, self.dev)
-        with torch.no_grad():
-            batches = [collate(examples[i : i + 50]).to(self.device) for i in range(0, len(examples), 50)]
-            loss = sum(smoothed_loss(self.averaged, b, 0.0).item() * len(b.source) for b in batches) / len(examples)
-        bleu = evaluate(self.averaged, self.tokenizer, self.dev, beam=1).bleu
+        loss = 0.0
+        for part in cut(range(len(examples)), [padded(e) for e in examples], DEV_TOKENS, DEV_BATCH):
+            with torch.no_grad():
+                batch = collate([examples[i] for i in part]).to(self.device)
+                loss += smoothed_loss(self.averaged, batch, 0.0).item() * len(part) / len(examples)
+        return loss, evaluate(self.averaged, self.tokenizer, self.dev, beam=1).bleu
+
+    def _keep(self, loss: float, bleu: float, out: Path, reporter: Reporter) -> None:
+        """Keeps the averaged weights if they are the best so far, and saves the run."""
+        self.evaluations = self._tenths()
         best = bleu > self.best_bleu
         if best:
             self.best_bleu = bleu
@@ -250,8 +278,6 @@ class _Run:
 
     def _save(self, out: Path) -> None:
         """The run as it stands, and, should no evaluation have kept a model yet, the model as it stands."""
-        if not (out / MODEL_FILE).exists():
-            self._save_model(out)
         tensors = {"tokenizer": bytes_tensor(self.tokenizer.model), "random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -262,6 +288,8 @@ class _Run:
         about = {"config": asdict(self.config), "text": self.text, "seconds": self.seconds()}
         about |= {name: getattr(self, name) for name in _PLACE}
         save_tensors(out / TRAINING_FILE, "training", tensors, about)
+        if not (out / MODEL_FILE).exists():
+            self._save_model(out)
 
     def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """The state that ``_save`` stored."""
@@ -321,6 +349,16 @@ def examples_of(tokenizer: Tokenizer, pairs: list[Pair]) -> list[Example]:
     return list(zip(sources, targets, strict=True))
 
 
+def _fitting(part: str, pairs: list[Pair], tokenizer: Tokenizer, tokens: int) -> list[tuple[Pair, Example]]:
+    """The pairs of at most ``tokens`` subwords, as text and as ids."""
+    examples = examples_of(tokenizer, pairs)
+    fitting = [(pair, example) for pair, example in zip(pairs, examples, strict=True) if padded(example) <= tokens]
+    if not fitting:
+        shortest = min(map(padded, examples))
+        raise CorpusError(f"batch_tokens should be at least {shortest} for any {part} pair to fit, got: {tokens}")
+    return fitting
+
+
 def _spread(pairs: list[Pair], count: int) -> list[Pair]:
     """All pairs of about ``count`` distinct English sentences, evenly from the whole list."""
     grouped = group_references(pairs)
@@ -335,10 +373,10 @@ def _digest(splits: Splits) -> str:
 
 
 class _Interrupts:
-    """Ctrl-C lets the current step finish; a second one does not wait."""
+    """Ctrl-C waits for the end of a step or of a save, so that a run is never half done; ``at_once`` it doesn't."""
 
     def __init__(self) -> None:
-        self.seen = False
+        self.seen, self.waits = False, True
         self._before: Any = None
 
     def __enter__(self) -> _Interrupts:
@@ -346,9 +384,25 @@ class _Interrupts:
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
+    def check(self) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For what may be left undone."""
+        self.waits = False
+        try:
+            self.check()
+            yield
+        finally:
+            self.waits = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.seen = True
-        signal.signal(signal.SIGINT, self._before)
+        if not self.waits:
+            self.waits = True  # one is enough
+            raise KeyboardInterrupt
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
