@@ -61,6 +61,13 @@ def test_scores_are_those_of_the_model_and_padding_changes_nothing(model, search
         torch.testing.assert_close(found.attention.sum(1), torch.ones(len(found.ids), dtype=torch.float64))
 
 
+def test_attention_is_that_of_the_hypothesis_through_all_its_steps(model):
+    for source, found in zip(SOURCES, beam_search(model, *pad_sources(SOURCES), 4), strict=True):
+        memory = model.encode(*pad_sources([source]))
+        _, attention, _ = model.decode(torch.tensor([[BOS, *found.ids[:-1]]]), memory, memory.state)
+        torch.testing.assert_close(found.attention[:, : len(source) + 1], attention[0], rtol=0, atol=1e-12)
+
+
 def test_a_wide_beam_finds_the_best_of_all_sentences(model, monkeypatch):
     longest = 3
     monkeypatch.setattr("lstm_fast.translate.search._limit", lambda lengths: torch.full_like(lengths, longest))
@@ -94,6 +101,20 @@ def test_every_sentence_ends():
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the rose is red", "la rose est rouge"], 300)
+
+
+def test_beam_search_keeps_one_row_of_attention_a_step(monkeypatch):
+    torch.manual_seed(0)
+    model = Translator(ModelConfig(LETTERS, 16, 1, 1)).eval()
+    with torch.no_grad():
+        model.output_bias[EOS] = -1e9
+    most, cat = [0], torch.cat
+    monkeypatch.setattr(
+        torch, "cat", lambda tensors, dim=0: most.append(sum(t.numel() for t in tensors)) or cat(tensors, dim)
+    )
+    (found,) = beam_search(model, *pad_sources([[4] * 100]), 5)
+    assert found.attention.shape == (212, 101)
+    assert max(most) < 101 * 212
 
 
 def test_translations_keep_their_order_and_blank_lines(tokenizer):

@@ -94,7 +94,8 @@ def beam_search(model: Translator, source: Tensor, lengths: Tensor, beam: int) -
     memory = model.encode(source, lengths).repeat(beam)
     state, limit = memory.state, _limit(lengths).to(device).repeat_interleave(beam)
     tokens = torch.full((batch * beam, 1), BOS, device=device)
-    attentions = memory.values.new_zeros(batch * beam, 0, source.size(1))
+    attentions: list[Tensor] = []  # of each step [B * K, S], and the rows that its hypotheses went on from
+    origins: list[Tensor] = []
     total = torch.full((batch, beam), -torch.inf, dtype=torch.float64, device=device)
     total[:, 0] = 0  # one hypothesis to begin with
     length = torch.zeros_like(total)
@@ -113,10 +114,16 @@ def beam_search(model: Translator, source: Tensor, lengths: Tensor, beam: int) -
         length, done = length.gather(1, origin), done.gather(1, origin) | (word == EOS) | total.isneginf()
         rows = (first_row + origin).flatten()
         tokens = torch.cat([tokens[rows], word.view(-1, 1)], 1)
-        attentions = torch.cat([attentions, attention.unsqueeze(1)], 1)[rows]
+        attentions.append(attention)
+        origins.append(rows)
         state = tuple((h[:, rows], c[:, rows]) for h, c in state)
     winners = first_row.flatten() + (total / length).argmax(1)
-    return [_hypothesis(tokens[w], total.view(-1)[w], attentions[w]) for w in winners]
+    rows, steps = winners, []
+    for attention, origin in zip(reversed(attentions), reversed(origins), strict=True):
+        rows = origin[rows]
+        steps.append(attention[rows])
+    found = zip(tokens[winners], total.view(-1)[winners], torch.stack(steps[::-1], 1), strict=True)
+    return [_hypothesis(*row) for row in found]
 
 
 def _limit(lengths: Tensor) -> Tensor:
