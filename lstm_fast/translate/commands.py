@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -128,7 +129,25 @@ def _was_given(context: typer.Context, name: str | None) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def _check_place(option: str, kind: Literal["file", "folder"], path: Path) -> None:
+    """That ``path`` can be written, before the work that it is for; nothing is made yet."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    fits = there.is_dir() == (kind == "folder" or there is not path)
+    if not fits or not os.access(there, os.W_OK):
+        raise typer.BadParameter(f"{option} should be a {kind} that can be written, got: {path}")
+
+
+def _check_utf8(text: str, place: str) -> None:
+    """Python reads bytes that aren't UTF-8 as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise CorpusError(f"{place}: byte 0x{byte:02x} isn't UTF-8; expected UTF-8 text.") from error
+
+
 def _train(config: TrainingConfig | None, out: Path) -> dict[str, Any]:
+    _check_place("--out", "folder", out)
     with ProgressBar() as bar:
         try:
             summary = resume(out, bar) if config is None else train(config, out, bar)
@@ -149,11 +168,19 @@ def translate_command(
     attention: Annotated[Path | None, typer.Option(help="Write a picture of a single sentence's attention.")] = None,
 ) -> None:
     """Translate sentences, one a line."""
-    texts = sentences or [line.rstrip("\n") for line in sys.stdin]
-    if attention is not None and len(texts) != 1:
-        raise typer.BadParameter(f"--attention takes one sentence, got: {len(texts)}")
+    texts = sentences or [
+        line.rstrip("\n") for line in typer.get_text_stream("stdin", encoding="utf-8-sig", errors="surrogateescape")
+    ]
+    for number, text in enumerate(texts, 1):
+        _check_utf8(text, f"sentence {number}" if sentences else f"standard input, line {number}")
+    if attention is not None:
+        if len(texts) != 1:
+            raise typer.BadParameter(f"--attention takes one sentence, got: {len(texts)}")
+        _check_place("--attention", "file", attention)
     checkpoint = load_model(model)
     translations = translate(checkpoint.model, checkpoint.tokenizer, texts, beam)
+    if attention is not None and not translations[0].source_pieces:
+        raise typer.BadParameter(f"--attention takes a sentence that isn't blank, got: {texts[0]!r}")
     for translation in translations:
         print(translation.text)
     if attention is not None:
@@ -170,6 +197,8 @@ def evaluate_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write scores and the model's story here.")] = None,
 ) -> None:
     """Score translations with BLEU and chrF against references never trained on."""
+    if json_file is not None:
+        _check_place("--json", "file", json_file)
     checkpoint = load_model(model)
     scores = evaluate(
         checkpoint.model, checkpoint.tokenizer, builtin().test if test is None else read_pairs(test), beam
