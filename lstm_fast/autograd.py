@@ -96,10 +96,9 @@ def layer(
     zeros = isinstance(c0, int)
     if zeros:
         inputs = (x, None, None, *rest)
-    seen_by_others = torch.compiler.is_compiling() or transforms_active() or _watched(())
-    fits = not seen_by_others and layer_inputs_fit(inputs)
-    if not seen_by_others and not fits:
-        seen_by_others = _watched(inputs)
+    followed = torch.compiler.is_compiling() or transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    fits = not followed and layer_inputs_fit(inputs)
+    seen_by_others = followed or (not fits and _watched(inputs))
     if zeros and not (fits and backend in _TAKE_NO_STATES and _weights_tell(x, c0, weights)):
         inputs = (x, *_zero_states(x, batch_sizes, len(weights), features=h0, hidden=c0), *rest)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
