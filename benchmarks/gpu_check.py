@@ -24,10 +24,10 @@ import torch
 
 import lstm_fast
 from benchmarks import gpu_bench
-from lstm_fast.bench import exchange
+from lstm_fast.bench import exchange, files
 from lstm_fast.bench.process import run
 from lstm_fast.bench.report import put_between
-from lstm_fast.bench.runner import describe, write
+from lstm_fast.bench.runner import describe
 from lstm_fast.cli import MISSING
 from lstm_fast.kernels import persistent
 
@@ -157,7 +157,7 @@ def run_suite(result: Path) -> dict[str, Any]:
             lines.append(f"{name}: skipped: {said.strip()}")
             continue
         ok = ok and code == 0
-        lines += [said if code is not None else stopped("suite", said[-500:]), str(output)]
+        lines += [said, str(output)] if code is not None else [stopped("suite", said[-500:]), files.stopped(output)]
     return {"ok": ok, "summary": "\n".join(lines)}
 
 
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
             record[part] = {"ok": False, "summary": f"{type(error).__name__}: {error}"}
         ok = ok and record[part]["ok"]
         print(f"{part}: {record[part]['summary']}", flush=True)
-        write(path, record)
+        files.write(path, record)
     print(path)
     return 0 if ok else 1
 

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lstm_fast import measured
-from lstm_fast.bench import report, runner, training
+from lstm_fast.bench import files, report, runner, training
 from lstm_fast.bench.cases import GRIDS, MODES, Grid
 from lstm_fast.bench.rivals import DEFAULT, RIVALS
 from lstm_fast.dispatch import BACKENDS
@@ -60,6 +60,7 @@ def bench(
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"--device cuda needs an NVIDIA GPU, and torch {torch.__version__} finds none")
     output = out or Path(f"bench-{grid.value}.json")
+    _prepare(output)
     _run(grid.value, cases, chosen_modes, chosen_rivals, device, seconds, output, backend)
     record = report.load(output)
     print(report.table(record))
@@ -88,8 +89,15 @@ def _run(
         try:
             runner.run(name, grid, modes, rivals, device, seconds, output, progress, backend)
         except KeyboardInterrupt:
-            bar.console.print(f"Stopped; {output} holds what was measured.")
+            bar.console.print(files.stopped(output), markup=False, soft_wrap=True)
             raise
+
+
+def _prepare(output: Path) -> None:
+    try:
+        files.prepare(output)
+    except files.OutputError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _one(name: str, known: Iterable[str], option: str) -> str:
@@ -137,14 +145,16 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="The table; else the one that `auto` reads.")] = None,
 ) -> None:
     """Find where torch's own LSTM is faster, and have backend="auto" leave those calls to it."""
+    path = out or measured.users_table()
+    _prepare(path)
     if not runs:
         device = runner.usual_device()
         runs = [Path("bench-tune.json")]
+        _prepare(runs[0])
         grid, kernel = {"cpu": ("tune", "cpu"), "cuda": ("tune-gpu", "persistent")}[device]
         _run(grid, GRIDS[grid], ["inference", "forward+backward"], ["torch"], device, 0.3, runs[0], kernel)
     table = measured.table_from([report.load(path) for path in runs])
-    path = out or measured.users_table()
-    runner.write(path, table)
+    files.write(path, table)
     faster = sum(row[-1] < measured.MARGIN for row in table["rows"])
     print(f"torch's own is faster in {faster} of {len(table['rows'])} measured calls; written to {path}")
 
@@ -159,9 +169,11 @@ def train_command(
     """Tokens a second of a model in training with either LSTM: same seed, same batches, same losses."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if out is not None:
+        _prepare(out)
     results = [training.run(name, steps) for name in ([task.value] if task else training.TASKS)]
     print(training.table(results))
     if out is not None:
-        runner.write(out, {**runner.describe(runner.usual_device()), "tasks": results})
+        files.write(out, {**runner.describe(runner.usual_device()), "tasks": results})
     if not all(result["same_curve"] for result in results):
         raise typer.Exit(1)

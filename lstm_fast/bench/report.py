@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
 
+from lstm_fast.bench import files
 from lstm_fast.bench.cases import Case
 
 if TYPE_CHECKING:
@@ -140,9 +141,7 @@ def put_between(readme: Path, markers: tuple[str, str], table: str) -> None:
     _, end, after = rest.partition(markers[1])
     if not begin or not end:
         raise ReportError(f"{readme} has no table to replace: a line {markers[0]} and, below it, a line {markers[1]}")
-    part = readme.with_name(readme.name + ".part")
-    part.write_bytes(f"{before}{begin}\n{table}{end}{after}".encode())
-    part.replace(readme)
+    files.replace(readme, f"{before}{begin}\n{table}{end}{after}".encode())
 
 
 def plots(run: Run, folder: Path) -> list[Path]:

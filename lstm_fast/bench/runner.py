@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import lstm_fast
-from lstm_fast.bench import memory, rivals
+from lstm_fast.bench import files, memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
 from lstm_fast.bench.timing import Rounds, Witness, compared, interleave, spread
@@ -246,12 +245,13 @@ def run(
     backend: str = "auto",
 ) -> dict[str, Any]:
     """Every case of the grid, ours by ``backend``, in ``PASSES`` passes over it, and in more over those rows that lack
-    quiet rounds, for as long again at most. After each case, ``output`` holds all that is known; under "passes", the
-    state and the limits of the machine before each.
+    quiet rounds, for as long again at most. After each case, ``files.unfinished(output)`` holds all that is known, in
+    the end ``output``; under "passes", the state and the limits of the machine before each.
 
     ``progress(done, total, what)`` is told before each case. A rival that is missing is named under "skipped", as is a
     case that ``backend`` can't serve; one that fails under "failed"; each with its reason.
     """
+    unfinished = files.unfinished(output)
     missing = {rival: why for rival in names if (why := rivals.RIVALS[rival].missing()) is not None}
     present = [rival for rival in names if rival not in missing]
     record: dict[str, Any] = {
@@ -291,7 +291,7 @@ def run(
             record["rows"] = [each.row(limits) for each in timed]
             done = sum(len(each.rounds.every()) for each in timed)
             record["rounds_left_out"] = done - sum(row["rounds"] for row in record["rows"])
-            write(output, record)
+            files.write(unfinished, record)
     record["after"] = state(device)
     for group in grid:
         case = max(grid[group], key=lambda case: case.T * case.B * case.H)
@@ -299,11 +299,12 @@ def run(
         for row in record["rows"]:
             if (row["group"], _case_of(row), row["mode"]) == (group, case, "forward+backward"):
                 row["memory_mb"] = memory.peak(case, device)
-                write(output, record)
+                files.write(unfinished, record)
     if device == "cuda":
         progress(len(cases), len(cases), "torch.nn.LSTM's launches")
         count_launches(record["rows"], device)
-        write(output, record)
+        files.write(unfinished, record)
+    files.finish(output)
     return record
 
 
@@ -332,11 +333,3 @@ def count_launches(rows: list[dict[str, Any]], device: str) -> None:
 
 def _case_of(row: dict[str, Any]) -> Case:
     return Case(*(row[field] for field in Case._fields))
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """As JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
