@@ -139,7 +139,7 @@ def test_this_machines_limits_are_plausible() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "measure", lambda _: KNOWN)
+    monkeypatch.setattr(runner, "measure", lambda *_: KNOWN)
     monkeypatch.setattr(memory, "startup", lambda _: {})
     monkeypatch.setattr(memory, "peak", lambda case, _: {"ours": 1.0, "torch": 2.0})
 
@@ -187,7 +187,7 @@ def test_a_disturbance_owns_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return timing.Rounds([{"ours": 10.0 if slow else 1.0, "torch": 2.0}] * 3, [{"ours": 20.0, "torch": 2.0}])
 
     rates = iter((100.0, 300.0, 200.0))
-    monkeypatch.setattr(runner, "measure", lambda _: KNOWN._replace(gflops={"float32": next(rates)}))
+    monkeypatch.setattr(runner, "measure", lambda *_: KNOWN._replace(gflops={"float32": next(rates)}))
     monkeypatch.setattr(runner, "interleave", rounds)
     record = runner.run(
         "test",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lstm_fast import _C
-from lstm_fast.bench import exchange, limits
+from lstm_fast.bench import exchange, limits, memory, runner
 from tests.test_cuda_compile import ROOT, sass
 
 CUDA = ROOT / "csrc" / "cuda"
@@ -108,5 +108,18 @@ def test_a_gpus_limit_counts_the_shortest_exchange(monkeypatch):
     monkeypatch.setattr(limits, "_gpu_rates", lambda: {"float32": 4e4})
     monkeypatch.setattr(limits, "_seconds", lambda *_: 1e-3)
     monkeypatch.setattr(limits, "_SIZES", {"cuda": ()})
-    monkeypatch.setattr(exchange, "measure", lambda: {"ok": True, "steps": EXCHANGES})
-    assert limits.measure("cuda").exchange_us == 0.75
+    asked = []
+    monkeypatch.setattr(exchange, "measure", lambda: asked.append(True) or {"ok": True, "steps": EXCHANGES})
+    known = limits.measure("cuda")
+    assert known.exchange_us == 0.75
+    monkeypatch.setattr(limits, "_gpu_rates", lambda: {"float32": 5e4})
+    assert limits.measure("cuda", known) == known._replace(gflops={"float32": 5e4}) and len(asked) == 1
+
+
+def test_a_run_asks_for_the_exchange_once(monkeypatch, tmp_path):
+    known = []
+    found = limits.Limits({}, [(1, 1.0)], 0.75)
+    monkeypatch.setattr(runner, "measure", lambda device, so_far: known.append(so_far) or found)
+    monkeypatch.setattr(memory, "startup", lambda _: {})
+    runner.run("none", {}, [], [], "cpu", 0.0, tmp_path / "run.json", lambda *_: None)
+    assert known == [None, found, found] and len(known) == runner.PASSES

@@ -271,7 +271,7 @@ def run(
     limits: Limits | None = None
     witness = Witness(_WATCHED * seconds) if device == "cpu" else None
     for number, places in enumerate(_passes(known, going)):
-        found = measure(device)
+        found = measure(device, limits)
         limits = found if limits is None else found.best(limits)
         record["limits"] = limits._asdict()
         record["passes"].append({**state(device), "limits": found._asdict()})
@@ -303,7 +303,7 @@ def run(
     if device == "cuda":
         progress(len(cases), len(cases), "torch.nn.LSTM's launches")
         count_launches(record["rows"], device)
-        files.write(unfinished, record)
+    files.write(unfinished, record)
     files.finish(output)
     return record
 
