@@ -66,6 +66,15 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert report.load(write(tmp_path / "run.json", recorded)) == recorded
 
 
+def test_an_older_runs_rows_stand_beside_the_limit_of_today(tmp_path: Path) -> None:
+    """2 * 12 * 512 operations take 150 us at AMX's quarter of 327.68 Mflop/s, which older runs didn't count."""
+    limits = {"gflops": {"float32": 0.02, "bfloat16": 0.32768}, "bandwidth": [[2**30, 1.0]], "exchange_us": 0.0}
+    taken = row(gflops=2 * 12 * 512 / 1e6, share=3.0)
+    for cpu, ms, what in ("A CPU with amx", 0.15, "flops"), ("A CPU with avx2", 0.6144, "flops"):
+        found = report.load(write(tmp_path / "run.json", run(taken, cpu=cpu, limits=limits)))["rows"][0]
+        assert (found["limit_ms"], found["share"], found["limit"]) == (pytest.approx(ms), pytest.approx(ms), what)
+
+
 @pytest.mark.parametrize(
     ("found", "why"),
     [

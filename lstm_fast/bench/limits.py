@@ -12,15 +12,17 @@ from lstm_fast.bench import exchange
 from lstm_fast.bench.cases import Case
 from lstm_fast.bench.timing import timer
 
-_SIZES = {"cpu": (2**18, 2**21, 2**24, 2**28), "cuda": (2**24, 2**30)}  # bytes that a copy reads, and writes again
+# Bytes. On a CPU half as much again as the weights of 64, 128, .. 1024 hidden units, and as the largest of those with
+# their gradients, so that a call's size lies near the next one, in the same cache.
+_SIZES = {"cpu": (*(3 * 2**k for k in (16, 18, 20, 22, 24, 25)), 2**29), "cuda": (2**25, 2**31)}
 _SQUARE = 8192  # of the products whose rate stands for a GPU's
 
 
 class Limits(NamedTuple):
     """What bounds any LSTM here.
 
-    ``gflops`` by dtype name. ``bandwidth``: up to so many bytes are read and written at so many 1e9 bytes a second, as
-    caches are faster than memory. ``exchange_us``: those who share a step meet in that; None where nothing measures it.
+    ``gflops`` by dtype name. ``bandwidth``: so many bytes at most are moved at so many 1e9 bytes a second, as caches
+    are faster than memory. ``exchange_us``: those who share a step meet in that; None where nothing measures it.
     """
 
     gflops: dict[str, float]
@@ -41,7 +43,8 @@ class Limits(NamedTuple):
         The largest of flops over rate, bytes over bandwidth (each byte once), and T times the exchange.
         """
         moved = case.bytes(rows, mode)
-        rate = next((rate for size, rate in self.bandwidth if moved <= size), self.bandwidth[-1][1])
+        touched = moved * 2 // 3 if mode == "forward+backward" else moved  # a backward pass reads again
+        rate = next((rate for size, rate in self.bandwidth if touched <= size), self.bandwidth[-1][1])
         found = {"bytes": moved / rate / 1e6}
         if case.dtype in self.gflops:
             found["flops"] = case.flops(rows, mode) / self.gflops[case.dtype] / 1e6
@@ -61,10 +64,18 @@ def measure(device: str, known: Limits | None = None) -> Limits:
         rates, meeting = _cpu_rates()
     bandwidth = []
     for size in _SIZES[device]:
-        source = torch.ones(size, dtype=torch.uint8, device=device)
-        target = torch.ones_like(source)
-        bandwidth.append((2 * size, 2 * size / _seconds(device, partial(target.copy_, source)) / 1e9))
+        values = torch.ones(size // 4, device=device)
+        source, target = values.chunk(2)
+        seconds = min(_seconds(device, call) for call in (partial(target.copy_, source), partial(values.dot, values)))
+        bandwidth.append((size, size / seconds / 1e9))  # of copying or of reading alone: LSTMs mostly read
     return Limits(rates, bandwidth, meeting)
+
+
+def gflops(measured: dict[str, float], instruction_set: str) -> dict[str, float]:
+    """Of the rates measured in registers: AMX takes eight products of digits for floats, each at twice bf16's rate."""
+    if instruction_set != "amx":
+        return measured
+    return {**measured, "float32": max(measured["float32"], 2 * measured["bfloat16"] / 8)}
 
 
 def _seconds(device: str, call: Callable[[], Any]) -> float:
@@ -80,7 +91,7 @@ def _cpu_rates() -> tuple[dict[str, float], float | None]:
         return {}, None
     threads, best = torch.get_num_threads(), len(_C.CPU_INSTRUCTION_SETS) - 1
     rates = {name: _C.cpu_peak_rate(code, best, threads) / 1e9 for name, code in _C.DTYPES.items()}
-    return rates, 1e6 * _C.cpu_meeting_seconds(threads)
+    return gflops(rates, _C.CPU_INSTRUCTION_SETS[best]), 1e6 * _C.cpu_meeting_seconds(threads)
 
 
 def _gpu_rates() -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lstm_fast.bench import files
 from lstm_fast.bench.cases import Case
+from lstm_fast.bench.limits import Limits, gflops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,21 @@ def load(path: Path) -> Run:
     flaw = next(_flaws(run), None)
     if flaw is not None:
         raise ReportError(f"{path} is not a recorded run: {flaw}")
-    return run
+    return _with_limits(run) if run.get("limits") else run
+
+
+def _with_limits(run: Run) -> Run:
+    """Each row beside the limit as it is understood today: older runs took the rate of multiply-adds for AMX's too."""
+    instruction_set = run["cpu"].rpartition(" with ")[2] if run["device"] == "cpu" else ""
+    limits = Limits(**run["limits"])
+    limits = limits._replace(gflops=gflops(limits.gflops, instruction_set))
+    rows = []
+    for row in run["rows"]:
+        case, ms = _case(row), row["ours"]["ms"]
+        count = round(row["gflops"] * ms * 1e6 / case.flops(1, row["mode"]))
+        limit_ms, limit = limits.of(case, count, row["mode"])
+        rows.append({**row, "limit_ms": limit_ms, "limit": limit, "share": limit_ms / ms})
+    return {**run, "limits": limits._asdict(), "rows": rows}
 
 
 def table(run: Run) -> str:
