@@ -1,5 +1,6 @@
 """Where the benchmark writes: nothing is lost without a word, and what can't be written is said at once."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,3 +90,11 @@ def test_an_output_that_cannot_be_written_is_said_at_once(
     assert (status, out) == (2, "") and error.count("\n") == 1
     assert "the output should be a " in error and f"got: {name}" in error
     assert set(Path().rglob("*")) == before and Path("pipe").is_fifo()
+
+
+def test_tuning_without_a_row_writes_nothing(command: Command) -> None:
+    about = {"date": "2026", "commit": "0", "cpu": "A CPU", "torch": "2", "threads": 1, "grid": "g", "device": "cpu"}
+    Path("run.json").write_text(json.dumps({**about, "skipped": {}, "rows": [], "failed": []}))
+    status, out, error = command("bench", "tune", "run.json", "--out", "table.json")
+    assert (status, out) == (2, "") and "a table needs quiet rows of ours against torch's" in error
+    assert not Path("table.json").exists()

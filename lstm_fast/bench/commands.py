@@ -154,6 +154,8 @@ def tune(
         grid, kernel = {"cpu": ("tune", "cpu"), "cuda": ("tune-gpu", "persistent")}[device]
         _run(grid, GRIDS[grid], ["inference", "forward+backward"], ["torch"], device, 0.3, runs[0], kernel)
     table = measured.table_from([report.load(path) for path in runs])
+    if not table["rows"]:
+        raise report.ReportError("a table needs quiet rows of ours against torch's, and the runs have none")
     files.write(path, table)
     faster = sum(row[-1] < measured.MARGIN for row in table["rows"])
     print(f"torch's own is faster in {faster} of {len(table['rows'])} measured calls; written to {path}")
