@@ -172,7 +172,7 @@ def test_this_machines_limits_are_plausible() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "measure", lambda *_: KNOWN)
     monkeypatch.setattr(memory, "startup", lambda _: {})
-    monkeypatch.setattr(memory, "peak", lambda case, _: {"ours": 1.0, "torch": 2.0})
+    monkeypatch.setattr(memory, "peak", lambda *_: {"ours": 1.0, "torch": 2.0})
 
 
 def run(output: Path, grid: dict[str, list[Case]], stop_at: int | None = None, names: tuple[str, ...] = ("torch",)):
@@ -280,6 +280,20 @@ def test_what_torch_launches_is_noted_in_its_rows(monkeypatch: pytest.MonkeyPatc
     rows = [{**SMALL._asdict(), "rivals": names} for names in ({"torch": {}}, {"haste": {}})]
     runner.count_launches(rows, "cpu")
     assert rows[0]["launches"] == {"count": SMALL.H * SMALL.B} and "launches" not in rows[1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_progress_counts_what_comes_after_the_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.Witness, "disturbed", lambda _: False)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(memory, "peak", lambda *arguments: asked.append(arguments) or {})
+    told: list[tuple[int, int]] = []
+    grid, modes = {"one": [SMALL], "two": KINDS[1:3]}, ["inference", "forward+backward"]
+    backend, output = "reference", tmp_path / "run.json"
+    runner.run("test", grid, modes, [], "cpu", 0.0, output, lambda *step: told.append(step[:2]), backend)
+    steps = 3 * runner.PASSES + 2  # memory of a case of each group
+    assert told == [(done, steps) for done in range(steps + 1)]
+    assert [each[1:] for each in asked] == [("cpu", "reference", torch.get_num_threads())] * 2
 
 
 @pytest.mark.usefixtures("quick")
@@ -396,15 +410,16 @@ def test_peak_memory_counts_one_side_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(rivals, "oracle", remembered)
     for side in memory.SIDES:
-        module = memory._module(SMALL, side, "cpu")
+        module = memory._module(SMALL, side, "cpu", "reference")
         gc.collect()
         assert made[-1]() is (None if side == "ours" else module)
+        assert side == "torch" or module.backend == "reference"
 
 
 def test_peak_memory_is_that_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """40,000 rows of 64 hidden units: gates, cells and outputs are 40 MB at least, and not ten times as many."""
     monkeypatch.setattr(memory, "_PROCESSES", 1)
-    found = memory.peak(Case(400, 100, 64), "cpu")
+    found = memory.peak(Case(400, 100, 64), "cpu", "auto", 2)
     assert all(40 < megabytes < 400 for megabytes in found.values())
 
 
@@ -415,12 +430,12 @@ def test_peak_memory_takes_medians_where_it_varies(
     sides: list[str] = []
 
     def answer(command: list[str], **_: Any) -> Any:
-        assert command[-1] == device
-        sides.append(command[-2])
+        assert command[-3:] == [device, "reference", "2"]
+        sides.append(command[-4])
         return mock.Mock(stdout=str(len(sides)))
 
     monkeypatch.setattr(subprocess, "run", answer)
-    found = memory.peak(SMALL, device)
+    found = memory.peak(SMALL, device, "reference", 2)
     assert len(sides) == processes and found == {"ours": processes / 2, "torch": processes / 2 + 1}
 
 

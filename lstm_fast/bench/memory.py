@@ -1,7 +1,7 @@
 """Peak memory and first calls, each measured in a process of its own.
 
-``python -m lstm_fast.bench.memory '[T, B, ...]' ours|torch`` prints the megabytes that the process's peak grew by, from
-after a first small pass to after the third forward and backward pass of the case.
+``python -m lstm_fast.bench.memory '[T, B, ...]' ours|torch cpu|cuda BACKEND THREADS`` prints the megabytes that the
+process's peak grew by, from after a first small pass to after the third forward and backward pass of the case.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def startup(device: str) -> dict[str, float]:
     return dict(zip(names, (statistics.median(values) for values in zip(*runs, strict=True)), strict=True))
 
 
-def peak(case: Case, device: str) -> dict[str, float]:
-    """Megabytes that a forward and backward pass takes at most, of either side; on a CPU medians of three processes, as
-    its allocator finds room for a gradient where the last one was, or not."""
+def peak(case: Case, device: str, backend: str, threads: int) -> dict[str, float]:
+    """Megabytes that a forward and backward pass takes at most, of either side, ours by ``backend``; on a CPU medians
+    of three processes, as its allocator finds room for a gradient where the last one was, or not."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     for side in SIDES * (_PROCESSES if device == "cpu" else 1):
-        command = [sys.executable, "-m", "lstm_fast.bench.memory", json.dumps(list(case)), side, device]
+        arguments = [json.dumps(list(case)), side, device, backend, str(threads)]
+        command = [sys.executable, "-m", "lstm_fast.bench.memory", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[side].append(float(done.stdout))
     return {side: statistics.median(peaks) for side, peaks in found.items()}
@@ -70,18 +71,19 @@ def _peak_mb(device: str) -> float:
     return int(found[1]) / 1024
 
 
-def _module(case: Case, side: str, device: str) -> nn.Module:
+def _module(case: Case, side: str, device: str, backend: str) -> nn.Module:
     """One side's module alone: whose weights ours has taken is gone."""
     oracle = rivals.oracle(case, device)
-    return rivals.ours(case, oracle) if side == "ours" else oracle
+    return rivals.ours(case, oracle, backend) if side == "ours" else oracle
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    case, side, device = Case(*json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+    shape, side, device, backend, threads = sys.argv[1:]
+    case = Case(*json.loads(shape))
+    torch.set_num_threads(int(threads))
 
     def passes(case: Case, count: int) -> None:
-        module, x = _module(case, side, device), rivals.make_input(case, device)
+        module, x = _module(case, side, device, backend), rivals.make_input(case, device)
         call = rivals.task(module, x, "forward+backward")
         for _ in range(count):
             call()

@@ -269,6 +269,8 @@ def run(
     known: list[list[Measured]] = [[] for _ in cases]
     going = set(range(len(cases)))
     limits: Limits | None = None
+    after = len(grid) + (device == "cuda")  # steps: memory of a case a group, launches
+    total = PASSES * len(cases) + after
     witness = Witness(_WATCHED * seconds) if device == "cpu" else None
     for number, places in enumerate(_passes(known, going)):
         found = measure(device, limits)
@@ -277,7 +279,8 @@ def run(
         record["passes"].append({**state(device), "limits": found._asdict()})
         for at in places:
             group, case = cases[at]
-            progress(number * len(cases) + at, max(PASSES, number + 1) * len(cases), case.label())
+            total = max(PASSES, number + 1) * len(cases) + after
+            progress(number * len(cases) + at, total, case.label())
             again = number >= PASSES
             try:
                 time_case(known[at], group, case, modes, present, device, seconds / PASSES, backend, witness, again)
@@ -289,22 +292,24 @@ def run(
                 record["failed"].append({"group": group, **case._asdict(), "why": str(error).split("\n")[0]})
             timed = [each for of_case in known for each in of_case if each.rounds.every()]
             record["rows"] = [each.row(limits) for each in timed]
-            done = sum(len(each.rounds.every()) for each in timed)
-            record["rounds_left_out"] = done - sum(row["rounds"] for row in record["rows"])
+            record["rounds_left_out"] = sum(len(each.rounds.every()) for each in timed) - sum(
+                row["rounds"] for row in record["rows"]
+            )
             files.write(unfinished, record)
     record["after"] = state(device)
-    for group in grid:
+    for step, group in enumerate(grid, total - after):
         case = max(grid[group], key=lambda case: case.T * case.B * case.H)
-        progress(len(cases), len(cases), f"memory of {case.label()}")
+        progress(step, total, f"memory of {case.label()}")
         for row in record["rows"]:
             if (row["group"], _case_of(row), row["mode"]) == (group, case, "forward+backward"):
-                row["memory_mb"] = memory.peak(case, device)
+                row["memory_mb"] = memory.peak(case, device, backend, torch.get_num_threads())
                 files.write(unfinished, record)
     if device == "cuda":
-        progress(len(cases), len(cases), "torch.nn.LSTM's launches")
+        progress(total - 1, total, "torch.nn.LSTM's launches")
         count_launches(record["rows"], device)
     files.write(unfinished, record)
     files.finish(output)
+    progress(total, total, "done")
     return record
 
 
