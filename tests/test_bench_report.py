@@ -287,8 +287,8 @@ def grid() -> list[dict[str, Any]]:
 
 
 def test_heat_maps(tmp_path: Path, figures: list[Figure]) -> None:
-    paths = report.plots(run(*grid()), tmp_path / "new")
-    assert [path.name for path in paths] == [f"test-cpu-1t-{kind}-inference-float32.png" for kind in ("ratio", "time")]
+    paths = report.plots(run(*grid()), tmp_path / "new", "name")
+    assert [path.name for path in paths] == [f"name-{kind}-inference-float32.png" for kind in ("ratio", "time")]
     assert all(min(imread(path).shape[:2]) > 300 for path in paths)
     *panels, bar = figures[0].axes
     assert [axes.get_title() for axes in panels] == ["T = 25", "T = 128"]
@@ -304,9 +304,31 @@ def test_heat_maps(tmp_path: Path, figures: list[Figure]) -> None:
     assert [label.get_text() for label in bar.get_yticklabels()] == ["0.25", "1.00", "4.00"]
 
 
+def test_two_runs_plots_lie_side_by_side(command: Callable[..., tuple[int, str, str]]) -> None:
+    for path in (Path("one.json"), Path("two.json"), Path("other/one.json")):
+        path.parent.mkdir(exist_ok=True)
+        write(path, run(*grid()))
+    status, out, _ = command("bench", "report", "one.json", "two.json", "--plots", "new")
+    names = [f"{name}-{kind}-inference-float32.png" for name in ("one", "two") for kind in ("ratio", "time")]
+    assert status == 0 and sorted(path.name for path in Path("new").iterdir()) == names
+    assert all(name in out for name in names)
+    status, out, error = command("bench", "report", "one.json", "other/one.json", "--plots", "more")
+    assert (status, out) == (2, "") and "should differ, got: one, one" in error and not Path("more").exists()
+
+
+def test_titles_are_within_their_figures(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [row(Case(25, B, H)) for B in (1, 8) for H in (64, 256)]
+    report.plots(run(*rows, cpu="Intel(R) Xeon(R) Processor with avx512_slow_bf16"), tmp_path, "name")
+    assert len(figures) == 2
+    for figure in figures:
+        figure.draw_without_rendering()
+        title = figure.texts[0].get_window_extent()
+        assert title.x0 > 0 and title.x1 < figure.bbox.x1
+
+
 def test_curves(tmp_path: Path, figures: list[Figure]) -> None:
     """B = 1 serves six points over T; both T serve both B for H = 64, T = 25 for H = 256 too."""
-    report.plots(run(*grid()), tmp_path)
+    report.plots(run(*grid()), tmp_path, "name")
     over_steps, over_batches = figures[1].axes
     assert (over_steps.get_title(), over_steps.get_xlabel()) == ("B = 1", "T")
     assert (over_batches.get_title(), over_batches.get_xlabel()) == ("T = 25", "B")
@@ -328,7 +350,7 @@ def test_bands_show_the_limit_of_most_rows(tmp_path: Path, figures: list[Figure]
         for T, found in limits.items()
         for H, limit in zip((8, 16, 32), found, strict=True)
     ]
-    assert len(report.plots(run(*rows), tmp_path)) == 1  # of one B there is no heat map
+    assert len(report.plots(run(*rows), tmp_path, "name")) == 1  # of one B there is no heat map
     first, second = figures[0].axes[0].patches
     assert (first.get_x(), first.get_x() + first.get_width()) == pytest.approx((1 / 1.2, 2))
     assert (second.get_x(), second.get_x() + second.get_width()) == pytest.approx((2, 8))
@@ -339,13 +361,13 @@ def test_bands_show_the_limit_of_most_rows(tmp_path: Path, figures: list[Figure]
 
 def test_nothing_to_plot_writes_nothing(tmp_path: Path) -> None:
     alone = [lonely(), row(SMALL._replace(packed=True)), row(SMALL._replace(packed=True, B=2, H=2))]
-    assert report.plots(run(*alone), tmp_path / "new") == []
+    assert report.plots(run(*alone), tmp_path / "new", "name") == []
     assert not (tmp_path / "new").exists()
 
 
 def test_missing_rivals_and_limits_leave_curves(tmp_path: Path, figures: list[Figure]) -> None:
     rows = [lonely(T=T, B=B, H=H) for T in (1, 2) for B in (1, 2) for H in (8, 16)]
-    assert [path.name for path in report.plots(run(*rows), tmp_path)] == ["test-cpu-1t-time-inference-float32.png"]
+    assert [path.name for path in report.plots(run(*rows), tmp_path, "name")] == ["name-time-inference-float32.png"]
     assert len(figures[0].axes) == 2 and not figures[0].axes[0].patches
 
 
@@ -359,9 +381,9 @@ def test_each_mode_dtype_and_input_has_its_own_plots(tmp_path: Path) -> None:
             ("inference", "bfloat16", 1),
         ]
     ]
-    names = [path.name for path in report.plots(run(*rows, threads=2), tmp_path)]
+    names = [path.name for path in report.plots(run(*rows, threads=2), tmp_path, "name")]
     assert names == [
-        f"test-cpu-2t-{kind}-{what}.png"
+        f"name-{kind}-{what}.png"
         for what in ("forward-float32", "inference-bfloat16", "inference-bfloat16-I1")
         for kind in ("ratio", "time")
     ]

@@ -117,10 +117,15 @@ def report_command(
     readme: Annotated[Path | None, typer.Option(help="A README whose table between markers is written anew.")] = None,
 ) -> None:
     """Tables and plots of recorded runs."""
+    names = [path.stem for path in runs]
+    if plots is not None and len(set(names)) < len(names):
+        raise typer.BadParameter(
+            f"--plots names files by those of the runs, which should differ, got: {', '.join(names)}"
+        )
     found = [report.load(path) for path in runs]
-    for record in found:
+    for record, name in zip(found, names, strict=True):
         print(report.table(record))
-        for path in [] if plots is None else report.plots(record, plots):
+        for path in [] if plots is None else report.plots(record, plots, name):
             print(path)
     if readme is not None:
         report.write_readme(readme, found)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from math import log, nan, sqrt
 from pathlib import Path
 from statistics import geometric_mean
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 from lstm_fast.bench import files
@@ -33,6 +34,7 @@ _HEADS = ("case", "mode", "ms", "rival", "its ms", "ratio", "95 %", "µs/step", 
 _LEFT = ("case", "mode", "rival")
 _REGIMES = {"bytes": "#dbe9f6", "flops": "#fde5d3", "exchange": "#dff0d8"}  # background colours
 _STYLES: dict[Literal["-", "--", ":"], str] = {"-": "lstm_fast", "--": "torch", ":": "limit"}
+_LETTERS = 10  # of a title to an inch
 _MARGIN = 1.2  # of the smallest and largest x to the frame, as a factor
 
 
@@ -159,8 +161,9 @@ def put_between(readme: Path, markers: tuple[str, str], table: str) -> None:
     files.replace(readme, f"{before}{begin}\n{table}{end}{after}".encode())
 
 
-def plots(run: Run, folder: Path) -> list[Path]:
-    """PNGs of the dense single layers, by mode and dtype: ratios to torch over B and H, and times over T and over B."""
+def plots(run: Run, folder: Path, name: str) -> list[Path]:
+    """PNGs of the dense single layers, by mode and dtype: ratios to torch over B and H, and times over T and over B.
+    Each file's name begins with ``name``."""
     plain: dict[tuple[str, str, int], Rows] = {}
     for row in run["rows"]:
         case = _case(row)
@@ -169,10 +172,10 @@ def plots(run: Run, folder: Path) -> list[Path]:
     written = []
     for (mode, dtype, inputs), rows in plain.items():
         parts = [mode, dtype] + [f"I{inputs}"] * (inputs > 0)
-        name = f"{run['grid']}-{run['device']}-{run['threads']}t"
         for kind, figure in (("ratio", _ratio_figure(rows)), ("time", _time_figure(rows))):
             if figure is not None:
-                figure.suptitle(f"{', '.join(parts)}; {_machine(run)}, {_threads(run['threads'])}")
+                title = f"{', '.join(parts)}; {_machine(run)}, {_threads(run['threads'])}"
+                figure.suptitle(fill(title, int(_LETTERS * figure.get_figwidth())))
                 folder.mkdir(parents=True, exist_ok=True)
                 written.append(folder / f"{'-'.join([name, kind, *parts])}.png")
                 figure.savefig(written[-1], dpi=150)
