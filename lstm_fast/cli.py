@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import lstm_fast
@@ -13,6 +14,8 @@ _EXTRA = ("matplotlib", "rich", "sacrebleu", "safetensors", "sentencepiece", "ty
 
 def main() -> None:
     """Runs the command line and exits: 0 if all went well, 2 with one sentence on bad input, 130 on Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a letter
     if sys.argv[1:] == ["info"]:
         print(info())
         return
@@ -24,6 +27,8 @@ def main() -> None:
             raise
         print(f"{MISSING} {missing}: pip install 'lstm_fast[translate]'", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(run())
 
 

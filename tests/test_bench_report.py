@@ -88,6 +88,17 @@ def test_an_older_runs_rows_stand_beside_the_limit_of_today(tmp_path: Path) -> N
         (run(row(), 3), "its row 2 is not a JSON object"),
         (run(row(), without(row(), "dtype")), "its row 2 has no 'dtype'"),
         (run(row(ours={"ms": 1.0, "p20": 1.0})), "'ours' in its row 1 has no 'p80'"),
+        (run(commit=None), "its 'commit' should be a text, got: None"),
+        (run(threads="2"), "its 'threads' should be a number above 0, got: '2'"),
+        (run(limits={"gflops": {}}), "its 'limits' has no 'bandwidth'"),
+        (run(row(gflops=None)), "its row 1's 'gflops' should be a number above 0, got: None"),
+        *(
+            (
+                run(row(ours={"ms": ms, "p20": 1.0, "p80": 1.0})),
+                f"its row 1's 'ms' should be a number above 0, got: {ms}",
+            )
+            for ms in (None, 0, float("nan"))
+        ),
         (run(row(best_rival="haste")), "'rivals' in its row 1 has no 'haste'"),
         (run(row(rivals={"torch": {"ms": 1.0, "ratio": 1.0}})), "'torch' in its row 1 has no 'ratio_low'"),
     ],
@@ -96,14 +107,16 @@ def test_another_file_is_refused_with_what_is_wrong(found: object, why: str, tmp
     path = write(tmp_path / "run.json", found)
     with pytest.raises(report.ReportError) as caught:
         report.load(path)
-    assert str(caught.value) == f"{path} is not a recorded run: {why}"
+    assert str(caught.value) == f"{path} is not a run that `lstm-fast bench` recorded: {why}"
 
 
 @pytest.mark.parametrize("content", [b'{"rows": [', b"\xff", b""])
 def test_a_file_that_is_cut_short_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(content)
-    with pytest.raises(report.ReportError, match=re.escape(f"{path} is not a recorded run: it is not JSON (")):
+    with pytest.raises(
+        report.ReportError, match=re.escape(f"{path} is not a run that `lstm-fast bench` recorded: it is not JSON (")
+    ):
         report.load(path)
 
 

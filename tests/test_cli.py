@@ -69,6 +69,26 @@ def test_info_needs_torch_alone_and_the_rest_names_its_extra(missing):
     assert done.stderr == f"This command needs {missing}: pip install 'lstm_fast[translate]'\n"
 
 
+def test_a_letter_that_the_encoding_lacks_is_replaced(tmp_path):
+    code = "import lstm_fast.cli as cli; cli.info = lambda: '2.00\u00d7'; cli.main()"
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info"], capture_output=True, text=True, env=ascii_only, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2.00?\n", "")
+
+
+def test_ctrl_c_while_it_starts_is_no_traceback(command, monkeypatch):
+    class Stop:
+        def find_spec(self, name, *_):
+            if name == "lstm_fast.translate.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "lstm_fast.translate.commands")
+    monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
+    assert command("demo") == (130, "", "")
+
+
 def test_training_says_which_kernels_served_and_where_the_model_is(command, text):
     status, out, err = command("train", "--train", text, "--dev", text, "--steps", 3, "--out", "here", *SMALL)
     assert (status, err) == (0, "")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from math import log, nan, sqrt
+from math import inf, log, nan, sqrt
 from pathlib import Path
 from statistics import geometric_mean
 from textwrap import fill
@@ -28,6 +28,8 @@ MARKERS = ("<!-- table: begin -->", "<!-- table: end -->")
 README_MODES = ("inference", "forward+backward")
 
 _RUN_KEYS = ("date", "commit", "cpu", "torch", "threads", "grid", "device", "skipped", "rows", "failed")
+_TIMES = ("ms", "p20", "p80")
+_RATIOS = ("ms", "ratio", "ratio_low", "ratio_high")
 _RATES = ("us_per_step", "gflops", "gbytes_per_s")
 _ROW_KEYS = ("group", *Case._fields, "mode", "ours", "rivals", "best_rival", "ratio", *_RATES)
 _HEADS = ("case", "mode", "ms", "rival", "its ms", "ratio", "95 %", "µs/step", "GFLOP/s", "GB/s", "of the limit")
@@ -51,10 +53,10 @@ def load(path: Path) -> Run:
     try:
         run: Run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON or of UTF-8
-        raise ReportError(f"{path} is not a recorded run: it is not JSON ({error})") from error
+        raise ReportError(f"{path} is not a run that `lstm-fast bench` recorded: it is not JSON ({error})") from error
     flaw = next(_flaws(run), None)
     if flaw is not None:
-        raise ReportError(f"{path} is not a recorded run: {flaw}")
+        raise ReportError(f"{path} is not a run that `lstm-fast bench` recorded: {flaw}")
     return _with_limits(run) if run.get("limits") else run
 
 
@@ -245,22 +247,41 @@ def _flaws(run: Any) -> Iterator[str]:
     yield from _lacks("it", run, _RUN_KEYS)
     if run["device"] == "cuda":
         yield from _lacks("it", run, ("gpu", "capability"))
+    yield from _odd("its", run, ("date", "commit", "cpu", "torch", "grid", "device"), "a text", _is_text)
+    yield from _odd("its", run, ("threads",), "a number above 0", _is_positive)
+    if limits := run.get("limits"):
+        yield from _lacks("its 'limits'", limits, Limits._fields)
     yield from _lacks("its 'skipped'", run["skipped"], ())
     yield from (f"its {key!r} is not a list" for key in ("rows", "failed") if not isinstance(run[key], list))
     for number, row in enumerate(run["failed"], 1):
         yield from _lacks(f"its failed row {number}", row, (*Case._fields, "why"))
     for number, row in enumerate(run["rows"], 1):
         yield from _lacks(f"its row {number}", row, _ROW_KEYS)
-        yield from _lacks(f"'ours' in its row {number}", row["ours"], ("ms", "p20", "p80"))
+        yield from _odd(f"its row {number}'s", row, ("T", "B", "H", "gflops"), "a number above 0", _is_positive)
+        yield from _lacks(f"'ours' in its row {number}", row["ours"], _TIMES)
+        yield from _odd(f"its row {number}'s", row["ours"], _TIMES, "a number above 0", _is_positive)
         yield from _lacks(f"'rivals' in its row {number}", row["rivals"], [row["best_rival"]] * bool(row["best_rival"]))
         for rival, times in row["rivals"].items():
-            yield from _lacks(f"{rival!r} in its row {number}", times, ("ms", "ratio", "ratio_low", "ratio_high"))
+            yield from _lacks(f"{rival!r} in its row {number}", times, _RATIOS)
+            yield from _odd(f"its row {number}'s {rival!r}", times, _RATIOS, "a number above 0", _is_positive)
 
 
 def _lacks(what: str, found: Any, keys: Iterable[str]) -> Iterator[str]:
     if not isinstance(found, dict):
         yield f"{what} is not a JSON object"
     yield from (f"{what} has no {key!r}" for key in keys if key not in found)
+
+
+def _odd(whose: str, found: Row, keys: Iterable[str], what: str, holds: Callable[[Any], bool]) -> Iterator[str]:
+    yield from (f"{whose} {key!r} should be {what}, got: {found[key]!r}" for key in keys if not holds(found[key]))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < inf
 
 
 def _case(row: Row) -> Case:
