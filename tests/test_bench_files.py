@@ -98,3 +98,7 @@ def test_tuning_without_a_row_writes_nothing(command: Command) -> None:
     status, out, error = command("bench", "tune", "run.json", "--out", "table.json")
     assert (status, out) == (2, "") and "a table needs quiet rows of ours against torch's" in error
     assert not Path("table.json").exists()
+
+
+def test_a_list_may_have_spaces() -> None:
+    assert commands._among("torch, haste", ("torch", "haste"), "--rivals") == ["torch", "haste"]
