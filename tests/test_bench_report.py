@@ -408,7 +408,7 @@ def test_slower_rows_are_found_and_noisy_ones_are_not() -> None:
     old = run(*(row(case) for case in cases), row(SMALL._replace(H=5)))
     noisy = {"ms": 2.0, "p20": 1.1, "p80": 3.0}  # its p20 is the old p80
     times = [1.5, 3.0, 2.0, 1 / 9]
-    new = run(*(row(case, ms=ms, group="renamed") for case, ms in zip(cases, times, strict=True)))
+    new = run(*(row(case, ms=ms, ratio=3 / ms, group="renamed") for case, ms in zip(cases, times, strict=True)))
     new["rows"][2]["ours"] = noisy
     text, slower = report.compare(old, new)
     assert slower
@@ -416,6 +416,7 @@ def test_slower_rows_are_found_and_noisy_ones_are_not() -> None:
         "slower: 3.00×  T4 B3 H2 float32, inference: 1 ms, then 3 ms",
         "slower: 1.50×  T4 B3 H1 float32, inference: 1 ms, then 1.5 ms",
         "2 of 4 rows slower; new time / old time: 1.00× (0.11..3.00)",
+        "torch in the same rows, new time / old time: 1.50× (1.50..1.50)",
         "rows only in the old run: 1; only in the new: 0",
     ]
     assert "1 of 4 rows slower" in report.compare(old, new, threshold=1.5)[0]
@@ -425,10 +426,12 @@ def test_slower_rows_are_found_and_noisy_ones_are_not() -> None:
 def test_a_row_is_known_by_case_and_mode() -> None:
     old = run(row(), row(mode="forward"), row(SMALL._replace(dtype="bfloat16")))
     new = run(row(ms=1.01), row(SMALL._replace(packed=True), ms=9.0), row(mode="forward+backward", ms=9.0))
-    assert report.compare(old, new) == (
-        "0 of 1 rows slower; new time / old time: 1.01× (1.01..1.01)\nrows only in the old run: 2; only in the new: 2",
-        False,
-    )
+    text, slower = report.compare(old, new)
+    assert not slower and text.splitlines() == [
+        "0 of 1 rows slower; new time / old time: 1.01× (1.01..1.01)",
+        "torch in the same rows, new time / old time: 1.01× (1.01..1.01)",
+        "rows only in the old run: 2; only in the new: 2",
+    ]
     with pytest.raises(report.ReportError, match="the two runs have no row in common"):
         report.compare(run(row()), run(row(mode="forward")))
 
@@ -438,8 +441,9 @@ def test_rows_that_others_disturbed_are_not_called_slower() -> None:
     old, new = run(row(calm), row(other)), run(row(calm), row(other, ms=9.0, disturbed=True))
     for before, after in (old, new), (new, old):
         text, slower = report.compare(before, after)
-        assert not slower and text.splitlines()[-3:] == [
+        assert not slower and text.splitlines()[-4:] == [
             "0 of 1 rows slower; new time / old time: 1.00× (1.00..1.00)",
+            "torch in the same rows, new time / old time: 1.00× (1.00..1.00)",
             "rows only in the old run: 0; only in the new: 0",
             "rows left out, as others disturbed them: 1",
         ]

@@ -188,12 +188,13 @@ def compare(old: Run, new: Run, threshold: float = 1.05) -> tuple[str, bool]:
     """What got slower from ``old`` to ``new``, in words, and whether anything did.
 
     A row is slower where it takes more than ``threshold`` times as long and its p20 lies above the old p80. Rows that
-    others disturbed say nothing.
+    others disturbed say nothing. What rivals took in the same rows tells how the machine changed.
 
     Raises:
         ReportError: the runs share no row, or none that others left alone.
     """
-    before, after = ({(_case(row), row["mode"]): row["ours"] for row in run["rows"]} for run in (old, new))
+    rows, new_rows = ({(_case(row), row["mode"]): row for row in run["rows"]} for run in (old, new))
+    before, after = ({key: row["ours"] for key, row in each.items()} for each in (rows, new_rows))
     disturbed = {(_case(row), row["mode"]) for run in (old, new) for row in run["rows"] if row.get("disturbed")}
     shared = before.keys() & after.keys()
     if not shared:
@@ -208,6 +209,10 @@ def compare(old: Run, new: Run, threshold: float = 1.05) -> tuple[str, bool]:
         was, now = (_number(each[case, mode]["ms"]) for each in (before, after))
         lines.append(f"slower: {times[case, mode]:.2f}×  {case.label()}, {mode}: {was} ms, then {now} ms")
     lines.append(f"{len(slower)} of {len(times)} rows slower; new time / old time: {_summary(times.values())}")
+    for rival in sorted({name for key in times for name in rows[key]["rivals"]}):
+        pairs = [[each[key]["rivals"].get(rival) for each in (rows, new_rows)] for key in times]
+        if drift := [now["ms"] / was["ms"] for was, now in pairs if was and now]:
+            lines.append(f"{rival} in the same rows, new time / old time: {_summary(drift)}")
     lines.append(f"rows only in the old run: {len(before) - len(shared)}; only in the new: {len(after) - len(shared)}")
     if len(times) < len(shared):
         lines.append(f"rows left out, as others disturbed them: {len(shared) - len(times)}")
