@@ -96,7 +96,8 @@ def layer(
     zeros = isinstance(c0, int)
     if zeros:
         inputs = (x, None, None, *rest)
-    followed = torch.compiler.is_compiling() or transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    transformed = transforms_active()
+    followed = transformed or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     fits = not followed and layer_inputs_fit(inputs)
     seen_by_others = followed or (not fits and _watched(inputs))
     if zeros and not (fits and backend in _TAKE_NO_STATES and _weights_tell(x, c0, weights)):
@@ -110,7 +111,7 @@ def layer(
             *result, saved = _forward(*inputs, batch_sizes, backend, save)
         if saved is not None:
             result = _apply(*inputs, batch_sizes, backend, (*result, *saved))
-    elif transforms_active():
+    elif transformed:
         check_inputs(inputs)
         result = _differentiable_forward(inputs, steps_of(batch_sizes, x, inputs[2]))
     else:
@@ -301,7 +302,8 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
     saved, followed = ctx.saved_tensors, torch.is_grad_enabled() or transforms_active()
     if not followed and ctx.changes is not None and ctx.changes[0]._version != ctx.changes[1]:
         *rest, y, gates, cells = saved
-        saved = (*rest, output_from(ctx.backend, y, directions_of(rest), gates, cells), gates, cells)
+        with _without_autocast(y):
+            saved = (*rest, output_from(ctx.backend, y, directions_of(rest), gates, cells), gates, cells)
     if ctx.backend == "cpu" and not followed and torch._C._len_torch_dispatch_stack() == 0:
         all_of = cpu.train_backward(saved, grad_outputs, ctx.needs_input_grad)
         if all_of is not None:

@@ -34,6 +34,7 @@ def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
 
 
 def check_inputs(inputs: Sequence[Tensor | None]) -> None:
+    """That a layer's inputs, states included, fit each other; RuntimeError if not, in torch.nn.LSTM's words if any."""
     x, h0, c0 = inputs[0], inputs[1], inputs[2]
     assert x is not None and h0 is not None and c0 is not None
     directions, batch, hidden = c0.shape

@@ -69,7 +69,10 @@ def test_wrapped_weights_and_states_are_seen_by_their_own_class(pair, where, tra
         with torch.set_grad_enabled(training):
             y = module(x, (h, c))[0]
         assert type(y) is Wrapper
-        found.append(y.held)
+        found.append([y.held])
+        if training:
+            learning = [p for p in module.parameters() if p.requires_grad]
+            found[-1] += [g.held for g in torch.autograd.grad(y, learning, Wrapper(torch.ones_like(y.held)))]
     torch.testing.assert_close(found[1], found[0])
 
 
@@ -121,7 +124,7 @@ def test_what_was_saved_may_come_back_with_other_strides(pair, index):
 
 @every_pair
 @pytest.mark.parametrize("index", range(-3, 0), ids=["output", "gates", "cells"])
-@pytest.mark.parametrize("change", [lambda t: t.bfloat16(), lambda t: t[..., :-1]], ids=["dtype", "size"])
+@pytest.mark.parametrize("change", [lambda t: t.bfloat16(), lambda t: t[..., :-1].contiguous()], ids=["dtype", "size"])
 def test_what_came_back_as_something_else_is_refused(pair, index, change):
     _, ours = twins(pair)
     inputs = [t.requires_grad_() for t in case(pair)]
@@ -188,6 +191,16 @@ def test_and_within_a_compiled_function(change):
     x = torch.randn(5, 2, IN).double().requires_grad_()
     got = torch.autograd.grad(compiled(x).square().sum(), [x, *ours.parameters()])
     want = torch.autograd.grad(change(theirs(x)[0].clone()).square().sum(), [x, *theirs.parameters()])
+    torch.testing.assert_close(got, want)
+
+
+def test_an_output_is_made_again_in_its_own_dtype_under_autocast():
+    module = lstm_fast.LSTM(IN, H, proj_size=2)
+    x = torch.randn(5, 2, IN)
+    want = torch.autograd.grad(torch.relu(module(x)[0]).sum(), [*module.parameters()])
+    loss = torch.relu_(module(x)[0]).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, [*module.parameters()])
     torch.testing.assert_close(got, want)
 
 
