@@ -58,27 +58,24 @@ def test_the_bandwidth_of_a_single_step_is_that_of_its_size(H: int, mode: str) -
     assert what == "bytes" and touched < chosen < (4 if H < 1024 else 2) * touched
 
 
-def test_this_machines_limits_are_plausible() -> None:
+def test_this_machines_limits_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     """A core of the last ten years does 8 to 128 fp32 operations a cycle at 1 to 6 GHz, in bf16 up to 8 times
-    that, and with AMX about 16 times; floats by AMX are a quarter of its bf16.
+    that, and with AMX about 16 times.
 
     Whoever else is on the machine makes each rate smaller for a while, so that the best of a few measurements count.
     """
-    amx = CPU_INSTRUCTION_SETS[-1] == "amx"
-    least, most = (2, 5) if amx else (0.8, 8)
+    monkeypatch.setattr(limits, "gflops", lambda measured, _: measured)  # as measured in registers
+    least, most = (8, 20) if CPU_INSTRUCTION_SETS[-1] == "amx" else (0.8, 8)
 
     def plausible(rates: dict[str, float]) -> bool:
         single = rates["float32"]
-        return (
-            rates["float64"] < single < (12 if amx else 8.5) * rates["float64"]
-            and least < rates["bfloat16"] / single < most
-        )
+        return rates["float64"] < single < 8.5 * rates["float64"] and least < rates["bfloat16"] / single < most
 
     found = limits.measure("cpu")
     for _ in range(20):
         if not plausible(found.gflops):
             found = found.best(limits.measure("cpu"))
     assert plausible(found.gflops), found.gflops
-    assert 8 < found.gflops["float32"] / torch.get_num_threads() < (1600 if amx else 800)
+    assert 8 < found.gflops["float32"] / torch.get_num_threads() < 800
     assert all(1 < rate < 5000 for _, rate in found.bandwidth)
     assert found.exchange_us is not None and found.exchange_us < 1000
