@@ -24,7 +24,8 @@ import torch
 
 import lstm_fast
 from benchmarks import gpu_bench
-from lstm_fast.bench import exchange, files
+from lstm_fast import files
+from lstm_fast.bench import exchange
 from lstm_fast.bench.process import run
 from lstm_fast.bench.report import put_between
 from lstm_fast.bench.runner import describe

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from lstm_fast.bench import commands, files, memory, report, rivals, runner, timing
+from lstm_fast import files
+from lstm_fast.bench import commands, memory, report, rivals, runner, timing
 from lstm_fast.bench.cases import GRIDS, MODES, Case
 from lstm_fast.bench.limits import Limits
 from lstm_fast.measured import FEWEST_ROUNDS

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 
-from lstm_fast.bench import commands, files, memory, runner, training
+from lstm_fast import files
+from lstm_fast.bench import commands, memory, runner, training
 from lstm_fast.bench.limits import Limits
 
 Command = Callable[..., tuple[int, str, str]]
@@ -88,7 +89,7 @@ def test_an_output_that_cannot_be_written_is_said_at_once(
         monkeypatch.setattr(module, measures, mock.Mock(side_effect=AssertionError("it was begun")))
     status, out, error = command("bench", *arguments, "--out", name)
     assert (status, out) == (2, "") and error.count("\n") == 1
-    assert "the output should be a " in error and f"got: {name}" in error
+    assert "--out should be a " in error and f"got: {name}" in error
     assert set(Path().rglob("*")) == before and Path("pipe").is_fifo()
 
 

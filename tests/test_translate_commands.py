@@ -81,7 +81,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     places = [tmp_path / "plain.txt" / "deep" / "x", tmp_path if kind == "file" else tmp_path / "plain.txt"]
     for place in places:
         assert run(monkeypatch, *arguments, place) == 2
-        error = f"lstm-fast: Invalid value: {option} should be a {kind} that can be written, got: {place}\n"
+        error = f"lstm-fast: {option} should be a {kind} that can be written, got: {place}\n"
         assert capsys.readouterr().err == error
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert run(monkeypatch, *arguments, tmp_path / "new") == 2

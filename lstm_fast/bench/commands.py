@@ -11,8 +11,8 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lstm_fast import measured
-from lstm_fast.bench import files, report, runner, training
+from lstm_fast import files, measured
+from lstm_fast.bench import report, runner, training
 from lstm_fast.bench.cases import GRIDS, MODES, Grid
 from lstm_fast.bench.rivals import DEFAULT, RIVALS
 from lstm_fast.dispatch import BACKENDS
@@ -60,7 +60,7 @@ def bench(
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"--device cuda needs an NVIDIA GPU, and torch {torch.__version__} finds none")
     output = out or Path(f"bench-{grid.value}.json")
-    _prepare(output)
+    files.prepare(output)
     _run(grid.value, cases, chosen_modes, chosen_rivals, device, seconds, output, backend)
     record = report.load(output)
     print(report.table(record))
@@ -91,13 +91,6 @@ def _run(
         except KeyboardInterrupt:
             bar.console.print(files.stopped(output), markup=False, soft_wrap=True)
             raise
-
-
-def _prepare(output: Path) -> None:
-    try:
-        files.prepare(output)
-    except files.OutputError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _one(name: str, known: Iterable[str], option: str) -> str:
@@ -151,11 +144,11 @@ def tune(
 ) -> None:
     """Find where torch's own LSTM is faster, and have backend="auto" leave those calls to it."""
     path = out or measured.users_table()
-    _prepare(path)
+    files.prepare(path)
     if not runs:
         device = runner.usual_device()
         runs = [Path("bench-tune.json")]
-        _prepare(runs[0])
+        files.prepare(runs[0])
         grid, kernel = {"cpu": ("tune", "cpu"), "cuda": ("tune-gpu", "persistent")}[device]
         _run(grid, GRIDS[grid], ["inference", "forward+backward"], ["torch"], device, 0.3, runs[0], kernel)
     table = measured.table_from([report.load(path) for path in runs])
@@ -177,7 +170,7 @@ def train_command(
     if threads is not None:
         torch.set_num_threads(threads)
     if out is not None:
-        _prepare(out)
+        files.prepare(out)
     results = [training.run(name, steps) for name in ([task.value] if task else training.TASKS)]
     print(training.table(results))
     if out is not None:

@@ -12,7 +12,7 @@ from statistics import geometric_mean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
-from lstm_fast.bench import files
+from lstm_fast import files
 from lstm_fast.bench.cases import Case
 from lstm_fast.bench.limits import Limits, gflops
 

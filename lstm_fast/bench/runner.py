@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import lstm_fast
-from lstm_fast.bench import files, memory, rivals
+from lstm_fast import files
+from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
 from lstm_fast.bench.timing import Rounds, Witness, compared, interleave, spread

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from lstm_fast import cli
 from lstm_fast.bench import commands as bench
 from lstm_fast.bench.report import ReportError
+from lstm_fast.files import OutputError, check_place
 from lstm_fast.translate.checkpoint import MODEL_FILE, TRAINING_FILE, CheckpointError, load_model
 from lstm_fast.translate.corpus import SHOWCASE, CorpusError, builtin, read_pairs
 from lstm_fast.translate.plots import plot_attention
@@ -46,7 +46,7 @@ def run() -> int:
         status = app(standalone_mode=False)
     except usage_error as error:
         return _fail(error.format_message())
-    except (CheckpointError, CorpusError, VocabularyError, FloatingPointError, ReportError) as error:
+    except (CheckpointError, CorpusError, VocabularyError, FloatingPointError, OutputError, ReportError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
@@ -129,14 +129,6 @@ def _was_given(context: typer.Context, name: str | None) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _check_place(option: str, kind: Literal["file", "folder"], path: Path) -> None:
-    """That ``path`` can be written, before the work that it is for; nothing is made yet."""
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    fits = there.is_dir() == (kind == "folder" or there is not path)
-    if not fits or not os.access(there, os.W_OK):
-        raise typer.BadParameter(f"{option} should be a {kind} that can be written, got: {path}")
-
-
 def _check_utf8(text: str, place: str) -> None:
     """Python reads bytes that aren't UTF-8 as lone surrogates."""
     try:
@@ -147,7 +139,7 @@ def _check_utf8(text: str, place: str) -> None:
 
 
 def _train(config: TrainingConfig | None, out: Path) -> dict[str, Any]:
-    _check_place("--out", "folder", out)
+    check_place("--out", "folder", out)
     with ProgressBar() as bar:
         try:
             summary = resume(out, bar) if config is None else train(config, out, bar)
@@ -176,7 +168,7 @@ def translate_command(
     if attention is not None:
         if len(texts) != 1:
             raise typer.BadParameter(f"--attention takes one sentence, got: {len(texts)}")
-        _check_place("--attention", "file", attention)
+        check_place("--attention", "file", attention)
     checkpoint = load_model(model)
     translations = translate(checkpoint.model, checkpoint.tokenizer, texts, beam)
     if attention is not None and not translations[0].source_pieces:
@@ -198,7 +190,7 @@ def evaluate_command(
 ) -> None:
     """Score translations with BLEU and chrF against references never trained on."""
     if json_file is not None:
-        _check_place("--json", "file", json_file)
+        check_place("--json", "file", json_file)
     checkpoint = load_model(model)
     scores = evaluate(
         checkpoint.model, checkpoint.tokenizer, builtin().test if test is None else read_pairs(test), beam

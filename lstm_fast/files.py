@@ -1,32 +1,39 @@
-"""Where results are written: a file is whole or as it was, and a run that goes on lies beside its own."""
+"""Where commands write: looked at before the work; a record is whole or as it was, an unfinished run lies beside it."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 class OutputError(ValueError):
-    """A file can't be written; the message is one sentence."""
+    """A place can't be written; the message is one sentence."""
 
 
-def prepare(path: Path) -> None:
-    """Finds out whether ``path`` can be written, before anything is measured.
+def check_place(option: str, kind: Literal["file", "folder"], path: Path) -> None:
+    """That ``path``, given by ``option``, can be written, before the work that it is for; nothing is made yet.
 
     Raises:
         OutputError: it can't.
     """
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    fits = there.is_dir() == (kind == "folder" or there is not path)
+    if not fits or not os.access(there, os.W_OK):
+        raise OutputError(f"{option} should be a {kind} that can be written, got: {path}")
+
+
+def prepare(path: Path) -> None:
+    """For a record at ``path``, which --out names: what an earlier run left unfinished goes.
+
+    Raises:
+        OutputError: it can't be written, or isn't a file that another can take the place of.
+    """
+    check_place("--out", "file", path)
     if path.exists() and not path.is_file():
-        raise OutputError(f"the output should be a regular file or a new one, got: {path}")
-    part = unfinished(path)
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        part.unlink()  # one of an earlier run too
-    except OSError as error:
-        raise OutputError(f"the output should be a file that can be written, got: {path} ({error.strerror})") from error
+        raise OutputError(f"--out should be a regular file or a new one, got: {path}")
+    unfinished(path).unlink(missing_ok=True)
 
 
 def unfinished(path: Path) -> Path:
