@@ -125,6 +125,20 @@ def test_packed_both_directions_two_layers(exchange, dtype):
     check(ours, theirs, torch.randn(int(lengths.max()), 70, 33, device="cuda", dtype=dtype), lengths)
 
 
+@pytest.mark.parametrize("dtype, hidden", [(torch.bfloat16, 512), (torch.bfloat16, 200), (torch.float32, 256)])
+def test_tiles_of_every_width(exchange, dtype, hidden):
+    """Of 1 to 8 sequences, as batches grow beyond what is resident at once."""
+    batches = {}
+    for batch in range(1, 300):
+        for plan in persistent.plans(GPU, dtype, hidden, batch, 1):
+            batches.setdefault(plan.columns, batch)
+    assert sorted(batches) == list(range(1, 9))
+    ours, theirs = pair(20, hidden, dtype)
+    for batch in batches.values():
+        draws = 8 if hidden * batch < 1000 else 1
+        check(ours, theirs, torch.randn(30, batch, 20, device="cuda", dtype=dtype), draws=draws)
+
+
 def test_more_clusters_than_the_card_holds(exchange):
     ours, theirs = pair(8, 256, torch.bfloat16)
     check(ours, theirs, torch.randn(5, 4000, 8, device="cuda", dtype=torch.bfloat16))

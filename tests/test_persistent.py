@@ -72,25 +72,44 @@ def test_a_cluster_of_several_tiles(kind, clusters, grid):
 
 
 @pytest.mark.parametrize(
-    "kind, hidden, clusters, groups",
+    "kind, hidden, cluster, groups",
     [
-        ("bf16", 512, {16: 7}, 4),  # all weights in registers
-        ("fp16", 768, {16: 7}, 6),  # half of them in shared memory
-        ("bf16", 512, {8: 16}, 8),  # where clusters of 16 aren't granted
-        ("bf16", 300, {8: 16}, 5),  # an odd number of groups
-        ("tf32", 512, {16: 7}, 4),
-        ("fp32", 512, {16: 7}, 4),
-        ("tf32", 384, {8: 16}, 6),
-        ("fp32", 272, {16: 7}, 3),
-        ("bf16", 48, {2: 66}, 3),
+        ("bf16", 512, 16, 4),  # all weights in registers
+        ("fp16", 768, 16, 6),  # half of them in shared memory
+        ("bf16", 512, 8, 8),  # where clusters of 16 aren't granted
+        ("bf16", 300, 8, 5),  # an odd number of groups
+        ("tf32", 512, 16, 4),
+        ("fp32", 512, 16, 4),
+        ("tf32", 384, 8, 6),
+        ("fp32", 272, 16, 3),
+        ("bf16", 48, 2, 3),
     ],
 )
-def test_every_layout_of_the_weights(kind, hidden, clusters, groups):
-    with granted(clusters):
-        case = Case(kind, hidden, [2] * 3)
+@pytest.mark.parametrize("batch", [3, 8])
+def test_every_layout_of_the_weights(kind, hidden, cluster, groups, batch):
+    with granted({cluster: 1}):
+        case = Case(kind, hidden, [2] * batch)
         for backward in (False, True):
-            assert persistent._plan(NUMBERS[kind], backward, hidden, 3, 1, None).groups == groups
+            plan = persistent._plan(NUMBERS[kind], backward, hidden, batch, 1, None)
+            assert (plan.groups, plan.columns) == (groups, batch)
         check(case, case.both())
+
+
+@pytest.mark.parametrize("columns", range(1, 9))
+@pytest.mark.parametrize("hidden", [10, 40, 64])  # of a block 8 units, 24 and 32, in clusters
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_of_fewer_columns_than_a_product_has(exchange, kind, hidden, columns):
+    """Threads without a cell, warps with some or without any; in one tile, and where there are two in each of two."""
+    blocks = 1 if hidden == 10 else 2
+    for batch, tiles in ((columns, 1), (2 * columns, 2)):
+        if tiles == 2 and columns <= 4:  # one tile would hold them
+            continue
+        with granted({2: 1}) if exchange == "clusters" else granted({}, blocks):
+            case = Case(kind, hidden, uneven(batch, 4))
+            for backward in (False, True):
+                plan = persistent._plan(NUMBERS[kind], backward, hidden, batch, 1, None)
+                assert (plan.tiles, plan.columns) == (tiles, columns)
+            check(case, case.both())
 
 
 @pytest.mark.parametrize(
@@ -102,7 +121,7 @@ def test_every_layout_of_the_weights(kind, hidden, clusters, groups):
         ("tf32", 1024, 130, (1, 128), (1, 128)),
         ("tf32", 768, 96, (2, 48), (3, 32)),
         ("fp32", 768, 66, (2, 48), (3, 32)),
-        ("fp32", 300, 27, (2, 19), (2, 19)),  # the last block has one unit of 12
+        ("fp32", 300, 25, (2, 19), (2, 19)),  # the last block has one unit of 12
     ],
 )
 def test_every_layout_of_a_grid(kind, hidden, blocks, forward, backward):
@@ -212,9 +231,11 @@ def test_no_gradient_of_y_is_a_gradient_of_zero(exchange):
         ("tf32", 24, 1, {2: 2}, 0),
         ("fp32", 40, 1, {8: 1}, 0),
         ("fp16", 64, 1, {8: 16}, 0),
+        ("bf16", 64, 1, {2: 7}, 0),  # tiles of 3 columns: cells for 3 of 8 warps
         ("bf16", 40, 2, {}, 20),
         ("fp32", 24, 1, {}, 3),
         ("fp16", 64, 2, {}, 4),
+        ("bf16", 64, 1, {}, 14),
     ],
 )
 def test_the_same_bits_under_every_schedule(kind, hidden, directions, clusters, grid):

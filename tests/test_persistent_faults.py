@@ -41,20 +41,26 @@ FAULTS = {
         FORWARD, "(kGrid ? 0 : 2 * slot + buffer) * p.layout.of_h", "(kGrid ? 0 : 2 * slot) * p.layout.of_h", "bits"
     ),
     "forward: halves of K not awaited": Fault(
-        FORWARD,
-        "        simt::sync_threads();\n        const Words* const own",
-        "        const Words* const own",
-        "bits",
+        FORWARD, "simt::sync_threads();  // both halves of K lie there", "", "bits"
     ),
-    "forward: halves of K in one buffer": Fault(FORWARD, "(kGrid ? 0 : turn) * 2 * half", "0 * 2 * half", "bits"),
+    "forward: halves of K in one buffer": Fault(FORWARD, "(kGrid ? half : 2 * turn + half)", "half", "bits"),
     "forward: the next fill not expected": Fault(
         FORWARD, "simt::arrive_expecting(full(now.slot, before), fill_bytes());", "", "deadlock"
     ),
     "forward: a fill of too few bytes": Fault(
         FORWARD,
-        "return kColumns * column_bytes();",
-        "return (kColumns - 1) * column_bytes();",
+        "return p.plan.columns * column_bytes();",
+        "return (p.plan.columns - 1) * column_bytes();",
         "",
+    ),
+    "forward: messages of columns that a tile doesn't have": Fault(
+        FORWARD, "if (first >= plan.columns * own) return -1;", "", ""
+    ),
+    "forward: threads past a tile's columns take the next tile's sequences": Fault(
+        COMMON,
+        "return cell.here ? first_sequence(slot) + cell.column : p.sizes.batch;",
+        "return first_sequence(slot) + cell.column;",
+        "bits",
     ),
     "forward: messages before the cluster is ready": Fault(
         FORWARD,
@@ -73,6 +79,9 @@ FAULTS = {
     ),
     "backward: dh in one buffer": Fault(
         BACKWARD, "(2 * slot + buffer) * p.plan.cluster", "(2 * slot) * p.plan.cluster", "bits"
+    ),
+    "backward: messages of columns that a tile doesn't have": Fault(
+        BACKWARD, "at.lane % 4 * 2 < walk.plan.columns ?", "true ?", ""
     ),
     "backward: the wrong parity": Fault(BACKWARD, "parity_of(fill))", "parity_of(fill + 2))", ""),
     "backward: sent to the wrong block": Fault(
@@ -140,7 +149,7 @@ def call(library: ctypes.CDLL, tensors: list[Tensor | None], case: Case, backwar
     numbers = [case.gates.size(0), len(case.steps), batch, hidden, directions, *plan]
     tensors = [*tensors, persistent._workspace(BF16, backward, plan, directions, torch.device("cpu"))]
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    return library.walk(pointers, (ctypes.c_int64 * 13)(*numbers), ctypes.c_uint64(schedule)).decode()
+    return library.walk(pointers, (ctypes.c_int64 * 14)(*numbers), ctypes.c_uint64(schedule)).decode()
 
 
 def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
@@ -178,9 +187,9 @@ def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
 
 @contextlib.contextmanager
 def exchanging(grid: bool) -> Iterator[Case]:
-    """Clusters of 8 blocks, or a grid of 10, with several tiles each, K padded, units past H."""
-    with granted({}, 10) if grid else granted({8: 1}):
-        yield Case("bf16", 76, [5, 5, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1])
+    """Clusters of 8 blocks, with two tiles of 5 columns each, or a grid of 10 with two of 7, K padded, units past H."""
+    with granted({}, 10) if grid else granted({8: 3}):
+        yield Case("bf16", 76, [5] * 8 + [4] * 5 + [3] * 4 + [2] * 3 + [1] * 7)
 
 
 @pytest.mark.parametrize("grid", [False, True])

@@ -1,6 +1,6 @@
 // The whole recurrence of a layer in one launch: contract and plan. docs/persistent.md has the reasons and the numbers.
 //
-// A cluster of C blocks holds W_hh of one direction and walks all steps of its own tiles of 8 sequences, one item
+// A cluster of C blocks holds W_hh of one direction and walks all steps of its own tiles of up to 8 sequences, one item
 // (step, tile) after the other. Block r owns the hidden units from r U on, U = 8 G: G groups of 8 units, two warps
 // each. Clusters never wait for one another.
 //
@@ -24,7 +24,7 @@ namespace lstm::persistent {
 
 using Index = std::int64_t;
 
-constexpr int kColumns = 8;  // sequences of a tile: the columns of one matrix product
+constexpr int kColumns = 8;  // of one matrix product: sequences of a tile at most
 constexpr int kGroup = 8;    // hidden units of a group
 constexpr int kBlock = 64;   // bytes of K that a lane quad reads at once: two matrix products
 
@@ -45,6 +45,8 @@ struct Plan {
     int cluster;     // C blocks: 2 to 16, or as many as the grid has
     int groups;      // G; a block has 64 G threads
     int tiles;       // of a cluster, at most
+    int columns;     // sequences of a tile: fewer than a product has where clusters would stand idle, as they travel
+                     // faster
     int clusters;    // of a direction
     int shared;      // bytes of a block
     int grid;        // 1 where blocks exchange through global memory
@@ -92,10 +94,12 @@ struct ForwardLayout {
     int partial, bias, weights, h, end;
 };
 struct BackwardLayout {
-    int blocks;   // of K: the four gates of the block's own units
-    int tiles;    // of 16 hidden units, each warp's at most
-    int in_smem;  // of those, how many lie in shared memory
-    // Words [warps, in_smem, blocks, 2, 32]; T [2, blocks, 8, 64 bytes]; float [tiles, 2, C, G, 64], of a grid nothing
+    int blocks;    // of K: the four gates of the block's own units
+    int tiles;     // of 16 hidden units, each warp's at most
+    int in_smem;   // of those, how many lie in shared memory
+    int of_block;  // floats that a block sends another: [G, 8, travelling]
+    // Words [warps, in_smem, blocks, 2, 32]; T [2, blocks, 8, 64 bytes]; float [tiles, 2, C, G, 8, travelling], of a
+    // grid nothing
     int weights, da, slots, end;
 };
 
@@ -103,6 +107,9 @@ LSTM_HD int offset_of_steps(const Plan& plan) { return 16 * plan.tiles; }
 LSTM_HD int offset_of_state(const Plan& plan) { return round_up(20 * plan.tiles, 16); }
 LSTM_HD int state_bytes(const Plan& plan) { return 8 * plan.tiles * 64 * plan.groups; }  // of a block
 LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan.grid ? 0 : state_bytes(plan)); }
+
+// Columns of the partial sums of dh as a block sends them: two in a message, and messages make up 32 bytes.
+LSTM_HD int travelling(const Plan& plan) { return plan.columns <= 2 ? 2 : plan.columns <= 4 ? 4 : kColumns; }
 
 // Both halves of K of the gates of a block's cells, with a word between columns so that banks differ.
 LSTM_HD int partial_bytes(const Plan& plan) { return 2 * kColumns * (plan.groups * kGroup + 1) * 16; }
@@ -130,10 +137,11 @@ LSTM_HD BackwardLayout backward_layout(Kind kind, const Plan& plan) {
     at.blocks = plan.groups * kGroup * 4 * element_size(kind) / kBlock;
     at.tiles = (all_tiles + warps - 1) / warps;
     at.in_smem = most(0, at.tiles - held_by(kind, plan).tiles);
+    at.of_block = plan.groups * kGroup * travelling(plan);
     at.weights = after_state(plan);
     at.da = at.weights + warps * at.in_smem * at.blocks * 1024;
     at.slots = at.da + 2 * kColumns * kBlock * at.blocks;
-    at.end = at.slots + (plan.grid ? 0 : plan.tiles * 2 * plan.cluster * plan.groups * 256);
+    at.end = at.slots + (plan.grid ? 0 : plan.tiles * 2 * plan.cluster * at.of_block * 4);
     return at;
 }
 
@@ -142,7 +150,7 @@ LSTM_HD BackwardLayout backward_layout(Kind kind, const Plan& plan) {
 // Offsets in bytes. A grid's: first, for each tile of each cluster, a flag of each block, zero before the launch: one
 // for all would count one after the other; then the state, float [blocks, tiles, 2, threads]; then what travels, for
 // each tile of each cluster twice: forward h, as in shared memory; backward partial sums of dh, float [C owners, C
-// sources, G, 64]. Then, of clusters too, W_hh as the lanes take it up, Words [D, C, warps, words, 32].
+// sources, G, 8, travelling]. Then, of clusters too, W_hh as the lanes take it up, Words [D, C, warps, words, 32].
 struct Workspace {
     Index state, exchange, of_buffer, weights, end;  // of_buffer: bytes
     int words;                                       // of W_hh, of a lane
@@ -158,9 +166,10 @@ LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int dire
         at.state = clusters * plan.tiles * flag_bytes(plan);
         at.exchange = at.state + clusters * plan.cluster * state_bytes(plan);
     }
-    at.of_buffer = backward ? Index{units} * plan.cluster * kColumns * 4 : round_up(units * element, kBlock) * kColumns;
-    at.weights = plan.grid ? at.exchange + clusters * plan.tiles * 2 * at.of_buffer : 0;
     const BackwardLayout back = backward_layout(kind, plan);
+    at.of_buffer = backward ? Index{plan.cluster} * plan.cluster * back.of_block * 4
+                            : round_up(units * element, kBlock) * kColumns;
+    at.weights = plan.grid ? at.exchange + clusters * plan.tiles * 2 * at.of_buffer : 0;
     at.words = backward ? back.tiles * back.blocks * 2 : forward_layout(kind, plan).blocks / 2 * 4;
     at.end = at.weights + Index{directions} * plan.cluster * 2 * plan.groups * at.words * 512;
     return at;

@@ -22,18 +22,22 @@ struct Saved {
 template <typename T, bool kExact, int kMost, bool kGrid>
 struct BackwardKernel : Walker<Backward, kGrid> {
     using Base = Walker<Backward, kGrid>;
-    using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
+    using Base::at, Base::cell, Base::count, Base::first_sequence, Base::full, Base::global, Base::has_cells;
+    using Base::in_batch, Base::p;
     using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kTiles = held(kElement, kMost).tiles, kDeep = held(kElement, kMost).deep;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
 
-    // Of the units that this lane sends of its warp's first tile: their block, and their group there.
-    const int first_owner, of_owner;
+    // Of the units that this lane sends of its warp's first tile: their block, none for columns that aren't there;
+    // where its messages lie in what a block sends to another, in floats; and which of their columns comes first there.
+    const int first_owner, of_message, first_column;
 
+    SIMT static int group_sent(const Position& at) { return 2 * at.warp + at.lane / 16; }
     SIMT explicit BackwardKernel(const Backward& walk)
         : Base(walk),
-          first_owner((2 * at.warp + at.lane / 16) / walk.plan.groups),
-          of_owner((2 * at.warp + at.lane / 16) % walk.plan.groups) {}
+          first_owner(at.lane % 4 * 2 < walk.plan.columns ? group_sent(at) / walk.plan.groups : walk.plan.cluster),
+          of_message(place(group_sent(at) % walk.plan.groups, at.lane / 4 % 4, at.lane % 4)),
+          first_column(swapped(group_sent(at) % walk.plan.groups)) {}
 
     // The gradient of this thread's h that passes by steps it takes no part in, and of its c.
     SIMT float& dh_state(int slot) const { return state(slot); }
@@ -43,20 +47,22 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     SIMT unsigned char* da(int turn) const {
         return simt::shared_memory() + p.layout.da + turn * kColumns * kBlock * p.layout.blocks;
     }
-    // What block `rank` sends to block `owner`, [4, G, 4, 8] as `place` has it: in the memory of each owner at the same
-    // place, or in the grid's.
+    // What block `rank` sends to block `owner`, [G, 8, travelling] as `place` has it: in the memory of each owner at
+    // the same place, or in the grid's.
     SIMT float* from_block(int slot, int buffer, int rank, [[maybe_unused]] int owner) const {
         if constexpr (kGrid) {
             return reinterpret_cast<float*>(global().buffer(slot, buffer)) +
-                   Index{owner * p.plan.cluster + rank} * p.plan.groups * 64;
+                   Index{owner * p.plan.cluster + rank} * p.layout.of_block;
         }
         return reinterpret_cast<float*>(simt::shared_memory() + p.layout.slots) +
-               ((2 * slot + buffer) * p.plan.cluster + rank) * p.plan.groups * 64;
+               ((2 * slot + buffer) * p.plan.cluster + rank) * p.layout.of_block;
     }
     // Where four floats of a lane lie in what a block sends to another: units r and r + 4 of group `group` of the
-    // owner, columns 2 q and 2 q + 1. Lanes q and q ^ 1 make 32 bytes; and 32 units of a column, which a warp reads at
-    // once, lie in 32 banks, for which groups take turns in the order of the two pieces and of the columns in each.
+    // owner, columns 2 q and 2 q + 1. Lanes q and q ^ 1 make 32 bytes, or r and r ^ 1 where there are but two columns;
+    // and 32 units of a column, which a warp reads at once, lie in 32 banks, for which groups take turns in the order
+    // of the two pieces and of the columns in each.
     SIMT int place(int group, int r, int q) const {
+        if (p.plan.columns <= 2) return group * 16 + r * 4;
         return q / 2 * p.plan.groups * 32 + group * 32 + r * 8 + (q + group) % 2 * 4;
     }
     SIMT static int swapped(int group) { return group / 2 % 2; }  // whether column 2 q + 1 comes first
@@ -83,7 +89,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
                 hidden * kElement};
     }
 
-    SIMT unsigned fill_bytes() const { return p.plan.cluster * p.plan.groups * 256; }
+    SIMT unsigned fill_bytes() const { return p.plan.cluster * p.plan.groups * ((p.plan.columns + 1) / 2) * 64; }
 
     // 16 bytes of W_hh^T: hidden unit of row lane / 4 + 8 high of a tile, the lane's share of a block of the block's
     // own gates, unit by unit, four gates each; zero outside of W_hh.
@@ -140,7 +146,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     SIMT void prepare(Words (&w)[kTiles][kDeep][2]) const {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         for (int slot = thread; slot < p.plan.tiles; slot += threads) {
-            const int count = steps_of_tile(p.starts, p.sizes, tile_of(p.plan, at, slot));
+            const int count = steps_of_tile(p.starts, p.sizes, first_sequence(slot));
             steps()[slot] = count;
             if constexpr (!kGrid) {
                 for (int buffer = 0; buffer < 2; ++buffer) {
@@ -182,12 +188,14 @@ struct BackwardKernel : Walker<Backward, kGrid> {
 
     // What all blocks sent for this lane's cell in fill `fill`, summed in their order.
     SIMT float received(int slot, int fill) const {
-        const int group = cell.own / kGroup, high = cell.own % kGroup / 4, c = cell.column % 2;
-        const float* from = from_block(slot, fill % 2, 0, at.rank) + place(group, cell.own % 4, cell.column / 2) +
+        const int group = cell.own / kGroup, high = cell.own % kGroup / 4;
+        const int column = cell.here ? cell.column : 0, c = column % 2;
+        const float* from = from_block(slot, fill % 2, 0, at.rank) + place(group, cell.own % 4, column / 2) +
                             (c ^ swapped(group)) * 2 + high;
-        const int stride = p.plan.groups * 64, last = p.plan.cluster - 1;
+        const int stride = p.layout.of_block, last = p.plan.cluster - 1;
         if constexpr (kGrid) {
             global().await(slot, fill);
+            if (!cell.here) return 0.0f;
         } else {
             simt::wait(full(slot, fill % 2), parity_of(fill));
         }
@@ -224,10 +232,10 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     SIMT void send(const float (&d)[4], int j, int slot, int buffer) const {
         const int owner = first_owner + 4 * j;
         if (owner >= p.plan.cluster) return;
-        float* const to = from_block(slot, buffer, at.rank, owner) + place(of_owner, at.lane / 4 % 4, at.lane % 4);
-        const int first = swapped(of_owner);
+        float* const to = from_block(slot, buffer, at.rank, owner) + of_message;
         const auto pick = [&](int unit, int column) { return bits(column == 0 ? d[2 * unit] : d[2 * unit + 1]); };
-        const Words words{pick(0, first), pick(1, first), pick(0, 1 - first), pick(1, 1 - first)};
+        const Words words{pick(0, first_column), pick(1, first_column), pick(0, 1 - first_column),
+                          pick(1, 1 - first_column)};
         if constexpr (kGrid) {
             simt::publish(to, words);
         } else {
@@ -241,7 +249,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         const auto* const own = reinterpret_cast<const Words*>(da(turn)) + at.lane;
         const auto read = [&](int block) { return block < p.layout.blocks ? own[block * 32] : Words{0, 0, 0, 0}; };
         // Tiles share what is read once, where registers allow.
-        constexpr bool kShared = kMost == 4;
+        constexpr bool kShared = kMost == 4 && !kExact;
         Words shared[kDeep];
 #pragma unroll
         for (int block = 0; block < kDeep; ++block) shared[block] = kShared ? read(block) : Words{0, 0, 0, 0};
@@ -299,7 +307,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             const Item now = item;
             const bool active = x.row >= 0;
             float dh = dh_state(now.slot), dc = dc_state(now.slot);
-            if (now.i > 0) dh += received(now.slot, now.i - 1);
+            if (now.i > 0 && has_cells()) dh += received(now.slot, now.i - 1);
             more = advance(item, steps(), longest, p.plan.tiles);
             float c_before = bit_cast<float>(x.c_before);
             if (x.first && within()) {

@@ -75,12 +75,14 @@ SIMT Position position(const Plan& plan, int first_direction) {
 
 // The cell of a tile that a thread makes: a warp's lie side by side in memory.
 struct Cell {
-    int column;
-    int own;   // unit of the block
-    int unit;  // of the layer; may be past H
+    int column;  // of the product
+    bool here;   // else past the tile's columns, where nothing is read or sent
+    int own;     // unit of the block
+    int unit;    // of the layer; may be past H
 
     SIMT Cell(const Plan& plan, const Position& at)
         : column(static_cast<int>(threadIdx.x) / (plan.groups * kGroup)),
+          here(column < plan.columns),
           own(static_cast<int>(threadIdx.x) % (plan.groups * kGroup)),
           unit(at.rank * plan.groups * kGroup + own) {}
 };
@@ -98,13 +100,13 @@ SIMT Step step_of(const std::int32_t* starts, int batch, int t) {
     return {starts[t], starts[t + 1] - starts[t]};
 }
 
-// Steps of the longest sequence of a tile; 0 if the tile has none.
-SIMT int steps_of_tile(const std::int32_t* starts, const Sizes& sizes, int tile) {
-    if (tile * kColumns >= sizes.batch) return 0;
+// Steps of the longest sequence of a tile, its first; 0 if the tile has none.
+SIMT int steps_of_tile(const std::int32_t* starts, const Sizes& sizes, int first) {
+    if (first >= sizes.batch) return 0;
     int low = 1, high = sizes.steps;  // active sequences never grow from step to step
     while (low < high) {
         const int middle = (low + high + 1) / 2;
-        if (step_of(starts, sizes.batch, middle - 1).active > tile * kColumns) {
+        if (step_of(starts, sizes.batch, middle - 1).active > first) {
             low = middle;
         } else {
             high = middle - 1;
@@ -223,7 +225,10 @@ struct Walker {
                                         offset_of_state(p.plan))[2 * slot * blockDim.x + threadIdx.x];
     }
     SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
-    SIMT int sequence(int slot) const { return tile_of(p.plan, at, slot) * kColumns + cell.column; }
+    SIMT int first_sequence(int slot) const { return tile_of(p.plan, at, slot) * p.plan.columns; }
+    SIMT int sequence(int slot) const { return cell.here ? first_sequence(slot) + cell.column : p.sizes.batch; }
+    // Whether the warp has cells to make; blocks of a grid meet on all their warps.
+    SIMT bool has_cells() const { return kGrid || at.warp * 32 < p.plan.columns * p.plan.groups * kGroup; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }

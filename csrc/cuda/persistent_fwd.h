@@ -26,7 +26,8 @@ struct Result {
 template <typename T, bool kExact, int kMost, bool kGrid>
 struct ForwardKernel : Walker<Forward, kGrid> {
     using Base = Walker<Forward, kGrid>;
-    using Base::at, Base::cell, Base::count, Base::full, Base::global, Base::in_batch, Base::p;
+    using Base::at, Base::cell, Base::count, Base::first_sequence, Base::full, Base::global, Base::has_cells;
+    using Base::in_batch, Base::p;
     using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kHeld = held(kElement, kMost).blocks;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
@@ -96,7 +97,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     SIMT void prepare(Words (&w)[kHeld][4]) const {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         for (int slot = thread; slot < p.plan.tiles; slot += threads) {
-            const int count = steps_of_tile(p.starts, p.sizes, tile_of(p.plan, at, slot));
+            const int count = steps_of_tile(p.starts, p.sizes, first_sequence(slot));
             steps()[slot] = count;
             if constexpr (!kGrid) {
                 for (int buffer = 0; buffer < 2; ++buffer) simt::init(full(slot, buffer), 1);
@@ -131,8 +132,8 @@ struct ForwardKernel : Walker<Forward, kGrid> {
                 continue;
             }
             if (p.h0 == nullptr) continue;
-            const int first = tile_of(p.plan, at, slot) * kColumns, warps = 2 * p.plan.groups;
-            for (int row = at.warp; row < kColumns && first + row < p.sizes.batch; row += warps) {
+            const int first = first_sequence(slot), warps = 2 * p.plan.groups;
+            for (int row = at.warp; row < p.plan.columns && first + row < p.sizes.batch; row += warps) {
                 const T* from =
                     static_cast<const T*>(p.h0) + (Index{at.direction} * p.sizes.batch + first + row) * p.sizes.hidden;
                 for (int u = at.lane; u < p.sizes.hidden; u += 32) {
@@ -162,7 +163,8 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         auto* const target = reinterpret_cast<Words*>(to);
         const int threads = static_cast<int>(blockDim.x), words = static_cast<int>(p.workspace.of_buffer / 16);
         for (int j = static_cast<int>(threadIdx.x); j < words; j += threads) {
-            if (j / 32 * kBlock + j % 4 * 16 < column_bytes()) simt::collect(target + j, source + j);
+            if (j / 4 % kColumns < p.plan.columns && j / 32 * kBlock + j % 4 * 16 < column_bytes())
+                simt::collect(target + j, source + j);
         }
         simt::collected();
     }
@@ -190,7 +192,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     }
 
     SIMT int column_bytes() const { return p.plan.cluster * p.plan.groups * kGroup * kElement; }  // of h as it travels
-    SIMT unsigned fill_bytes() const { return kColumns * column_bytes(); }
+    SIMT unsigned fill_bytes() const { return p.plan.columns * column_bytes(); }
     SIMT Words& in_smem(int j, int k) const {
         return reinterpret_cast<Words*>(simt::shared_memory() +
                                         p.layout.weights)[((at.warp * p.layout.in_smem + j) * 4 + k) * 32 + at.lane];
@@ -255,20 +257,24 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         }
     }
 
-    // The sums over both halves of K of this thread's cell. Two buffers take turns: a warp that lays sums for the next
-    // but one item has passed the barrier of the next, which all reach after taking this one's. A grid's blocks meet
-    // anyway before the next.
-    SIMT void exchange(const float (&gate)[4][2], int turn, float (&sum)[4]) const {
-        const int column = p.plan.groups * kGroup + 1, half = kColumns * column;  // in cells
-        Words* const cells =
-            reinterpret_cast<Words*>(simt::shared_memory() + p.layout.partial) + (kGrid ? 0 : turn) * 2 * half;
-        Words* const mine = cells + at.half() * half + at.lane % 4 * 2 * column + at.group() * kGroup + at.lane / 4;
+    // Sums over half of K, [2 halves, 8 columns, U + 1]; where they lie, in bytes. Two buffers take turns: a warp that
+    // lays sums for the next but one item has passed the barrier of the next, which all reach after taking this one's.
+    // A grid's blocks meet anyway before the next.
+    SIMT int of_column() const { return p.plan.groups * kGroup + 1; }
+    SIMT int place_of_sums(int turn, int half, int column, int own) const {
+        return p.layout.partial + (((kGrid ? half : 2 * turn + half) * kColumns + column) * of_column() + own) * 16;
+    }
+    SIMT static Words* words(int place) { return reinterpret_cast<Words*>(simt::shared_memory() + place); }
+    SIMT void lay(const float (&gate)[4][2], int turn) const {
+        Words* const mine = words(place_of_sums(turn, at.half(), at.lane % 4 * 2, at.group() * kGroup + at.lane / 4));
         for (int c = 0; c < 2; ++c) {
-            mine[c * column] = Words{bits(gate[0][c]), bits(gate[1][c]), bits(gate[2][c]), bits(gate[3][c])};
+            mine[c * of_column()] = Words{bits(gate[0][c]), bits(gate[1][c]), bits(gate[2][c]), bits(gate[3][c])};
         }
-        simt::sync_threads();
-        const Words* const own = cells + cell.column * column + cell.own;
-        const Words a = simt::read(own), b = simt::read(own + half);
+    }
+    // Over both halves, of this thread's cell.
+    SIMT void take(int place, float (&sum)[4]) const {
+        const Words* const own = words(place);
+        const Words a = simt::read(own), b = simt::read(own + kColumns * of_column());
         sum[0] = bit_cast<float>(a.x) + bit_cast<float>(b.x);
         sum[1] = bit_cast<float>(a.y) + bit_cast<float>(b.y);
         sum[2] = bit_cast<float>(a.z) + bit_cast<float>(b.z);
@@ -280,10 +286,11 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     static constexpr int kUnits = 16 / kElement, kMessages = 32 / kUnits;  // of a warp
     SIMT static int place_of_message(const Plan& plan, const Position& at) {
         const int first = at.warp * 32 + at.lane % kMessages * kUnits, own = plan.groups * kGroup;
+        if (first >= plan.columns * own) return -1;
         return operand_byte(first / own, (at.rank * own + first % own) * kElement);
     }
-    SIMT int outgoing() const {  // where in a buffer of h the lane's message goes
-        if constexpr (kMost < 8) return found_outgoing;
+    SIMT int outgoing() const {  // where in a buffer of h the lane's message goes; below 0 if it has none
+        if constexpr (kMost < 8 && !kExact) return found_outgoing;
         Position again = at;
         again.lane = simt::opaque(at.lane);
         return place_of_message(p.plan, again);
@@ -297,12 +304,14 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         std::uint32_t words[4];
         for (int j = 0; j < 4; ++j) words[j] = simt::shuffle(word, at.lane % kMessages * kUnits + j * (kUnits / 4));
         const Words values{words[0], words[1], words[2], words[3]};
+        const int place = outgoing();
         if constexpr (kGrid) {
-            if (at.lane < kMessages) simt::publish(global().buffer(slot, buffer) + outgoing(), values);
+            if (at.lane < kMessages && place >= 0) simt::publish(global().buffer(slot, buffer) + place, values);
             global().signal(slot);
         } else {
-            unsigned char* const to = h(slot, buffer) + outgoing();
-            for (int rank = at.lane / kMessages; rank < p.plan.cluster; rank += 32 / kMessages) {
+            unsigned char* const to = h(slot, buffer) + place;
+            for (int rank = place < 0 ? p.plan.cluster : at.lane / kMessages; rank < p.plan.cluster;
+                 rank += 32 / kMessages) {
                 simt::send(to, rank, values, full(slot, buffer));
             }
         }
@@ -334,26 +343,31 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             T h_now = from_bits<T>(h_state(now.slot));
             float input[4];  // of x and the biases, which isn't waited for
             if (kKept) with_biases(x, input);
-            exchange(gate, turn, sum);
-            if (!kKept) with_biases(x, input);  // as registers allow
-            const CellForward<float> made =
-                cell_forward<kSpeed>(input[0] + sum[0], input[1] + sum[1], input[2] + sum[2], input[3] + sum[3], c);
-            if (active) {
-                c = made.c;
-                h_now = store<T>(made.h);
-            }
-            const bool last = now.i + 1 == count(now.slot, longest);
-            if (!last) send(h_now, now.slot, 1 - before);
-            // for the fill after the next, when nobody waits for this warp
-            if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 2 < count(now.slot, longest)) {
-                simt::arrive_expecting(full(now.slot, before), fill_bytes());
-            }
-            c_state(now.slot) = c;
-            h_state(now.slot) = bits(h_now);
-            result = {{store<T>(made.i), store<T>(made.f), store<T>(made.g), store<T>(made.o)}, h_now, c, x.row};
-            if (last && sequence(now.slot) < p.sizes.batch && within()) {
-                static_cast<T*>(p.h_n)[in_batch(sequence(now.slot))] = h_now;
-                static_cast<T*>(p.c_n)[in_batch(sequence(now.slot))] = store<T>(c);
+            lay(gate, turn);
+            const int sums = kept_here(place_of_sums(turn, 0, cell.column, cell.own));
+            simt::sync_threads();  // both halves of K lie there
+            if (has_cells()) {
+                take(sums, sum);
+                if (!kKept) with_biases(x, input);  // as registers allow
+                const CellForward<float> made =
+                    cell_forward<kSpeed>(input[0] + sum[0], input[1] + sum[1], input[2] + sum[2], input[3] + sum[3], c);
+                if (active) {
+                    c = made.c;
+                    h_now = store<T>(made.h);
+                }
+                const bool last = now.i + 1 == count(now.slot, longest);
+                if (!last) send(h_now, now.slot, 1 - before);
+                // for the fill after the next, when nobody waits for this warp
+                if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 2 < count(now.slot, longest)) {
+                    simt::arrive_expecting(full(now.slot, before), fill_bytes());
+                }
+                c_state(now.slot) = c;
+                h_state(now.slot) = bits(h_now);
+                result = {{store<T>(made.i), store<T>(made.f), store<T>(made.g), store<T>(made.o)}, h_now, c, x.row};
+                if (last && sequence(now.slot) < p.sizes.batch && within()) {
+                    static_cast<T*>(p.h_n)[in_batch(sequence(now.slot))] = h_now;
+                    static_cast<T*>(p.c_n)[in_batch(sequence(now.slot))] = store<T>(c);
+                }
             }
             if constexpr (kKept) {
                 x = next;

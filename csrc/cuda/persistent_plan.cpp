@@ -8,12 +8,12 @@ namespace {
 constexpr int kSharedLimit = 232448;  // bytes of a block: compute capability 9.0 and 10.x
 
 // Clocks, fitted to walks measured on an H100 (docs/persistent.md).
-constexpr double kExchange = 650;           // of a message and its barrier, when one tile has to wait for it
-constexpr double kCells = 600;              // gates, global memory and bookkeeping of an item
-constexpr double kCellsOfMany = 1000;       // more of it where threads have no registers to keep pointers in
-constexpr double kProduct = 6.0;            // of one simt::mma in a quarter of a multiprocessor
-constexpr double kBytesFromSmem = 70;       // a clock, while the matrix unit multiplies
-constexpr double kBytesFromCluster = 17.0;  // a clock
+constexpr double kExchange = 650;             // of a message and its barrier, when one tile has to wait for it
+constexpr double kCells = 400, kColumn = 25;  // gates, global memory and bookkeeping of an item, and of each column
+constexpr double kCellsOfMany = 1000;         // more of it where threads have no registers to keep pointers in
+constexpr double kProduct = 6.0;              // of one simt::mma in a quarter of a multiprocessor
+constexpr double kBytesFromSmem = 70;         // a clock, while the matrix unit multiplies
+constexpr double kBytesFromCluster = 17.0;    // a clock
 // The same through global memory: words, flags and their waiters, in part for each item, since all its blocks meet;
 // backward, a thread reads one word from each of the blocks. Bytes past the L1 cache, when all blocks read, forward
 // each thread 16 at once. Pairs: forward, backward.
@@ -34,16 +34,17 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
         const BackwardLayout at = backward_layout(kind, plan);
         products = at.tiles * at.blocks * 2.0 * warps;
         smem = warps * at.blocks * (at.in_smem * 1024.0 + 512);
-        incoming = hidden * kColumns * 4.0;
+        incoming = hidden * travelling(plan) * 4.0;
     } else {
         const ForwardLayout at = forward_layout(kind, plan);
         products = at.blocks / 2 * 4.0 * warps;
         smem = warps * (at.in_smem * 2048.0 + at.blocks / 2 * 512.0);
-        incoming = hidden * kColumns * element;
+        // over a grid, a thread has as many loads in flight whatever they bring
+        incoming = hidden * (plan.grid ? kColumns : plan.columns) * element;
     }
     const int each = kind == Kind::float32 ? 3 : 1;
     const double work = std::max(products / 4 * kProduct * each, smem / kBytesFromSmem);
-    const double item = kCells + (plan.groups > 4 ? kCellsOfMany : 0) + work;
+    const double item = kCells + kColumn * plan.columns + (plan.groups > 4 ? kCellsOfMany : 0) + work;
     if (!plan.grid) return item + incoming / kBytesFromCluster;
     if (backward) return item + kGridItem[1] + plan.cluster * kGridBlock + 2 * incoming / kBytesFromL2;
     return item + kGridItem[0] + incoming / std::min(kBytesFromL2, plan.groups * kBytesFromL2Group);
@@ -57,7 +58,7 @@ class Search {
         : kind_(kind),
           backward_(backward),
           hidden_(hidden),
-          all_tiles_(std::max(1, divide_up(batch, kColumns))),
+          batch_(std::max(1, batch)),
           directions_(directions),
           resident_(resident) {}
 
@@ -67,12 +68,18 @@ class Search {
         Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), false, directions_);
         if (most_groups(kind_, candidate.groups, false) == 0) return;
         const int alone = resident_(false, cluster, 64 * candidate.groups, kSharedLimit);
-        for (int tiles = 1; tiles <= all_tiles_ && lay_out(candidate, tiles); ++tiles) {
+        for (int tiles = 1; lay_out(candidate, tiles, kColumns); ++tiles) {
             const int at_once = resident_(false, cluster, 64 * candidate.groups, candidate.shared);
             if (at_once == 0) return;
-            const int rounds = divide_up(candidate.clusters * directions_, at_once);
-            const bool share = alone > 0 && std::min(candidate.clusters * directions_, at_once) > alone;
-            offer(candidate, share ? 2 * rounds : rounds, kExchange);
+            const auto offer_clusters = [&] {
+                const int all = candidate.clusters * directions_, rounds = divide_up(all, at_once);
+                const bool share = alone > 0 && std::min(all, at_once) > alone;
+                offer(candidate, share ? 2 * rounds : rounds, kExchange);
+                return rounds;
+            };
+            const int rounds = offer_clusters();
+            const int apart = alone > 0 ? std::min(alone, at_once) : at_once;
+            if (narrow(candidate, apart * rounds / directions_)) offer_clusters();
             if (rounds == 1) return;  // more tiles a cluster would only wait for one another
         }
     }
@@ -81,13 +88,16 @@ class Search {
     void grid_of(int groups, int at_a_time) {
         Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, true, at_a_time);
         int tiles = 1;
-        while (lay_out(candidate, tiles)) {
+        while (lay_out(candidate, tiles, kColumns)) {
             const int blocks = resident_(true, candidate.cluster, 64 * groups, candidate.shared);
             const int clusters = blocks / (candidate.cluster * at_a_time);
             if (clusters == 0) return;
-            if (candidate.clusters <= clusters)
-                return offer(candidate, directions_ / at_a_time, kGridExchange[backward_]);
-            tiles = std::max(tiles + 1, divide_up(all_tiles_, clusters));
+            if (candidate.clusters <= clusters) {
+                offer(candidate, directions_ / at_a_time, kGridExchange[backward_]);
+                if (narrow(candidate, clusters)) offer(candidate, directions_ / at_a_time, kGridExchange[backward_]);
+                return;
+            }
+            tiles = std::max(tiles + 1, divide_up(divide_up(batch_, kColumns), clusters));
         }
     }
 
@@ -95,16 +105,27 @@ class Search {
 
   private:
     static Plan of(int cluster, int groups, bool grid, int at_a_time) {
-        return {cluster, groups, 0, 0, 0, grid ? 1 : 0, at_a_time, 0};
+        return {cluster, groups, 0, 0, 0, 0, grid ? 1 : 0, at_a_time, 0};
     }
 
-    // False if no kernel serves the candidate or it needs more memory than a block has.
-    bool lay_out(Plan& candidate, int tiles) const {
+    // False if no kernel serves the candidate, it needs more memory than a block has, or a cluster would get more tiles
+    // than there are.
+    bool lay_out(Plan& candidate, int tiles, int columns) const {
         if (most_groups(kind_, candidate.groups, candidate.grid) == 0) return false;
+        const int all_tiles = divide_up(batch_, columns);
+        if (tiles > all_tiles) return false;
         candidate.tiles = tiles;
-        candidate.clusters = divide_up(all_tiles_, tiles);
+        candidate.columns = columns;
+        candidate.clusters = divide_up(all_tiles, tiles);
         candidate.shared = backward_ ? backward_layout(kind_, candidate).end : forward_layout(kind_, candidate).end;
         return candidate.shared <= kSharedLimit;
+    }
+
+    // As many tiles a cluster, of fewer columns where there may be so many clusters; false if that is none.
+    bool narrow(Plan& candidate, int clusters) const {
+        if (clusters == 0) return false;
+        const int columns = divide_up(batch_, clusters * candidate.tiles);
+        return columns < candidate.columns && lay_out(candidate, candidate.tiles, columns);
     }
 
     void offer(const Plan& candidate, int rounds, double exchange) {
@@ -117,7 +138,7 @@ class Search {
 
     const Kind kind_;
     const bool backward_;
-    const int hidden_, all_tiles_, directions_;
+    const int hidden_, batch_, directions_;
     const Resident& resident_;
 };
 

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     cluster: int
     groups: int
     tiles: int
+    columns: int
     clusters: int
     shared: int
     grid: int
