@@ -167,10 +167,11 @@ def test_a_plan_never_asks_for_more_than_a_block_has(kind):
                 )
                 if plan is None:
                     continue
-                cluster, groups, tiles, clusters, shared, grid, at_a_time, clocks = plan
+                cluster, groups, tiles, columns, clusters, shared, grid, at_a_time, clocks = plan
                 assert grid == (largest == 0) and groups <= (4 if grid else (8, 8, 6, 4)[kind])
                 assert cluster * at_a_time * clusters <= 132 if grid else cluster <= largest
-                assert cluster * groups * 8 >= hidden and tiles * clusters * 8 >= batch
+                assert cluster * groups * 8 >= hidden and 1 <= columns <= 8
+                assert tiles * clusters * columns >= batch > columns * (clusters - 1)
                 assert at_a_time == directions or (grid and at_a_time == 1)
                 assert shared <= SHARED_LIMIT and clocks > 0
                 planned.add((hidden, largest))
