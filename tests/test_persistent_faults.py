@@ -85,7 +85,7 @@ FAULTS = {
     ),
     "backward: the wrong parity": Fault(BACKWARD, "parity_of(fill))", "parity_of(fill + 2))", ""),
     "backward: sent to the wrong block": Fault(
-        BACKWARD, "simt::send(to, owner, ", "simt::send(to, (owner + 1) % p.plan.cluster, ", "bits"
+        BACKWARD, "of_message, owner, ", "of_message, (owner + 1) % p.plan.cluster, ", "bits"
     ),
     "forward, grid: no wait for h": Fault(FORWARD, "global().await(now.slot, now.i);", "", "bits", grid=True),
     "forward, grid: copies not awaited": Fault(

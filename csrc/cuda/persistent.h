@@ -108,8 +108,8 @@ LSTM_HD int offset_of_state(const Plan& plan) { return round_up(20 * plan.tiles,
 LSTM_HD int state_bytes(const Plan& plan) { return 8 * plan.tiles * 64 * plan.groups; }  // of a block
 LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan.grid ? 0 : state_bytes(plan)); }
 
-// Columns of the partial sums of dh as a block sends them: two in a message, and messages make up 32 bytes.
-LSTM_HD int travelling(const Plan& plan) { return plan.columns <= 2 ? 2 : plan.columns <= 4 ? 4 : kColumns; }
+// Columns of the partial sums of dh as a block sends them: two in a message.
+LSTM_HD int travelling(const Plan& plan) { return (plan.columns + 1) / 2 * 2; }
 
 // Both halves of K of the gates of a block's cells, with a word between columns so that banks differ.
 LSTM_HD int partial_bytes(const Plan& plan) { return 2 * kColumns * (plan.groups * kGroup + 1) * 16; }

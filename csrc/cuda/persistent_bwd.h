@@ -36,7 +36,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     SIMT explicit BackwardKernel(const Backward& walk)
         : Base(walk),
           first_owner(at.lane % 4 * 2 < walk.plan.columns ? group_sent(at) / walk.plan.groups : walk.plan.cluster),
-          of_message(place(group_sent(at) % walk.plan.groups, at.lane / 4 % 4, at.lane % 4)),
+          of_message(place_of_message(group_sent(at) % walk.plan.groups, at.lane / 4 % 4, at.lane % 4)),
           first_column(swapped(group_sent(at) % walk.plan.groups)) {}
 
     // The gradient of this thread's h that passes by steps it takes no part in, and of its c.
@@ -47,7 +47,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     SIMT unsigned char* da(int turn) const {
         return simt::shared_memory() + p.layout.da + turn * kColumns * kBlock * p.layout.blocks;
     }
-    // What block `rank` sends to block `owner`, [G, 8, travelling] as `place` has it: in the memory of each owner at
+    // What block `rank` sends to block `owner`, of 8 G units in each column: in the memory of each owner at
     // the same place, or in the grid's.
     SIMT float* from_block(int slot, int buffer, int rank, [[maybe_unused]] int owner) const {
         if constexpr (kGrid) {
@@ -57,15 +57,28 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         return reinterpret_cast<float*>(simt::shared_memory() + p.layout.slots) +
                ((2 * slot + buffer) * p.plan.cluster + rank) * p.layout.of_block;
     }
-    // Where four floats of a lane lie in what a block sends to another: units r and r + 4 of group `group` of the
-    // owner, columns 2 q and 2 q + 1. Lanes q and q ^ 1 make 32 bytes, or r and r ^ 1 where there are but two columns;
-    // and 32 units of a column, which a warp reads at once, lie in 32 banks, for which groups take turns in the order
-    // of the two pieces and of the columns in each.
+    // In a cluster a lane's four floats are units r and r + 4 of a group of the owner, columns 2 q and 2 q + 1. Lanes q
+    // and q ^ 1 make 32 bytes; of the last q, where there is no other, r and r ^ 1. And 32 units of a column, which a
+    // warp reads at once, lie in 32 banks, for which groups take turns in the order of the two pieces and of the
+    // columns in each.
     SIMT int place(int group, int r, int q) const {
-        if (p.plan.columns <= 2) return group * 16 + r * 4;
+        if (p.plan.columns <= 2 * (q | 1)) return (q * p.plan.groups + group) * 16 + r * 4;
         return q / 2 * p.plan.groups * 32 + group * 32 + r * 8 + (q + group) % 2 * 4;
     }
     SIMT static int swapped(int group) { return group / 2 % 2; }  // whether column 2 q + 1 comes first
+    // Over a grid lanes r and r ^ 1 have swapped a column, and a lane has r and r + 4 of two r, of one column: what a
+    // warp reads at once lies in one piece, [columns, G, 4, 2].
+    SIMT int place_in_grid(int group, int r, int column) const { return (column * p.plan.groups + group) * 8 + r * 2; }
+
+    SIMT int place_of_message(int group, int r, int q) const {
+        return kGrid ? place_in_grid(group, r / 2 * 2, 2 * q + r % 2) : place(group, r, q);
+    }
+    SIMT int place_of_cell() const {
+        const int group = cell.own / kGroup, r = cell.own % 4, high = cell.own % kGroup / 4;
+        const int column = cell.here ? cell.column : 0;
+        if constexpr (kGrid) return place_in_grid(group, r, column) + high;
+        return place(group, r, column / 2) + (column % 2 ^ swapped(group)) * 2 + high;
+    }
     SIMT int time_of(const Item& item, int longest) const {
         return at.direction == 0 ? count(item.slot, longest) - 1 - item.i : item.i;
     }
@@ -89,7 +102,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
                 hidden * kElement};
     }
 
-    SIMT unsigned fill_bytes() const { return p.plan.cluster * p.plan.groups * ((p.plan.columns + 1) / 2) * 64; }
+    SIMT unsigned fill_bytes() const { return p.plan.cluster * p.layout.of_block * 4; }
 
     // 16 bytes of W_hh^T: hidden unit of row lane / 4 + 8 high of a tile, the lane's share of a block of the block's
     // own gates, unit by unit, four gates each; zero outside of W_hh.
@@ -188,10 +201,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
 
     // What all blocks sent for this lane's cell in fill `fill`, summed in their order.
     SIMT float received(int slot, int fill) const {
-        const int group = cell.own / kGroup, high = cell.own % kGroup / 4;
-        const int column = cell.here ? cell.column : 0, c = column % 2;
-        const float* from = from_block(slot, fill % 2, 0, at.rank) + place(group, cell.own % 4, column / 2) +
-                            (c ^ swapped(group)) * 2 + high;
+        const float* from = from_block(slot, fill % 2, 0, at.rank) + place_of_cell();
         const int stride = p.layout.of_block, last = p.plan.cluster - 1;
         if constexpr (kGrid) {
             global().await(slot, fill);
@@ -227,19 +237,22 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         return sum;
     }
 
-    // The block's part of dh for this warp's tile `j`, to the blocks that own its units: a lane's four floats, units r
-    // and r + 4, both columns, are one message. Tiles of a warp lie 4 G groups apart, which is 4 owners.
+    // The block's part of dh for this warp's tile `j`, to the blocks that own its units: a lane's four floats are one
+    // message. Tiles of a warp lie 4 G groups apart, which is 4 owners.
     SIMT void send(const float (&d)[4], int j, int slot, int buffer) const {
         const int owner = first_owner + 4 * j;
-        if (owner >= p.plan.cluster) return;
-        float* const to = from_block(slot, buffer, at.rank, owner) + of_message;
         const auto pick = [&](int unit, int column) { return bits(column == 0 ? d[2 * unit] : d[2 * unit + 1]); };
-        const Words words{pick(0, first_column), pick(1, first_column), pick(0, 1 - first_column),
-                          pick(1, 1 - first_column)};
         if constexpr (kGrid) {
-            simt::publish(to, words);
-        } else {
-            simt::send(to, owner, words, full(slot, buffer));
+            const int mine = at.lane / 4 % 2;
+            const std::uint32_t low = simt::shuffle(pick(0, 1 - mine), at.lane ^ 4);
+            const std::uint32_t high = simt::shuffle(pick(1, 1 - mine), at.lane ^ 4);
+            const Words words =
+                mine == 0 ? Words{pick(0, 0), pick(1, 0), low, high} : Words{low, high, pick(0, 1), pick(1, 1)};
+            if (owner < p.plan.cluster) simt::publish(from_block(slot, buffer, at.rank, owner) + of_message, words);
+        } else if (owner < p.plan.cluster) {
+            const Words words{pick(0, first_column), pick(1, first_column), pick(0, 1 - first_column),
+                              pick(1, 1 - first_column)};
+            simt::send(from_block(slot, buffer, at.rank, owner) + of_message, owner, words, full(slot, buffer));
         }
     }
 

@@ -243,7 +243,7 @@ void measure_exchange(int device, const std::function<void(const Latency&)>& rep
         for (int hidden : {512, 1024}) launch.measure_grid(blocks, hidden);
     }
     for (const auto& [cluster, at_once] : clusters) {  // the largest last: it is the likeliest to fail
-        for (int hidden : {128, 256, 512, 768}) {  // 128: what tiles of 2 sequences of 512 units exchange
+        for (int hidden : {128, 256, 512, 768}) {      // 128: what tiles of 2 sequences of 512 units exchange
             if (at_once > 0) launch.measure_cluster(cluster, hidden);
         }
     }

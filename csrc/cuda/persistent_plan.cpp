@@ -46,7 +46,7 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const double work = std::max(products / 4 * kProduct * each, smem / kBytesFromSmem);
     const double item = kCells + kColumn * plan.columns + (plan.groups > 4 ? kCellsOfMany : 0) + work;
     if (!plan.grid) return item + incoming / kBytesFromCluster;
-    if (backward) return item + kGridItem[1] + plan.cluster * kGridBlock + 2 * incoming / kBytesFromL2;
+    if (backward) return item + kGridItem[1] + plan.cluster * kGridBlock + incoming / (2 * kBytesFromL2);
     return item + kGridItem[0] + incoming / std::min(kBytesFromL2, plan.groups * kBytesFromL2Group);
 }
 
