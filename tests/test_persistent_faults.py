@@ -6,7 +6,6 @@ A fault counts as caught when some schedule ends in an error or in other bits th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from lstm_fast.kernels import persistent
-from tests.compiled import CSRC, compiled
+from tests.compiled import CSRC
 from tests.persistent_case import Case, granted
+from tests.persistent_library import Library, build, host_layer
 
-SHIM = Path(__file__).with_name("persistent_shim.cpp")
 SCHEDULES = range(24)
-BF16 = 0
 FORWARD, BACKWARD, COMMON = "persistent_fwd.h", "persistent_bwd.h", "persistent_common.h"
 
 
@@ -125,57 +121,26 @@ FAULTS = {
 }
 
 
-# Hardened as some distributions' compilers are set up.
-FLAGS = ["-O1", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-Wno-unknown-pragmas"]
-
-
 @pytest.fixture(scope="module")
-def host_layer(tmp_path_factory) -> Path:
-    return compiled(tmp_path_factory.mktemp("host") / "simt.o", *FLAGS, "-c", CSRC / "host" / "simt.cpp")
+def layer(tmp_path_factory) -> Path:
+    return host_layer(tmp_path_factory.mktemp("host"))
 
 
-def build(folder: Path, csrc: Path, host_layer: Path, fault: Fault) -> ctypes.CDLL:
+def built(folder: Path, csrc: Path, layer: Path, fault: Fault) -> Library:
     """The walk that the fault is in."""
-    walk = [f"-DLSTM_GRID={str(fault.grid).lower()}", *(["-DLSTM_BACKWARD"] if fault.file == BACKWARD else [])]
-    library = compiled(folder / f"{fault.file}.so", *FLAGS, *walk, f"-I{csrc}", SHIM, host_layer)
-    loaded = ctypes.CDLL(str(library))
-    loaded.walk.restype = ctypes.c_char_p
-    return loaded
+    return Library(build(folder / f"{fault.file}.so", csrc, layer, fault.file == BACKWARD, fault.grid))
 
 
-def call(library: ctypes.CDLL, tensors: list[Tensor | None], case: Case, backward: bool, schedule: int) -> str:
-    directions, batch, hidden = case.c0.shape
-    plan = persistent._plan(BF16, backward, hidden, batch, directions, None)
-    numbers = [case.gates.size(0), len(case.steps), batch, hidden, directions, *plan]
-    tensors = [*tensors, persistent._workspace(BF16, backward, plan, directions, torch.device("cpu"))]
-    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    return library.walk(pointers, (ctypes.c_int64 * 14)(*numbers), ctypes.c_uint64(schedule)).decode()
-
-
-def caught(library: ctypes.CDLL, case: Case, fault: Fault) -> set[str]:
+def caught(library: Library, case: Case, fault: Fault) -> set[str]:
     """How the fault shows: "bits", or the words of errors."""
     whole = case.forward()
     gradients = case.backward(whole)
-    starts = persistent._starts(case.steps, torch.device("cpu"))
-    weights = [case.w_hh[0], case.w_hh[-1]]
     shown = set()
     for schedule in SCHEDULES:
         if fault.file != BACKWARD:
-            found = {
-                "gates": case.gates.clone(),
-                **{n: torch.full_like(whole[n], 9) for n in ("y", "h_n", "c_n", "cells")},
-            }
-            outputs = [found[name] for name in ("y", "h_n", "c_n", "cells")]
-            biases = [case.biases[d][k] for k in (0, 1) for d in (0, -1)]
-            tensors = [found["gates"], case.h0, case.c0, *weights, *biases, starts, *outputs]
-            error = call(library, tensors, case, False, schedule)
-            wanted = whole
+            (error, found), wanted = library.forward(case, schedule), whole
         else:
-            found = {name: torch.full_like(gradients[name], 9) for name in ("dgates", "dh", "dc")}
-            grads = [case.dy, case.dh_n, case.dc_n]
-            tensors = [whole["gates"], whole["cells"], case.c0, *weights, starts, *grads, *found.values()]
-            error = call(library, tensors, case, True, schedule)
-            wanted = gradients
+            (error, found), wanted = library.backward(case, whole, schedule), gradients
         if error:
             shown.add(error)
         elif not all(torch.equal(found[name], wanted[name]) for name in found):
@@ -193,22 +158,22 @@ def exchanging(grid: bool) -> Iterator[Case]:
 
 
 @pytest.mark.parametrize("grid", [False, True])
-def test_the_whole_kernel_shows_nothing(tmp_path, host_layer, grid):
+def test_the_whole_kernel_shows_nothing(tmp_path, layer, grid):
     with exchanging(grid) as case:
         for file in (FORWARD, BACKWARD):
             none = Fault(file, "", "", "", grid)
-            assert caught(build(tmp_path, CSRC, host_layer, none), case, none) == set()
+            assert caught(built(tmp_path, CSRC, layer, none), case, none) == set()
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_caught(tmp_path, host_layer, name):
+def test_a_fault_is_caught(tmp_path, layer, name):
     fault = FAULTS[name]
     shutil.copytree(CSRC, tmp_path / "csrc")
     source = tmp_path / "csrc" / "cuda" / fault.file
     text = source.read_text()
     assert text.count(fault.whole) == 1, f"{fault.file} should have one {fault.whole!r}"
     source.write_text(text.replace(fault.whole, fault.broken))
-    library = build(tmp_path, tmp_path / "csrc", host_layer, fault)
+    library = built(tmp_path, tmp_path / "csrc", layer, fault)
     with exchanging(fault.grid) as case:
         shown = caught(library, case, fault)
     assert any(fault.caught_as in how for how in shown), f"{name}: {shown or 'nothing showed'}"

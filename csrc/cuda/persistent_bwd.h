@@ -136,7 +136,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
 
     // Loads something in any case: without branches there is nothing to wait for.
     SIMT Saved<T> fetch(const Columns& columns, const Item& item, bool more, int longest) const {
-        const int t = time_of(item, longest), b = sequence(item.slot);
+        const int t = more ? time_of(item, longest) : 0, b = sequence(item.slot);
         const Step step = step_of(p.starts, p.sizes.batch, t);
         Saved<T> found;  // without zeros, which loads would wait for
         found.row = b < step.active ? step.first + b : -1;

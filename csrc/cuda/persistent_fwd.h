@@ -82,7 +82,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     // Loads something in any case: without branches there is nothing to wait for.
     SIMT Preactivation<T> fetch(const Columns& columns, const Item& item, bool more) const {
         const int b = sequence(item.slot);
-        const Step step = step_of(p.starts, p.sizes.batch, time_of(item));
+        const Step step = step_of(p.starts, p.sizes.batch, more ? time_of(item) : 0);
         Preactivation<T> found;  // without zeros, which loads would wait for
         found.row = b < step.active ? step.first + b : -1;
         simt::load_bits_of_four(columns.gates.row(more && found.row >= 0 ? found.row : 0), found.a);

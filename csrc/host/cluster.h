@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <utility>
@@ -47,7 +48,7 @@ struct Warp {
 };
 
 struct Block {
-    unsigned char* memory;  // of the launch's arena
+    unsigned char* memory;  // shared
     unsigned alive;
     std::vector<Warp> warps;
     Meeting barrier;
@@ -73,6 +74,9 @@ struct Message {
     std::uint64_t number = 0;  // in the order of sending
 };
 
+// A block's shared memory.
+using Shared = std::unique_ptr<unsigned char[], void (*)(unsigned char*)>;
+
 // How an adversary chooses: at random, or by fixed ranks of blocks or warps; when messages land.
 enum class Order { in_turn, random, by_block, by_warp };
 enum class Landing { at_once, random, last, newest_first };
@@ -81,18 +85,18 @@ class Cluster {
   public:
     static inline thread_local Cluster* active = nullptr;  // whose fibre runs on this thread
 
-    Cluster(const Launch& launch, unsigned number, unsigned char* stacks, unsigned char* memory,
+    Cluster(const Launch& launch, unsigned number, unsigned char* stacks, const std::vector<Shared>& memory,
             const std::function<void()>& thread)
         : launch_(launch), number_(number), body_(thread), random_(launch.schedule * 7919 + number) {
         threads_ = launch.block.x * launch.block.y * launch.block.z;
         blocks_.resize(launch.cluster);
         fibres_.resize(launch.cluster * threads_);
         for (unsigned rank = 0; rank < launch.cluster; ++rank) {
-            blocks_[rank].memory = memory + rank * stride(launch);
+            blocks_[rank].memory = memory[rank].get();
+            std::fill_n(blocks_[rank].memory, launch.shared, static_cast<unsigned char>(0xff));
             blocks_[rank].alive = threads_;
             blocks_[rank].warps.resize((threads_ + kLanes - 1) / kLanes);
         }
-        std::fill_n(memory, launch.cluster * stride(launch), static_cast<unsigned char>(0xff));
         if (launch.schedule != 0) {
             order_ = std::array{Order::random, Order::by_block, Order::by_warp}[launch.schedule % 3];
             landing_ = std::array{Landing::last, Landing::random, Landing::at_once,
@@ -109,8 +113,6 @@ class Cluster {
         std::shuffle(ranks_.begin(), ranks_.end(), random_);
         for (unsigned j = 0; j < fibres_.size(); ++j) ready(j);
     }
-
-    static std::size_t stride(const Launch& launch) { return (launch.shared + 127) / 128 * 128; }
 
     void run() {
         active = this;

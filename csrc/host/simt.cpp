@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <new>
+
 #include "cluster.h"
 
 namespace lstm {
@@ -72,6 +74,12 @@ void multiply(void* const* operands) {
             d = towards_zero(sum);
         }
     }
+}
+
+host::Shared shared(std::size_t size) {
+    constexpr std::align_val_t kAligned{128};
+    return {static_cast<unsigned char*>(operator new(size, kAligned)),
+            [](unsigned char* memory) { operator delete(memory, kAligned); }};
 }
 
 struct Pages {  // zeroed, and taken from the machine only where touched
@@ -165,9 +173,10 @@ std::string run(const Launch& launch, const std::function<void()>& thread) {
     }
     try {
         const Pages stacks(launch.cluster * threads * host::kStack);
-        const Pages memory(launch.cluster * Cluster::stride(launch) + 128);
+        std::vector<Shared> memory;  // of each block: apart, so that a sanitizer sees where each ends
+        for (unsigned rank = 0; rank < launch.cluster; ++rank) memory.emplace_back(shared(launch.shared));
         for (unsigned number = 0; number < blocks / launch.cluster; ++number) {
-            Cluster cluster(launch, number, stacks.bytes(), memory.bytes(), thread);
+            Cluster cluster(launch, number, stacks.bytes(), memory, thread);
             cluster.run();
         }
     } catch (const Failure& failure) {
