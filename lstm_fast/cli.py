@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import TYPE_CHECKING
 
 import lstm_fast
 from lstm_fast.environment import environment
+
+if TYPE_CHECKING:
+    import typer
 
 MISSING = "This command needs"
 _EXTRA = ("matplotlib", "rich", "sacrebleu", "safetensors", "sentencepiece", "typer")
@@ -38,6 +42,12 @@ def info() -> str:
     for name, status in lstm_fast.backends().items():
         lines.append(f"{name:<10} {'runs here' if status.available else 'cannot run here'}: {status.detail}")
     return "\n".join(lines)
+
+
+def was_given(context: typer.Context, name: str | None) -> bool:
+    """Whether a parameter stands on the command line."""
+    source = context.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"
 
 
 if __name__ == "__main__":

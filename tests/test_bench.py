@@ -417,6 +417,10 @@ def test_another_projects_commit_is_not_ours(tmp_path: Path, monkeypatch: pytest
         (("--device", "tpu"), "--device should be among cpu, cuda, got: tpu"),
         (("--grid", "huge"), "'huge'"),
         (("train", "--steps", "1"), "'--steps'"),
+        (
+            ("--threads", "1", "--out", "a.json", "tune"),
+            "options of tune come behind it, got before it: --threads, --out",
+        ),
         (("report", "missing.json"), "missing.json"),
     ],
 )

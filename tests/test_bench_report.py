@@ -150,6 +150,12 @@ def test_table_has_a_line_a_row_and_geometric_means() -> None:
     assert len({line.index("inference" if "inference" in line else "forward") for line in rows}) == 1
 
 
+def test_table_names_the_rows_that_are_torchs_own() -> None:
+    text = report.table(run(row(), row(mode="forward", choice="torch: cpu: torch's own takes 0.8 of its time")))
+    (line,) = (line for line in text.splitlines() if "left to torch" in line)
+    assert line == f"  left to torch: {SMALL.label()}, forward: cpu: torch's own takes 0.8 of its time"
+
+
 def test_table_names_the_best_rival_and_its_ratio() -> None:
     found = row()
     found["rivals"]["haste"] = {
@@ -327,6 +333,16 @@ def test_two_runs_plots_lie_side_by_side(command: Callable[..., tuple[int, str, 
     assert all(name in out for name in names)
     status, out, error = command("bench", "report", "one.json", "other/one.json", "--plots", "more")
     assert (status, out) == (2, "") and "should differ, got: one, one" in error and not Path("more").exists()
+
+
+def test_a_bad_file_hides_no_other(command: Callable[..., tuple[int, str, str]]) -> None:
+    Path("cut.json").write_text("{")
+    write(Path("whole.json"), run(row()))
+    Path("README.md").write_text("\n".join(report.MARKERS))
+    status, out, error = command("bench", "report", "cut.json", "missing.json", "whole.json", "--readme", "README.md")
+    assert status == 2 and SMALL.label() in out
+    assert error.startswith("lstm-fast: cut.json is not a run") and len(error.splitlines()) == 1
+    assert Path("README.md").read_text() == "\n".join(report.MARKERS)
 
 
 def test_titles_are_within_their_figures(tmp_path: Path, figures: list[Figure]) -> None:

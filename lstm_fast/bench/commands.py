@@ -9,9 +9,9 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lstm_fast import files, measured
+from lstm_fast import cli, files, measured
 from lstm_fast.bench import report, runner, training
 from lstm_fast.bench.cases import GRIDS, MODES, Grid
 from lstm_fast.bench.rivals import DEFAULT, RIVALS
@@ -44,6 +44,9 @@ def bench(
 ) -> None:
     """Measure a grid. Ctrl-C keeps what is done."""
     if context.invoked_subcommand is not None:
+        command, given = context.invoked_subcommand, [name for name in context.params if cli.was_given(context, name)]
+        if given:
+            raise typer.BadParameter(f"options of {command} come behind it, got before it: --{', --'.join(given)}")
         return
     chosen_modes, chosen_rivals = _among(modes, MODES, "--modes"), _among(rivals, RIVALS, "--rivals")
     cases = GRIDS[grid.value]
@@ -80,7 +83,8 @@ def _run(
     backend: str,
 ) -> None:
     """With a progress bar."""
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+    times = TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn()
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times) as bar:
         task = bar.add_task("limits of this machine", total=None)
 
         def progress(done: int, total: int, what: str) -> None:
@@ -115,11 +119,18 @@ def report_command(
         raise typer.BadParameter(
             f"--plots names files by those of the runs, which should differ, got: {', '.join(names)}"
         )
-    found = [report.load(path) for path in runs]
-    for record, name in zip(found, names, strict=True):
-        print(report.table(record))
-        for path in [] if plots is None else report.plots(record, plots, name):
-            print(path)
+    found, refused = [], []
+    for path in runs:
+        try:
+            found.append(report.load(path))
+        except (OSError, report.ReportError) as error:
+            refused.append(error)
+            continue
+        print(report.table(found[-1]))
+        for plot in [] if plots is None else report.plots(found[-1], plots, path.stem):
+            print(plot)
+    if refused:  # the others' tables are told, and the first error is
+        raise refused[0]
     if readme is not None:
         report.write_readme(readme, found)
 

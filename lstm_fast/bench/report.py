@@ -88,6 +88,10 @@ def table(run: Run) -> str:
             if ratios:
                 lines.append(f"  geometric mean, {mode}: {_summary(ratios)}")
         for row in rows:
+            backend, _, why = row.get("choice", "").partition(": ")
+            if backend == "torch":
+                lines.append(f"  left to torch: {_case(row).label()}, {row['mode']}: {why}")
+        for row in rows:
             sizes = [f"{side} {_number(size)} MB" for side, size in row.get("memory_mb", {}).items()]
             lines += [f"  peak memory of {_case(row).label()}, {row['mode']}: {', '.join(sizes)}"] * bool(sizes)
     lines += [""] * bool(run["skipped"] or run["failed"])

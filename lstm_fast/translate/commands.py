@@ -96,7 +96,7 @@ def train_command(
         given = [
             p.opts[0]
             for p in context.command.params
-            if _was_given(context, p.name) and p.name not in ("out", "resume_run")
+            if cli.was_given(context, p.name) and p.name not in ("out", "resume_run")
         ]
         if given:
             raise typer.BadParameter(f"--resume takes all but --out from the run itself, got: {', '.join(given)}")
@@ -122,11 +122,6 @@ def train_command(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _train(config, out)
-
-
-def _was_given(context: typer.Context, name: str | None) -> bool:
-    source = context.get_parameter_source(name or "")
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_utf8(text: str, place: str) -> None:
