@@ -170,7 +170,7 @@ using lstm::persistent::Kind;
 using lstm::persistent::Plan;
 
 // Plan's members in their order.
-using PlanTuple = std::tuple<int, int, int, int, int, int, int, int, int>;
+using PlanTuple = std::tuple<int, int, int, int, int, int, int, int, int, int>;
 
 Plan plan_of(const PlanTuple& plan) {
     return std::apply([](auto... numbers) { return Plan{numbers...}; }, plan);
@@ -184,8 +184,8 @@ std::optional<PlanTuple> persistent_plan(int kind, bool backward, int hidden, in
     };
     const Plan plan = lstm::persistent::plan(static_cast<Kind>(kind), backward, hidden, batch, directions, resident);
     if (plan.cluster == 0) return std::nullopt;
-    return PlanTuple{plan.cluster, plan.groups, plan.tiles,      plan.columns, plan.clusters,
-                     plan.shared,  plan.grid,   plan.directions, plan.clocks};
+    return PlanTuple{plan.cluster,  plan.groups, plan.splits, plan.tiles,      plan.columns,
+                     plan.clusters, plan.shared, plan.grid,   plan.directions, plan.clocks};
 }
 
 double persistent_library_clocks(int kind, int hidden, int batch, bool plain) {

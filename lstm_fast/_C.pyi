@@ -84,13 +84,13 @@ def persistent_plan(
     batch: int,
     directions: int,
     granted: Callable[[bool, int, int, int], int],
-) -> tuple[int, int, int, int, int, int, int, int, int] | None: ...
+) -> tuple[int, int, int, int, int, int, int, int, int, int] | None: ...
 def persistent_granted(
     *, kind: int, backward: bool, device: int, grid: bool, cluster: int, threads: int, shared: int
 ) -> int: ...
 def persistent_library_clocks(*, kind: int, hidden: int, batch: int, plain: bool) -> float: ...
 def persistent_workspace(
-    *, kind: int, backward: bool, plan: tuple[int, int, int, int, int, int, int, int, int], directions: int
+    *, kind: int, backward: bool, plan: tuple[int, int, int, int, int, int, int, int, int, int], directions: int
 ) -> tuple[int, int]: ...
 def persistent_forward(
     gates: Tensor,
@@ -104,7 +104,7 @@ def persistent_forward(
     c_n: Tensor,
     cells: Tensor | None,
     sizes: tuple[int, int, int, int, int],
-    plan: tuple[int, int, int, int, int, int, int, int, int],
+    plan: tuple[int, int, int, int, int, int, int, int, int, int],
     workspace: Tensor,
     kind: int,
     device: int | None,
@@ -123,7 +123,7 @@ def persistent_backward(
     dh0: Tensor | None,
     dc0: Tensor | None,
     sizes: tuple[int, int, int, int, int],
-    plan: tuple[int, int, int, int, int, int, int, int, int],
+    plan: tuple[int, int, int, int, int, int, int, int, int, int],
     workspace: Tensor,
     kind: int,
     device: int | None,

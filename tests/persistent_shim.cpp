@@ -15,9 +15,9 @@ Sizes sizes(const std::int64_t* n) {
 }
 
 Plan plan(const std::int64_t* n) {
-    return {static_cast<int>(n[5]),  static_cast<int>(n[6]),  static_cast<int>(n[7]),
-            static_cast<int>(n[8]),  static_cast<int>(n[9]),  static_cast<int>(n[10]),
-            static_cast<int>(n[11]), static_cast<int>(n[12]), static_cast<int>(n[13])};
+    return {static_cast<int>(n[5]),  static_cast<int>(n[6]),  static_cast<int>(n[7]),  static_cast<int>(n[8]),
+            static_cast<int>(n[9]),  static_cast<int>(n[10]), static_cast<int>(n[11]), static_cast<int>(n[12]),
+            static_cast<int>(n[13]), static_cast<int>(n[14])};
 }
 
 // One kernel of bf16 for up to four groups, for clusters or for the grid: more would take time to compile.

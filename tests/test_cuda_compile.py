@@ -152,7 +152,7 @@ def test_persistent_kernels_over_the_grid(walk, arch):
 def test_a_plan_never_asks_for_more_than_a_block_has(kind):
     """Every plan for every H, with all sizes of cluster granted or only the portable ones, or none but a grid."""
     planned = set()
-    for hidden in [*range(1, 1100, 7), 256, 512, 768, 1024, 1920]:
+    for hidden in [*range(1, 1100, 7), 256, 512, 768, 1024, 1920, 2048]:
         for batch, directions, largest in itertools.product((1, 17, 300), (1, 2), (0, 8, 16)):
             for backward in (False, True):
                 plan = _C.persistent_plan(
@@ -167,8 +167,9 @@ def test_a_plan_never_asks_for_more_than_a_block_has(kind):
                 )
                 if plan is None:
                     continue
-                cluster, groups, tiles, columns, clusters, shared, grid, at_a_time, clocks = plan
+                cluster, groups, splits, tiles, columns, clusters, shared, grid, at_a_time, clocks = plan
                 assert grid == (largest == 0) and groups <= (4 if grid else (8, 8, 6, 4)[kind])
+                assert splits == 2 or (grid and not backward and splits * groups <= 8)
                 assert cluster * at_a_time * clusters <= 132 if grid else cluster <= largest
                 assert cluster * groups * 8 >= hidden and 1 <= columns <= 8
                 assert tiles * clusters * columns >= batch > columns * (clusters - 1)
@@ -176,14 +177,14 @@ def test_a_plan_never_asks_for_more_than_a_block_has(kind):
                 assert shared <= SHARED_LIMIT and clocks > 0
                 planned.add((hidden, largest))
     widest = {largest: max(h for h, granted in planned if granted == largest) for largest in (0, 8, 16)}
-    assert widest[0] >= (1920 if kind < 2 else 1024)
+    assert widest[0] >= (2048 if kind < 2 else 1024)
     assert widest[16] >= (768 if kind < 2 else 512)
     assert widest[8] >= (512 if kind < 2 else 256)
 
 
 @pytest.mark.parametrize(
     "multiprocessors, kib, largest, widest",
-    [(132, 227, 16, [1920, 1056]), (108, 163, 0, [1536, 864]), (128, 99, 0, [1024, 768])],
+    [(132, 227, 16, [2048, 1056]), (108, 163, 0, [1536, 864]), (128, 99, 0, [1024, 832])],
     ids=["H100", "A100", "RTX 4090"],
 )
 def test_the_widest_layers(multiprocessors, kib, largest, widest):

@@ -113,22 +113,22 @@ def test_tiles_of_fewer_columns_than_a_product_has(exchange, kind, hidden, colum
 
 
 @pytest.mark.parametrize(
-    "kind, hidden, blocks, forward, backward",  # G and C of each walk
+    "kind, hidden, blocks, forward, backward",  # G, splits and C of each walk
     [
-        ("bf16", 512, 16, (4, 16), (4, 16)),  # all weights in registers
-        ("fp16", 1024, 34, (4, 32), (4, 32)),  # half of them in shared memory
-        ("bf16", 1024, 130, (2, 64), (4, 32)),
-        ("tf32", 1024, 130, (1, 128), (1, 128)),
-        ("tf32", 768, 96, (2, 48), (3, 32)),
-        ("fp32", 768, 66, (2, 48), (3, 32)),
-        ("fp32", 300, 25, (2, 19), (2, 19)),  # the last block has one unit of 12
+        ("bf16", 512, 16, (4, 2, 16), (4, 2, 16)),  # all weights in registers
+        ("fp16", 1024, 34, (4, 2, 32), (4, 2, 32)),  # half of them in shared memory
+        ("bf16", 1024, 66, (2, 4, 64), (4, 2, 32)),
+        ("tf32", 1024, 130, (1, 8, 128), (1, 2, 128)),
+        ("tf32", 768, 96, (1, 8, 96), (3, 2, 32)),
+        ("fp32", 768, 66, (2, 4, 48), (3, 2, 32)),
+        ("fp32", 300, 25, (2, 2, 19), (2, 2, 19)),  # the last block has one unit of 12
     ],
 )
 def test_every_layout_of_a_grid(kind, hidden, blocks, forward, backward):
     with granted({}, blocks):
         case = Case(kind, hidden, [2] * 3)
         plans = [persistent._plan(NUMBERS[kind], walk, hidden, 3, 1, None) for walk in (False, True)]
-        assert [(plan.groups, plan.cluster) for plan in plans] == [forward, backward]
+        assert [(plan.groups, plan.splits, plan.cluster) for plan in plans] == [forward, backward]
         check(case, case.both())
 
 
@@ -282,8 +282,8 @@ def gpu(monkeypatch):
 
 def test_hidden_sizes_that_a_card_does_not_hold(monkeypatch, gpu):
     assert persistent.refuses(gpu, torch.bfloat16, 1024) is None
-    assert persistent.refuses(gpu, torch.bfloat16, 2048) == (
-        "this GPU does not hold the 8192 x 2048 weights of 2048 hidden units on chip"
+    assert persistent.refuses(gpu, torch.bfloat16, 2100) == (
+        "this GPU does not hold the 8400 x 2100 weights of 2100 hidden units on chip"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 8.0, and the GPU has 7.5" in persistent.refuses(gpu, torch.bfloat16, 64)
@@ -347,11 +347,11 @@ def test_an_infinite_state_saturates_gates(exchange, kind, hidden):
 def test_fp16_goes_to_torch_where_its_own_persistent_kernel_is_expected_to_be_faster(gpu):
     for hidden in (256, 512):
         assert persistent.outweighed(gpu, torch.float16, hidden, 16, plain=True) is None
-    assert "a step of 16 x 1024 units" in persistent.outweighed(gpu, torch.float16, 1024, 16, plain=True)
-    for what in ({"hidden": 1024, "batch": 12}, {"hidden": 960, "batch": 16}, {"hidden": 1024, "batch": 16}):
-        plain = what != {"hidden": 1024, "batch": 16}  # cuDNN's kernel takes neither
+    assert "a step of 8 x 1024 units" in persistent.outweighed(gpu, torch.float16, 1024, 8, plain=True)
+    for what in ({"hidden": 1024, "batch": 12}, {"hidden": 960, "batch": 8}, {"hidden": 1024, "batch": 8}):
+        plain = what != {"hidden": 1024, "batch": 8}  # cuDNN's kernel takes neither
         assert persistent.outweighed(gpu, torch.float16, **what, plain=plain) is None
-    assert persistent.outweighed(gpu, torch.bfloat16, 1024, 16, plain=True) is None
+    assert persistent.outweighed(gpu, torch.bfloat16, 1024, 8, plain=True) is None
 
 
 def test_clusters_that_would_share_multiprocessors_are_no_bargain():

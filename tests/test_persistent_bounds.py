@@ -21,23 +21,26 @@ OPTIONS = "detect_stack_use_after_return=0:detect_leaks=0"
 
 
 def walk_all(grid: bool, forward: Library, backward: Library) -> None:
-    """Tiles of 1 to 8 sequences, alone or two in turns, both directions, dense and packed; K padded, units past H."""
-    for hidden in (20, 76):
-        for columns in range(1, 9):
-            for batch, directions in ((columns, 2), (2 * columns, 1)):
-                lengths = [3] * batch if directions == 2 else [3] * columns + [2] * (columns - 1) + [1]
-                blocks = -(-hidden // 32)
-                with granted({}, blocks * directions) if grid else granted({4: directions}):
-                    case = Case("bf16", hidden, lengths, directions)
-                    plan = persistent._plan(BF16, False, hidden, batch, directions, None)
-                    assert plan is not None and plan.columns == min(8, batch if columns <= 4 else columns), plan
-                    error, saved = forward.forward(case, schedule=columns)
-                    assert error == ""
-                    error, found = backward.backward(case, saved, schedule=columns)
-                    assert error == ""
-                    whole = case.both()
-                    for name, value in {**saved, **found}.items():
-                        assert torch.equal(value, whole[name]), name
+    """Tiles of 1 to 8 sequences, alone or two in turns, both directions, dense and packed; K padded, units past H; over
+    a grid groups of two and of more warps."""
+    splits = set()
+    sizes = [*((20, 32, columns) for columns in range(1, 9)), *((76, 32, columns) for columns in (1, 3, 6, 8))]
+    for hidden, units, columns in [*sizes, *((300, 16, columns) for columns in (3, 8) if grid)]:
+        for batch, directions in ((columns, 2), (2 * columns, 1)):
+            lengths = [3] * batch if directions == 2 else [3] * columns + [2] * (columns - 1) + [1]
+            with granted({}, -(-hidden // units) * directions) if grid else granted({4: directions}):
+                case = Case("bf16", hidden, lengths, directions)
+                plan = persistent._plan(BF16, False, hidden, batch, directions, None)
+                assert plan is not None and plan.columns == min(8, batch if columns <= 4 else columns), plan
+                splits.add(plan.splits)
+                error, saved = forward.forward(case, schedule=columns)
+                assert error == ""
+                error, found = backward.backward(case, saved, schedule=columns)
+                assert error == ""
+                whole = case.both()
+                for name, value in {**saved, **found}.items():
+                    assert torch.equal(value, whole[name]), name
+    assert max(splits) > 2 or not grid
 
 
 def library_of(name: str) -> str:

@@ -37,9 +37,9 @@ FAULTS = {
         FORWARD, "(kGrid ? 0 : 2 * slot + buffer) * p.layout.of_h", "(kGrid ? 0 : 2 * slot) * p.layout.of_h", "bits"
     ),
     "forward: halves of K not awaited": Fault(
-        FORWARD, "simt::sync_threads();  // both halves of K lie there", "", "bits"
+        FORWARD, "simt::sync_threads();  // all parts of K lie there", "", "bits"
     ),
-    "forward: halves of K in one buffer": Fault(FORWARD, "(kGrid ? half : 2 * turn + half)", "half", "bits"),
+    "forward: halves of K in one buffer": Fault(FORWARD, "(kGrid ? part : 2 * turn + part)", "part", "bits"),
     "forward: the next fill not expected": Fault(
         FORWARD, "simt::arrive_expecting(full(now.slot, before), fill_bytes());", "", "deadlock"
     ),

@@ -2,7 +2,7 @@
 //
 // A cluster of C blocks holds W_hh of one direction and walks all steps of its own tiles of up to 8 sequences, one item
 // (step, tile) after the other. Block r owns the hidden units from r U on, U = 8 G: G groups of 8 units, two warps
-// each. Clusters never wait for one another.
+// each, over a grid also four or eight. Clusters never wait for one another.
 //
 // A thread-block cluster exchanges h through distributed shared memory. Where none holds W_hh, or the GPU has none, the
 // C blocks are any of a grid that is resident as a whole, and exchange h through global memory: a "grid" plan.
@@ -43,7 +43,8 @@ struct Sizes {
 // How a launch is laid out.
 struct Plan {
     int cluster;     // C blocks: 2 to 16, or as many as the grid has
-    int groups;      // G; a block has 64 G threads
+    int groups;      // G
+    int splits;      // warps of a group, each with as large a part of K; 2 in a cluster and backward
     int tiles;       // of a cluster, at most
     int columns;     // sequences of a tile: fewer than a product has where clusters would stand idle, as they travel
                      // faster
@@ -80,17 +81,21 @@ LSTM_HD Held held_by(Kind kind, const Plan& plan) {
     return held(element_size(kind), most_groups(kind, plan.groups, plan.grid));
 }
 
+LSTM_HD int warps_of(const Plan& plan) { return plan.splits * plan.groups; }
+LSTM_HD int threads_of(const Plan& plan) { return 32 * warps_of(plan); }
+
 LSTM_HD int round_up(int x, int to) { return (x + to - 1) / to * to; }
 LSTM_HD int most(int a, int b) { return a > b ? a : b; }
+LSTM_HD int least(int a, int b) { return a < b ? a : b; }
 
 // Offsets in bytes. Both start with the barriers, 2 a tile; then int [tiles], the steps of each tile; then the state,
 // float [tiles, 2, threads], which a grid keeps in global memory.
 struct ForwardLayout {
-    int blocks;   // of K: all hidden units, padded by zeros so that each warp of a pair has as many as it takes at once
+    int part;  // blocks of K of each warp: all hidden units, padded by zeros so that it has as many as it takes at once
     int in_smem;  // of those, how many of each warp's lie in shared memory
     int of_h;     // bytes of a tile's h
-    // Words [2, 2, 8, U + 1], of a grid [2, 8, U + 1]; Words [U]; Words [warps, in_smem, 4, 32]; T [tiles, 2,
-    // blocks, 8, 64 bytes], of a grid [blocks, 8, 64 bytes]
+    // Words [2, splits, 8, U + 1], of a grid [splits, 8, U + 1]; Words [U]; Words [warps, in_smem, 4, 32]; T [tiles, 2,
+    // splits part, 8, 64 bytes], of a grid [splits part, 8, 64 bytes]
     int partial, bias, weights, h, end;
 };
 struct BackwardLayout {
@@ -105,34 +110,34 @@ struct BackwardLayout {
 
 LSTM_HD int offset_of_steps(const Plan& plan) { return 16 * plan.tiles; }
 LSTM_HD int offset_of_state(const Plan& plan) { return round_up(20 * plan.tiles, 16); }
-LSTM_HD int state_bytes(const Plan& plan) { return 8 * plan.tiles * 64 * plan.groups; }  // of a block
+LSTM_HD int state_bytes(const Plan& plan) { return 8 * plan.tiles * threads_of(plan); }  // of a block
 LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan.grid ? 0 : state_bytes(plan)); }
 
 // Columns of the partial sums of dh as a block sends them: two in a message.
 LSTM_HD int travelling(const Plan& plan) { return (plan.columns + 1) / 2 * 2; }
 
-// Both halves of K of the gates of a block's cells, with a word between columns so that banks differ.
-LSTM_HD int partial_bytes(const Plan& plan) { return 2 * kColumns * (plan.groups * kGroup + 1) * 16; }
+// All parts of K of the gates of a block's cells, with a word between columns so that banks differ.
+LSTM_HD int partial_bytes(const Plan& plan) { return plan.splits * kColumns * (plan.groups * kGroup + 1) * 16; }
 
 LSTM_HD ForwardLayout forward_layout(Kind kind, const Plan& plan) {
     const Held kept = held_by(kind, plan);
     const int element = element_size(kind);
-    const int warps = 2 * plan.groups;
-    const int half = round_up(plan.cluster * plan.groups * kGroup * element, 4 * kBlock) / kBlock / 2;
+    const int bytes = plan.cluster * plan.groups * kGroup * element;
+    const int part = round_up(bytes, 2 * plan.splits * kBlock) / kBlock / plan.splits;
     ForwardLayout at{};
-    at.blocks = 2 * (half < kept.blocks ? round_up(half, kept.at_once) : half);
-    at.in_smem = most(0, at.blocks / 2 - kept.blocks);
+    at.part = part < kept.blocks ? round_up(part, kept.at_once) : part;
+    at.in_smem = most(0, at.part - kept.blocks);
     at.partial = after_state(plan);
     at.bias = at.partial + partial_bytes(plan) * (plan.grid ? 1 : 2);
     at.weights = at.bias + plan.groups * kGroup * 16;
-    at.h = at.weights + warps * at.in_smem * 2048;
-    at.of_h = kColumns * kBlock * at.blocks;
+    at.h = at.weights + warps_of(plan) * at.in_smem * 2048;
+    at.of_h = kColumns * kBlock * plan.splits * at.part;
     at.end = at.h + (plan.grid ? 1 : plan.tiles * 2) * at.of_h;
     return at;
 }
 
 LSTM_HD BackwardLayout backward_layout(Kind kind, const Plan& plan) {
-    const int warps = 2 * plan.groups, all_tiles = (plan.cluster * plan.groups + 1) / 2;
+    const int warps = warps_of(plan), all_tiles = (plan.cluster * plan.groups + 1) / 2;
     BackwardLayout at{};
     at.blocks = plan.groups * kGroup * 4 * element_size(kind) / kBlock;
     at.tiles = (all_tiles + warps - 1) / warps;
@@ -170,8 +175,8 @@ LSTM_HD Workspace workspace(bool backward, Kind kind, const Plan& plan, int dire
     at.of_buffer = backward ? Index{plan.cluster} * plan.cluster * back.of_block * 4
                             : round_up(units * element, kBlock) * kColumns;
     at.weights = plan.grid ? at.exchange + clusters * plan.tiles * 2 * at.of_buffer : 0;
-    at.words = backward ? back.tiles * back.blocks * 2 : forward_layout(kind, plan).blocks / 2 * 4;
-    at.end = at.weights + Index{directions} * plan.cluster * 2 * plan.groups * at.words * 512;
+    at.words = backward ? back.tiles * back.blocks * 2 : forward_layout(kind, plan).part * 4;
+    at.end = at.weights + Index{directions} * plan.cluster * warps_of(plan) * at.words * 512;
     return at;
 }
 

@@ -59,10 +59,7 @@ struct Position {
     int rank;     // of the block in its cluster
     int ordinal;  // of the cluster among those of all directions
     int warp, lane;
-
-    // Of the rows that the warp multiplies: a group of 8 units has two warps.
-    SIMT int group() const { return warp / 2; }
-    SIMT int half() const { return warp % 2; }
+    int group, part;  // of the rows that the warp multiplies forward, and of K
 };
 
 template <bool kGrid>
@@ -70,7 +67,8 @@ SIMT Position position(const Plan& plan, int first_direction) {
     const int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32;
     const int ordinal = block / plan.cluster + first_direction * plan.clusters;
     const int rank = kGrid ? block % plan.cluster : static_cast<int>(simt::cluster_rank());
-    return {ordinal / plan.clusters, ordinal % plan.clusters, rank, ordinal, warp, static_cast<int>(threadIdx.x) % 32};
+    const int lane = static_cast<int>(threadIdx.x) % 32, splits = kGrid ? plan.splits : 2;
+    return {ordinal / plan.clusters, ordinal % plan.clusters, rank, ordinal, warp, lane, warp / splits, warp % splits};
 }
 
 // The cell of a tile that a thread makes: a warp's lie side by side in memory.
@@ -81,8 +79,8 @@ struct Cell {
     int unit;    // of the layer; may be past H
 
     SIMT Cell(const Plan& plan, const Position& at)
-        : column(static_cast<int>(threadIdx.x) / (plan.groups * kGroup)),
-          here(column < plan.columns),
+        : column(least(static_cast<int>(threadIdx.x) / (plan.groups * kGroup), kColumns - 1)),
+          here(static_cast<int>(threadIdx.x) < plan.columns * plan.groups * kGroup),
           own(static_cast<int>(threadIdx.x) % (plan.groups * kGroup)),
           unit(at.rank * plan.groups * kGroup + own) {}
 };
@@ -166,7 +164,7 @@ struct PackedAt {
 template <typename Walk>
 SIMT PackedAt packed_at(const Walk& p, Index index) {
     const int lane = static_cast<int>(index % 32), word = static_cast<int>(index / 32 % p.workspace.words);
-    const int warp = static_cast<int>(index / 32 / p.workspace.words), warps = 2 * p.plan.groups;
+    const int warp = static_cast<int>(index / 32 / p.workspace.words), warps = warps_of(p.plan);
     return {warp / warps / p.plan.cluster, warp / warps % p.plan.cluster, warp % warps, word, lane};
 }
 template <typename Walk>
@@ -176,7 +174,7 @@ SIMT Words* packed(const Walk& p) {
 // This lane's: word n at [32 n].
 template <typename Walk>
 SIMT const Words* packed(const Walk& p, const Position& at) {
-    const int warp = (at.direction * p.plan.cluster + at.rank) * 2 * p.plan.groups + at.warp;
+    const int warp = (at.direction * p.plan.cluster + at.rank) * warps_of(p.plan) + at.warp;
     return packed(p) + Index{warp} * p.workspace.words * 32 + at.lane;
 }
 template <typename Walk>

@@ -1,4 +1,4 @@
-// The forward walk, one thread's share. At step t of a tile, each warp multiplies its half of K for the 32 gate rows of
+// The forward walk, one thread's share. At step t of a tile, each warp multiplies its part of K for the 32 gate rows of
 // its group (A, in registers) by h of the step before (B, in shared memory) and lays the sums into shared memory, from
 // where each thread takes i, f, g, o of its cell; it makes the new h, which its warp sends into every block of the
 // cluster, or of a grid into global memory, from where every block copies it.
@@ -68,9 +68,10 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     // 16 bytes of W_hh: gate k of a group's unit lane / 4, the lane's share of a block of K; zero outside of W_hh.
     SIMT static Words word_of_weights(const Forward& p, Index index) {
         const PackedAt place = packed_at(p, index);
-        const int half = place.warp % 2 * (p.layout.blocks / 2), block = half + place.word / 4, k = place.word % 4;
+        const int splits = p.plan.splits, k = place.word % 4;
+        const int block = place.warp % splits * p.layout.part + place.word / 4;
         const int first = (block * kBlock + place.lane % 4 * 16) / kElement, hidden = p.sizes.hidden;
-        const int unit = (place.rank * p.plan.groups + place.warp / 2) * kGroup + place.lane / 4;
+        const int unit = (place.rank * p.plan.groups + place.warp / splits) * kGroup + place.lane / 4;
         const T* row = static_cast<const T*>(p.w_hh[place.direction]) + (Index{k} * hidden + unit) * hidden;
         T values[16 / kElement] = {};
         for (int j = 0; j < 16 / kElement; ++j) {
@@ -117,7 +118,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         for (int j = 0; j < kHeld; ++j) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                w[j][k] = j < p.layout.blocks / 2 ? weights[(4 * j + k) * 32] : Words{0, 0, 0, 0};
+                w[j][k] = j < p.layout.part ? weights[(4 * j + k) * 32] : Words{0, 0, 0, 0};
             }
         }
         simt::sync_threads();  // the zeros lie before h0 comes, and all know the steps
@@ -132,7 +133,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
                 continue;
             }
             if (p.h0 == nullptr) continue;
-            const int first = first_sequence(slot), warps = 2 * p.plan.groups;
+            const int first = first_sequence(slot), warps = warps_of(p.plan);
             for (int row = at.warp; row < p.plan.columns && first + row < p.sizes.batch; row += warps) {
                 const T* from =
                     static_cast<const T*>(p.h0) + (Index{at.direction} * p.sizes.batch + first + row) * p.sizes.hidden;
@@ -205,14 +206,14 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         }
     }
 
-    // Row lane / 4 of the four gates, columns 2 q and 2 q + 1, over this warp's half of K: gate[k][column % 2].
+    // Row lane / 4 of the four gates, columns 2 q and 2 q + 1, over this warp's part of K: gate[k][column % 2].
     // `meanwhile(0)` to `meanwhile(kAtOnce - 1)` are what to do besides, where registers allow: without branches in it,
     // the matrix unit doesn't stand still.
     template <typename Meanwhile>
     SIMT void product(const Words (&w)[kHeld][4], const Words* own, float (&gate)[4][2], Meanwhile meanwhile) const {
         // Gates i and f, then g and o; halves of a block of K apart, where registers allow, so that chains are short.
         float d[2][kChains][4] = {};
-        const int half = p.layout.blocks / 2;
+        const int part = p.layout.part;
 
         const auto add = [&](const Words& i, const Words& f, const Words& g, const Words& o, const Words& b) {
             multiply<T, kExact>(d[0][0], {i.x, f.x, i.y, f.y}, b.x, b.y);
@@ -227,8 +228,8 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             simt::sync_warp();  // or the compiler puts what there is to do besides before it
 #pragma unroll
             for (int j = 0; j < kHeld; j += kAtOnce) {
-                if (j > 0 && j >= half) break;
-                const bool more = j + kAtOnce < kHeld && j + kAtOnce < half;
+                if (j > 0 && j >= part) break;
+                const bool more = j + kAtOnce < kHeld && j + kAtOnce < part;
 #pragma unroll
                 for (int n = 0; n < kAtOnce; ++n) {
                     add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
@@ -239,7 +240,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         } else {
 #pragma unroll
             for (int j = 0; j < kHeld; j += kAtOnce) {
-                if (j < half) {
+                if (j < part) {
                     Words b[kAtOnce];
                     for (int n = 0; n < kAtOnce; ++n) b[n] = own[(j + n) * 32];
                     for (int n = 0; n < kAtOnce; ++n) add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
@@ -257,28 +258,37 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         }
     }
 
-    // Sums over half of K, [2 halves, 8 columns, U + 1]; where they lie, in bytes. Two buffers take turns: a warp that
+    // Sums over a part of K, [splits, 8 columns, U + 1]; where they lie, in bytes. Two buffers take turns: a warp that
     // lays sums for the next but one item has passed the barrier of the next, which all reach after taking this one's.
     // A grid's blocks meet anyway before the next.
     SIMT int of_column() const { return p.plan.groups * kGroup + 1; }
-    SIMT int place_of_sums(int turn, int half, int column, int own) const {
-        return p.layout.partial + (((kGrid ? half : 2 * turn + half) * kColumns + column) * of_column() + own) * 16;
+    SIMT int place_of_sums(int turn, int part, int column, int own) const {
+        return p.layout.partial + (((kGrid ? part : 2 * turn + part) * kColumns + column) * of_column() + own) * 16;
     }
     SIMT static Words* words(int place) { return reinterpret_cast<Words*>(simt::shared_memory() + place); }
     SIMT void lay(const float (&gate)[4][2], int turn) const {
-        Words* const mine = words(place_of_sums(turn, at.half(), at.lane % 4 * 2, at.group() * kGroup + at.lane / 4));
+        Words* const mine = words(place_of_sums(turn, at.part, at.lane % 4 * 2, at.group * kGroup + at.lane / 4));
         for (int c = 0; c < 2; ++c) {
             mine[c * of_column()] = Words{bits(gate[0][c]), bits(gate[1][c]), bits(gate[2][c]), bits(gate[3][c])};
         }
     }
-    // Over both halves, of this thread's cell.
+    // Over all parts, of this thread's cell.
     SIMT void take(int place, float (&sum)[4]) const {
         const Words* const own = words(place);
-        const Words a = simt::read(own), b = simt::read(own + kColumns * of_column());
+        const int of_part = kColumns * of_column();
+        const Words a = simt::read(own), b = simt::read(own + of_part);
         sum[0] = bit_cast<float>(a.x) + bit_cast<float>(b.x);
         sum[1] = bit_cast<float>(a.y) + bit_cast<float>(b.y);
         sum[2] = bit_cast<float>(a.z) + bit_cast<float>(b.z);
         sum[3] = bit_cast<float>(a.w) + bit_cast<float>(b.w);
+#pragma unroll 1
+        for (int part = 2; kGrid && part < p.plan.splits; ++part) {
+            const Words more = simt::read(own + part * of_part);
+            sum[0] += bit_cast<float>(more.x);
+            sum[1] += bit_cast<float>(more.y);
+            sum[2] += bit_cast<float>(more.z);
+            sum[3] += bit_cast<float>(more.w);
+        }
     }
 
     // The warp's new h into buffer `buffer` of every block, or of the grid: lanes side by side hold units side by side,
@@ -331,8 +341,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             const bool active = x.row >= 0 && within();  // units past H stay 0
             const int before = now.i % 2;
             more = advance(item, steps(), longest, p.plan.tiles);
-            const int own =
-                kept_here(offset_of_h(now.slot, before) + (at.half() * p.layout.blocks * 16 + at.lane) * 16);
+            const int own = kept_here(offset_of_h(now.slot, before) + (at.part * p.layout.part * 32 + at.lane) * 16);
             receive(now);
             float gate[4][2], sum[4];
             product(w, reinterpret_cast<const Words*>(simt::shared_memory() + own), gate, [&](int part) {
@@ -345,7 +354,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             if (kKept) with_biases(x, input);
             lay(gate, turn);
             const int sums = kept_here(place_of_sums(turn, 0, cell.column, cell.own));
-            simt::sync_threads();  // both halves of K lie there
+            simt::sync_threads();  // all parts of K lie there
             if (has_cells()) {
                 take(sums, sum);
                 if (!kKept) with_biases(x, input);  // as registers allow

@@ -143,7 +143,7 @@ std::string launch(Walk walk, Kind kind, int device, void* stream) {
     // This copy of the runtime keeps its own current device, whatever torch's has.
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess) error = prepare(kernel, cluster, device);
-    const Configuration launch(cluster, blocks, 64 * plan.groups, plan.shared, static_cast<cudaStream_t>(stream));
+    const Configuration launch(cluster, blocks, threads_of(plan), plan.shared, static_cast<cudaStream_t>(stream));
     if (error == cudaSuccess) pack<Kernel, Walk, kGrid>(walk, kind, static_cast<cudaStream_t>(stream));
     if (error == cudaSuccess) error = cudaGetLastError();
     for (; error == cudaSuccess && walk.direction < walk.sizes.directions; walk.direction += plan.directions) {

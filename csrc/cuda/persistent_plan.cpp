@@ -6,6 +6,7 @@ namespace lstm::persistent {
 namespace {
 
 constexpr int kSharedLimit = 232448;  // bytes of a block: compute capability 9.0 and 10.x
+constexpr int kMostOfGrid = 8;        // warps of a grid's block
 
 // Clocks, fitted to walks measured on an H100 (docs/persistent.md).
 constexpr double kExchange = 650;             // of a message and its barrier, when one tile has to wait for it
@@ -17,8 +18,8 @@ constexpr double kBytesFromCluster = 17.0;    // a clock
 // The same through global memory: words, flags and their waiters, in part for each item, since all its blocks meet;
 // backward, a thread reads one word from each of the blocks. Bytes past the L1 cache, when all blocks read, forward
 // each thread 16 at once. Pairs: forward, backward.
-constexpr double kGridExchange[] = {1300, 600}, kGridItem[] = {1300, 1800}, kGridBlock = 75;
-constexpr double kBytesFromL2 = 30, kBytesFromL2Group = 8;
+constexpr double kGridExchange[] = {1300, 600}, kGridItem[] = {1050, 1800}, kGridBlock[] = {5, 75};
+constexpr double kBytesFromL2 = 30, kBytesFromL2Warp = 4;
 
 // What torch's LSTM takes there: a step's launches, and flops a clock, in 16 bits and in fp32, at less than half of the
 // card's rate, as its products are thin; and cuDNN's own persistent kernel, by cells.
@@ -28,7 +29,7 @@ constexpr double kLibraryPersistent = 2200, kLibraryCell = 0.26;
 
 double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const int element = element_size(kind);
-    const int warps = 2 * plan.groups, hidden = plan.cluster * plan.groups * kGroup;
+    const int warps = warps_of(plan), hidden = plan.cluster * plan.groups * kGroup;
     double products, smem, incoming;
     if (backward) {
         const BackwardLayout at = backward_layout(kind, plan);
@@ -37,8 +38,8 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
         incoming = hidden * travelling(plan) * 4.0;
     } else {
         const ForwardLayout at = forward_layout(kind, plan);
-        products = at.blocks / 2 * 4.0 * warps;
-        smem = warps * (at.in_smem * 2048.0 + at.blocks / 2 * 512.0);
+        products = at.part * 4.0 * warps;
+        smem = warps * (at.in_smem * 2048.0 + at.part * 512.0);
         // over a grid, a thread has as many loads in flight whatever they bring
         incoming = hidden * (plan.grid ? kColumns : plan.columns) * element;
     }
@@ -46,8 +47,9 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const double work = std::max(products / 4 * kProduct * each, smem / kBytesFromSmem);
     const double item = kCells + kColumn * plan.columns + (plan.groups > 4 ? kCellsOfMany : 0) + work;
     if (!plan.grid) return item + incoming / kBytesFromCluster;
-    if (backward) return item + kGridItem[1] + plan.cluster * kGridBlock + incoming / (2 * kBytesFromL2);
-    return item + kGridItem[0] + incoming / std::min(kBytesFromL2, plan.groups * kBytesFromL2Group);
+    const double meeting = kGridItem[backward] + plan.cluster * kGridBlock[backward];
+    if (backward) return item + meeting + incoming / (2 * kBytesFromL2);
+    return item + meeting + incoming / std::min(kBytesFromL2, warps * kBytesFromL2Warp);
 }
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -65,11 +67,11 @@ class Search {
     // Clusters beyond those that run at once follow when others have ended. Those that run at once, but not on
     // multiprocessors of their own, take each other's time.
     void clusters_of(int cluster) {
-        Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), false, directions_);
+        Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), 2, false, directions_);
         if (most_groups(kind_, candidate.groups, false) == 0) return;
-        const int alone = resident_(false, cluster, 64 * candidate.groups, kSharedLimit);
+        const int alone = resident_(false, cluster, threads_of(candidate), kSharedLimit);
         for (int tiles = 1; lay_out(candidate, tiles, kColumns); ++tiles) {
-            const int at_once = resident_(false, cluster, 64 * candidate.groups, candidate.shared);
+            const int at_once = resident_(false, cluster, threads_of(candidate), candidate.shared);
             if (at_once == 0) return;
             const auto offer_clusters = [&] {
                 const int all = candidate.clusters * directions_, rounds = divide_up(all, at_once);
@@ -85,11 +87,11 @@ class Search {
     }
 
     // All clusters of a grid are resident at once; of both directions if they can be, else of one after the other.
-    void grid_of(int groups, int at_a_time) {
-        Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, true, at_a_time);
+    void grid_of(int groups, int splits, int at_a_time) {
+        Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, splits, true, at_a_time);
         int tiles = 1;
         while (lay_out(candidate, tiles, kColumns)) {
-            const int blocks = resident_(true, candidate.cluster, 64 * groups, candidate.shared);
+            const int blocks = resident_(true, candidate.cluster, threads_of(candidate), candidate.shared);
             const int clusters = blocks / (candidate.cluster * at_a_time);
             if (clusters == 0) return;
             if (candidate.clusters <= clusters) {
@@ -104,8 +106,8 @@ class Search {
     Plan best{};
 
   private:
-    static Plan of(int cluster, int groups, bool grid, int at_a_time) {
-        return {cluster, groups, 0, 0, 0, 0, grid ? 1 : 0, at_a_time, 0};
+    static Plan of(int cluster, int groups, int splits, bool grid, int at_a_time) {
+        return {cluster, groups, splits, 0, 0, 0, 0, grid ? 1 : 0, at_a_time, 0};
     }
 
     // False if no kernel serves the candidate, it needs more memory than a block has, or a cluster would get more tiles
@@ -148,7 +150,11 @@ Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const
     Search search(kind, backward, hidden, batch, directions, resident);
     for (int cluster : {2, 4, 8, 16}) search.clusters_of(cluster);
     for (int at_a_time = directions; at_a_time > 0; --at_a_time) {
-        for (int groups = 4; groups > 0; --groups) search.grid_of(groups, at_a_time);
+        for (int groups = 4; groups > 0; --groups) {
+            for (int splits = 2; splits * groups <= (backward ? 2 * groups : kMostOfGrid); splits *= 2) {
+                search.grid_of(groups, splits, at_a_time);
+            }
+        }
     }
     return search.best;
 }

@@ -13,7 +13,7 @@ std::string launch(Walk walk, std::uint64_t schedule) {
     const Plan& plan = walk.plan;
     const auto blocks = static_cast<unsigned>(plan.directions * plan.clusters * plan.cluster);
     lstm::host::Launch launch{{blocks, 1, 1},
-                              {static_cast<unsigned>(64 * plan.groups), 1, 1},
+                              {static_cast<unsigned>(threads_of(plan)), 1, 1},
                               static_cast<unsigned>(plan.cluster),
                               static_cast<std::size_t>(plan.shared),
                               schedule};

@@ -35,6 +35,7 @@ class Plan(NamedTuple):
 
     cluster: int
     groups: int
+    splits: int
     tiles: int
     columns: int
     clusters: int
