@@ -46,8 +46,7 @@ struct Plan {
     int groups;      // G
     int splits;      // warps of a group, each with as large a part of K; 2 in a cluster and backward
     int tiles;       // of a cluster, at most
-    int columns;     // sequences of a tile: fewer than a product has where clusters would stand idle, as they travel
-                     // faster
+    int columns;     // sequences of a tile: fewer than a product has columns where clusters would stand idle
     int clusters;    // of a direction
     int shared;      // bytes of a block
     int grid;        // 1 where blocks exchange through global memory
