@@ -49,9 +49,9 @@ from lstm_fast.kernels import persistent
 backend, _, over_the_grid = sys.argv[1].partition(" ")
 with persistent.over_the_grid() if over_the_grid else contextlib.nullcontext():
     for dtype in (torch.float32, torch.bfloat16):
-        for hidden in (33, 64):
+        for hidden, batch in ((33, 11), (64, 11), (64, 301)):  # tiles of few sequences, and full ones in turns
             module = lstm_fast.LSTM(5, hidden, 2, bidirectional=True, device="cuda", dtype=dtype, backend=backend)
-            module(torch.randn(4, 11, 5, device="cuda", dtype=dtype))[0].sum().backward()
+            module(torch.randn(4, batch, 5, device="cuda", dtype=dtype))[0].sum().backward()
     torch.cuda.synchronize()
 """
 

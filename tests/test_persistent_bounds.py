@@ -27,7 +27,8 @@ def walk_all(grid: bool, forward: Library, backward: Library) -> None:
     sizes = [*((20, 32, columns) for columns in range(1, 9)), *((76, 32, columns) for columns in (1, 3, 6, 8))]
     for hidden, units, columns in [*sizes, *((300, 16, columns) for columns in (3, 8) if grid)]:
         for batch, directions in ((columns, 2), (2 * columns, 1)):
-            lengths = [3] * batch if directions == 2 else [3] * columns + [2] * (columns - 1) + [1]
+            lengths = [3] * columns + [2] * (batch - columns) if columns % 2 else [3] * batch
+            lengths[-1] -= columns % 2
             with granted({}, -(-hidden // units) * directions) if grid else granted({4: directions}):
                 case = Case("bf16", hidden, lengths, directions)
                 plan = persistent._plan(BF16, False, hidden, batch, directions, None)

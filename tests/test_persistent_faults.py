@@ -152,7 +152,7 @@ def caught(library: Library, case: Case, fault: Fault) -> set[str]:
 
 @contextlib.contextmanager
 def exchanging(grid: bool) -> Iterator[Case]:
-    """Clusters of 8 blocks, with two tiles of 5 columns each, or a grid of 10 with two of 7, K padded, units past H."""
+    """Clusters of 8 blocks, with two tiles of 5 columns each, or a grid of 10, K padded, units past H."""
     with granted({}, 10) if grid else granted({8: 3}):
         yield Case("bf16", 76, [5] * 8 + [4] * 5 + [3] * 4 + [2] * 3 + [1] * 7)
 

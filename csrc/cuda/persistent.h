@@ -101,7 +101,7 @@ struct BackwardLayout {
     int blocks;    // of K: the four gates of the block's own units
     int tiles;     // of 16 hidden units, each warp's at most
     int in_smem;   // of those, how many lie in shared memory
-    int of_block;  // floats that a block sends another: [G, 8, travelling]
+    int of_block;  // floats that a block sends another, of 8 G units in each travelling column
     // Words [warps, in_smem, blocks, 2, 32]; T [2, blocks, 8, 64 bytes]; float [tiles, 2, C, G, 8, travelling], of a
     // grid nothing
     int weights, da, slots, end;

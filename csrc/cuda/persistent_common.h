@@ -74,7 +74,7 @@ SIMT Position position(const Plan& plan, int first_direction) {
 // The cell of a tile that a thread makes: a warp's lie side by side in memory.
 struct Cell {
     int column;  // of the product
-    bool here;   // else past the tile's columns, where nothing is read or sent
+    bool here;   // else past the tile's columns: no sequence has it, and nothing of it is sent
     int own;     // unit of the block
     int unit;    // of the layer; may be past H
 
@@ -208,8 +208,14 @@ struct Walker {
     const Position at;
     const Cell cell;
 
+    // The warp, as a number that the compiler knows to be all its lanes': else each branch on it costs a meeting.
+    const int of_all_lanes;
+
     SIMT explicit Walker(const Walk& walk)
-        : p(walk), at(position<kGrid>(walk.plan, walk.direction)), cell(walk.plan, at) {}
+        : p(walk),
+          at(position<kGrid>(walk.plan, walk.direction)),
+          cell(walk.plan, at),
+          of_all_lanes(kGrid ? 0 : static_cast<int>(simt::shuffle(threadIdx.x / 32, 0))) {}
 
     SIMT simt::Barrier* full(int slot, int buffer) const {
         return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
@@ -226,7 +232,7 @@ struct Walker {
     SIMT int first_sequence(int slot) const { return tile_of(p.plan, at, slot) * p.plan.columns; }
     SIMT int sequence(int slot) const { return cell.here ? first_sequence(slot) + cell.column : p.sizes.batch; }
     // Whether the warp has cells to make; blocks of a grid meet on all their warps.
-    SIMT bool has_cells() const { return kGrid || at.warp * 32 < p.plan.columns * p.plan.groups * kGroup; }
+    SIMT bool has_cells() const { return kGrid || of_all_lanes * 32 < p.plan.columns * p.plan.groups * kGroup; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }

@@ -300,7 +300,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         return operand_byte(first / own, (at.rank * own + first % own) * kElement);
     }
     SIMT int outgoing() const {  // where in a buffer of h the lane's message goes; below 0 if it has none
-        if constexpr (kMost < 8 && !kExact) return found_outgoing;
+        if constexpr (kMost < 8 && !(kExact && kGrid)) return found_outgoing;
         Position again = at;
         again.lane = simt::opaque(at.lane);
         return place_of_message(p.plan, again);
