@@ -74,7 +74,7 @@ def requested(backend: str) -> str:
     """The keyword if it names a backend, else what LSTM_FAST_BACKEND names, else "auto"."""
     if backend != "auto":
         return check_backend(backend)
-    name = os.environ.get(_VARIABLE, "auto")
+    name = os.environ.get(_VARIABLE) or "auto"
     if name not in BACKENDS:
         raise ValueError(f"{_VARIABLE} should be one of {', '.join(BACKENDS)}, got: {name!r}")
     return name

@@ -96,6 +96,8 @@ def test_the_environment_names_the_default(monkeypatch):
     monkeypatch.setenv("LSTM_FAST_BACKEND", "reference")
     assert lstm_fast.explain(module, X) == "reference: asked for"
     assert lstm_fast.explain(named, X) == "cpu: asked for"
+    monkeypatch.setenv("LSTM_FAST_BACKEND", "")  # as a shell's unset variable is passed on
+    assert dispatch.requested("auto") == "auto" and module(X)[0].shape == (4, 2, 5)
     monkeypatch.setenv("LSTM_FAST_BACKEND", "gpu")
     with pytest.raises(ValueError, match=r"LSTM_FAST_BACKEND should be one of auto, .*, got: 'gpu'"):
         module(X)
