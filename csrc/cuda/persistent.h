@@ -101,7 +101,7 @@ struct BackwardLayout {
     int blocks;    // of K: the four gates of the block's own units
     int tiles;     // of 16 hidden units, each warp's at most
     int in_smem;   // of those, how many lie in shared memory
-    int of_block;  // floats that a block sends another, of 8 G units in each travelling column
+    int of_block;  // floats that a block sends another
     // Words [warps, in_smem, blocks, 2, 32]; T [2, blocks, 8, 64 bytes]; float [tiles, 2, C, G, 8, travelling], of a
     // grid nothing
     int weights, da, slots, end;
@@ -114,6 +114,7 @@ LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan
 
 // Columns of the partial sums of dh as a block sends them: two in a message.
 LSTM_HD int travelling(const Plan& plan) { return (plan.columns + 1) / 2 * 2; }
+LSTM_HD int floats_of_block(const Plan& plan) { return plan.groups * kGroup * travelling(plan); }  // to another one
 
 // All parts of K of the gates of a block's cells, with a word between columns so that banks differ.
 LSTM_HD int partial_bytes(const Plan& plan) { return plan.splits * kColumns * (plan.groups * kGroup + 1) * 16; }
@@ -141,7 +142,7 @@ LSTM_HD BackwardLayout backward_layout(Kind kind, const Plan& plan) {
     at.blocks = plan.groups * kGroup * 4 * element_size(kind) / kBlock;
     at.tiles = (all_tiles + warps - 1) / warps;
     at.in_smem = most(0, at.tiles - held_by(kind, plan).tiles);
-    at.of_block = plan.groups * kGroup * travelling(plan);
+    at.of_block = floats_of_block(plan);
     at.weights = after_state(plan);
     at.da = at.weights + warps * at.in_smem * at.blocks * 1024;
     at.slots = at.da + 2 * kColumns * kBlock * at.blocks;

@@ -202,7 +202,8 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     // What all blocks sent for this lane's cell in fill `fill`, summed in their order.
     SIMT float received(int slot, int fill) const {
         const float* from = from_block(slot, fill % 2, 0, at.rank) + place_of_cell();
-        const int stride = p.plan.groups * kGroup * travelling(p.plan), last = p.plan.cluster - 1;
+        // not the layout's, which the compiler would read anew for each load
+        const int stride = floats_of_block(p.plan), last = p.plan.cluster - 1;
         if constexpr (kGrid) {
             global().await(slot, fill);
             if (!cell.here) return 0.0f;

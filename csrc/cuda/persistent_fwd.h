@@ -265,16 +265,16 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     SIMT int place_of_sums(int turn, int part, int column, int own) const {
         return p.layout.partial + (((kGrid ? part : 2 * turn + part) * kColumns + column) * of_column() + own) * 16;
     }
-    SIMT static Words* words(int place) { return reinterpret_cast<Words*>(simt::shared_memory() + place); }
+    SIMT static Words* words_at(int place) { return reinterpret_cast<Words*>(simt::shared_memory() + place); }
     SIMT void lay(const float (&gate)[4][2], int turn) const {
-        Words* const mine = words(place_of_sums(turn, at.part, at.lane % 4 * 2, at.group * kGroup + at.lane / 4));
+        Words* const mine = words_at(place_of_sums(turn, at.part, at.lane % 4 * 2, at.group * kGroup + at.lane / 4));
         for (int c = 0; c < 2; ++c) {
             mine[c * of_column()] = Words{bits(gate[0][c]), bits(gate[1][c]), bits(gate[2][c]), bits(gate[3][c])};
         }
     }
     // Over all parts, of this thread's cell.
     SIMT void take(int place, float (&sum)[4]) const {
-        const Words* const own = words(place);
+        const Words* const own = words_at(place);
         const int of_part = kColumns * of_column();
         const Words a = simt::read(own), b = simt::read(own + of_part);
         sum[0] = bit_cast<float>(a.x) + bit_cast<float>(b.x);

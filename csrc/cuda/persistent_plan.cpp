@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 
 #include "persistent.h"
 
@@ -66,78 +67,64 @@ class Search {
 
     // Clusters beyond those that run at once follow when others have ended. Those that run at once, but not on
     // multiprocessors of their own, take each other's time.
-    void clusters_of(int cluster) {
-        Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), 2, false, directions_);
-        if (most_groups(kind_, candidate.groups, false) == 0) return;
-        const int alone = resident_(false, cluster, threads_of(candidate), kSharedLimit);
-        for (int tiles = 1; lay_out(candidate, tiles, kColumns); ++tiles) {
-            const int at_once = resident_(false, cluster, threads_of(candidate), candidate.shared);
+    void clusters_of(int cluster, int columns) {
+        Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), 2, columns, false, directions_);
+        for (int tiles = 1; lay_out(candidate, tiles) && tiles * clocks_of_item(candidate) < most_; ++tiles) {
+            const int threads = threads_of(candidate), all = candidate.clusters * directions_;
+            const int at_once = resident_(false, cluster, threads, candidate.shared);
             if (at_once == 0) return;
-            const auto offer_clusters = [&] {
-                const int all = candidate.clusters * directions_, rounds = divide_up(all, at_once);
-                const bool share = alone > 0 && std::min(all, at_once) > alone;
-                offer(candidate, share ? 2 * rounds : rounds, kExchange);
-                return rounds;
-            };
-            const int rounds = offer_clusters();
-            const int apart = alone > 0 ? std::min(alone, at_once) : at_once;
-            if (narrow(candidate, apart * rounds / directions_)) offer_clusters();
-            if (rounds == 1) return;  // more tiles a cluster would only wait for one another
+            const int alone = resident_(false, cluster, threads, kSharedLimit), rounds = divide_up(all, at_once);
+            const bool share = alone > 0 && std::min(all, at_once) > alone;
+            offer(candidate, share ? 2 * rounds : rounds, kExchange);
         }
     }
 
     // All clusters of a grid are resident at once; of both directions if they can be, else of one after the other.
-    void grid_of(int groups, int splits, int at_a_time) {
-        Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, splits, true, at_a_time);
+    void grid_of(int groups, int splits, int columns, int at_a_time) {
+        Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, splits, columns, true, at_a_time);
         int tiles = 1;
-        while (lay_out(candidate, tiles, kColumns)) {
+        while (lay_out(candidate, tiles) && tiles * clocks_of_item(candidate) < most_) {
             const int blocks = resident_(true, candidate.cluster, threads_of(candidate), candidate.shared);
             const int clusters = blocks / (candidate.cluster * at_a_time);
             if (clusters == 0) return;
-            if (candidate.clusters <= clusters) {
-                offer(candidate, directions_ / at_a_time, kGridExchange[backward_]);
-                if (narrow(candidate, clusters)) offer(candidate, directions_ / at_a_time, kGridExchange[backward_]);
-                return;
-            }
-            tiles = std::max(tiles + 1, divide_up(divide_up(batch_, kColumns), clusters));
+            if (candidate.clusters <= clusters)
+                return offer(candidate, directions_ / at_a_time, kGridExchange[backward_]);
+            tiles = std::max(tiles + 1, divide_up(divide_up(batch_, columns), clusters));
         }
     }
 
     Plan best{};
 
   private:
-    static Plan of(int cluster, int groups, int splits, bool grid, int at_a_time) {
-        return {cluster, groups, splits, 0, 0, 0, 0, grid ? 1 : 0, at_a_time, 0};
+    static Plan of(int cluster, int groups, int splits, int columns, bool grid, int at_a_time) {
+        return {cluster, groups, splits, 0, columns, 0, 0, grid ? 1 : 0, at_a_time, 0};
     }
 
     // False if no kernel serves the candidate, it needs more memory than a block has, or a cluster would get more tiles
     // than there are.
-    bool lay_out(Plan& candidate, int tiles, int columns) const {
+    bool lay_out(Plan& candidate, int tiles) const {
         if (most_groups(kind_, candidate.groups, candidate.grid) == 0) return false;
-        const int all_tiles = divide_up(batch_, columns);
+        const int all_tiles = divide_up(batch_, candidate.columns);
         if (tiles > all_tiles) return false;
         candidate.tiles = tiles;
-        candidate.columns = columns;
         candidate.clusters = divide_up(all_tiles, tiles);
         candidate.shared = backward_ ? backward_layout(kind_, candidate).end : forward_layout(kind_, candidate).end;
         return candidate.shared <= kSharedLimit;
     }
 
-    // As many tiles a cluster, of fewer columns where there may be so many clusters; false if that is none.
-    bool narrow(Plan& candidate, int clusters) const {
-        if (clusters == 0) return false;
-        const int columns = divide_up(batch_, clusters * candidate.tiles);
-        return columns < candidate.columns && lay_out(candidate, candidate.tiles, columns);
+    double clocks_of_item(const Plan& candidate) const {
+        return persistent::clocks_of_item(kind_, backward_, candidate);
     }
 
     void offer(const Plan& candidate, int rounds, double exchange) {
-        const double item = clocks_of_item(kind_, backward_, candidate);
+        const double item = clocks_of_item(candidate);
         const double clocks = rounds * std::max(candidate.tiles * item, item + exchange);
-        if (best.cluster != 0 && clocks >= best.clocks) return;
+        if (clocks >= most_) return;
         best = candidate;
-        best.clocks = static_cast<int>(clocks);
+        best.clocks = static_cast<int>(most_ = clocks);
     }
 
+    double most_ = std::numeric_limits<double>::infinity();  // clocks that a better plan has to stay below
     const Kind kind_;
     const bool backward_;
     const int hidden_, batch_, directions_;
@@ -148,11 +135,13 @@ class Search {
 
 Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const Resident& resident) {
     Search search(kind, backward, hidden, batch, directions, resident);
-    for (int cluster : {2, 4, 8, 16}) search.clusters_of(cluster);
+    for (int columns = kColumns; columns > 0; --columns) {
+        for (int cluster : {2, 4, 8, 16}) search.clusters_of(cluster, columns);
+    }
     for (int at_a_time = directions; at_a_time > 0; --at_a_time) {
         for (int groups = 4; groups > 0; --groups) {
             for (int splits = 2; splits * groups <= (backward ? 2 * groups : kMostOfGrid); splits *= 2) {
-                search.grid_of(groups, splits, at_a_time);
+                for (int columns = kColumns; columns > 0; --columns) search.grid_of(groups, splits, columns, at_a_time);
             }
         }
     }
