@@ -65,7 +65,9 @@ FAULTS = {
         "",
     ),
     "forward: padding of K not zeroed": Fault(FORWARD, "[j] = Words{0, 0, 0, 0};", "[j].x += 0;", "bits"),
-    "backward: no wait for dh": Fault(BACKWARD, "simt::wait(full(slot, fill % 2), parity_of(fill));", "", "bits"),
+    "backward: no wait for dh": Fault(
+        BACKWARD, "if constexpr (!kGrid) simt::wait(full(slot, fill % 2), parity_of(fill));", "", "bits"
+    ),
     "backward: gates' gradients not awaited": Fault(
         BACKWARD, "simt::sync_threads();  // all gradients of the block's cells lie in b", "", "bits"
     ),
@@ -88,7 +90,7 @@ FAULTS = {
         FORWARD, "h(now.slot, buffer));\n            simt::sync_threads();", "h(now.slot, buffer));", "bits", grid=True
     ),
     "forward, grid: h0 not published": Fault(
-        FORWARD, "if (steps()[slot] > 0) send(before, slot, 0);", "", "deadlock", grid=True
+        FORWARD, "                global().signal(slot);\n", "", "deadlock", grid=True
     ),
     "forward, grid: a signal before all is published": Fault(
         COMMON,
@@ -108,7 +110,9 @@ FAULTS = {
     "forward, grid: the flag of one block": Fault(COMMON, "flags(slot) + rank,", "flags(slot),", "bits", True),
     "forward, grid: no wait for what is collected": Fault(FORWARD, "simt::collected();", "", "bits", grid=True),
     "forward, grid: one buffer": Fault(COMMON, "(2 * tile(slot) + buffer)", "(2 * tile(slot))", "bits", grid=True),
-    "backward, grid: no wait for dh": Fault(BACKWARD, "global().await(slot, fill);", "", "bits", grid=True),
+    "backward, grid: no wait for dh": Fault(
+        BACKWARD, "if (kGrid && now.i > 0) global().await(now.slot, now.i - 1);", "", "bits", grid=True
+    ),
     "backward, grid: one buffer": Fault(
         BACKWARD, "global().buffer(slot, buffer)", "global().buffer(slot, 0)", "bits", True
     ),

@@ -199,17 +199,12 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         }
     }
 
-    // What all blocks sent for this lane's cell in fill `fill`, summed in their order.
+    // What all blocks sent for this lane's cell in fill `fill`, summed in their order; over a grid, once it is awaited.
     SIMT float received(int slot, int fill) const {
         const float* from = from_block(slot, fill % 2, 0, at.rank) + place_of_cell();
         // not the layout's, which the compiler would read anew for each load
         const int stride = floats_of_block(p.plan), last = p.plan.cluster - 1;
-        if constexpr (kGrid) {
-            global().await(slot, fill);
-            if (!cell.here) return 0.0f;
-        } else {
-            simt::wait(full(slot, fill % 2), parity_of(fill));
-        }
+        if constexpr (!kGrid) simt::wait(full(slot, fill % 2), parity_of(fill));
         const auto one = [&](int rank) {
             if constexpr (kGrid) return simt::collect(from + rank * stride);
             return from[rank * stride];
@@ -321,6 +316,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             const Item now = item;
             const bool active = x.row >= 0;
             float dh = dh_state(now.slot), dc = dc_state(now.slot);
+            if (kGrid && now.i > 0) global().await(now.slot, now.i - 1);
             if (now.i > 0 && has_cells()) dh += received(now.slot, now.i - 1);
             more = advance(item, steps(), longest, p.plan.tiles);
             float c_before = bit_cast<float>(x.c_before);
@@ -361,7 +357,9 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             x = next;
         }
         for (int slot = 0; slot < p.plan.tiles && steps()[slot] > 0; ++slot) {
-            const float dh = dh_state(slot) + received(slot, steps()[slot] - 1);
+            const int fill = steps()[slot] - 1;
+            if constexpr (kGrid) global().await(slot, fill);
+            const float dh = dh_state(slot) + received(slot, fill);
             const int b = sequence(slot);
             if (b >= p.sizes.batch || !within()) continue;
             if (p.dh0 != nullptr) static_cast<T*>(p.dh0)[in_batch(b)] = store<T>(dh);

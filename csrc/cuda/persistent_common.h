@@ -215,7 +215,7 @@ struct Walker {
         : p(walk),
           at(position<kGrid>(walk.plan, walk.direction)),
           cell(walk.plan, at),
-          uniform_warp(kGrid ? 0 : static_cast<int>(simt::shuffle(threadIdx.x / 32, 0))) {}
+          uniform_warp(kGrid ? at.warp : static_cast<int>(simt::shuffle(threadIdx.x / 32, 0))) {}
 
     SIMT simt::Barrier* full(int slot, int buffer) const {
         return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
@@ -231,8 +231,8 @@ struct Walker {
     SIMT Index in_batch(int b) const { return (Index{at.direction} * p.sizes.batch + b) * p.sizes.hidden + cell.unit; }
     SIMT int first_sequence(int slot) const { return tile_of(p.plan, at, slot) * p.plan.columns; }
     SIMT int sequence(int slot) const { return cell.here ? first_sequence(slot) + cell.column : p.sizes.batch; }
-    // Whether the warp has cells to make; blocks of a grid meet on all their warps.
-    SIMT bool has_cells() const { return kGrid || uniform_warp * 32 < p.plan.columns * p.plan.groups * kGroup; }
+    // Whether the warp has cells to make.
+    SIMT bool has_cells() const { return uniform_warp * 32 < p.plan.columns * p.plan.groups * kGroup; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }

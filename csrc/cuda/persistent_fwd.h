@@ -31,7 +31,8 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     using Base::sequence, Base::state, Base::steps, Base::within;
     static constexpr int kElement = sizeof(T), kHeld = held(kElement, kMost).blocks;
     static constexpr int kChains = kMost == 4 ? 2 : 1;
-    static constexpr int kAtOnce = kExact ? 2 : held(kElement, kMost).at_once;  // blocks, as registers allow
+    static constexpr int kAtOnce =
+        kExact ? (kGrid ? 1 : 2) : held(kElement, kMost).at_once;  // blocks, as registers allow
     static_assert(kHeld % kAtOnce == 0);
 
     const int found_outgoing;  // see `outgoing`
@@ -129,7 +130,9 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             c_state(slot) = mine && p.c0 != nullptr ? load(static_cast<const T*>(p.c0)[in_batch(b)]) : 0.0f;
             h_state(slot) = bits(before);
             if constexpr (kGrid) {
-                if (steps()[slot] > 0) send(before, slot, 0);
+                if (steps()[slot] == 0) continue;
+                send(before, slot, 0);
+                global().signal(slot);
                 continue;
             }
             if (p.h0 == nullptr) continue;
@@ -300,7 +303,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         return operand_byte(first / own, (at.rank * own + first % own) * kElement);
     }
     SIMT int outgoing() const {  // where in a buffer of h the lane's message goes; below 0 if it has none
-        if constexpr (kMost < 8 && !(kExact && kGrid)) return found_outgoing;
+        if constexpr (kMost < 8) return found_outgoing;
         Position again = at;
         again.lane = simt::opaque(at.lane);
         return place_of_message(p.plan, again);
@@ -317,7 +320,6 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         const int place = outgoing();
         if constexpr (kGrid) {
             if (at.lane < kMessages && place >= 0) simt::publish(global().buffer(slot, buffer) + place, values);
-            global().signal(slot);
         } else {
             unsigned char* const to = h(slot, buffer) + place;
             for (int rank = place < 0 ? p.plan.cluster : at.lane / kMessages; rank < p.plan.cluster;
@@ -355,17 +357,21 @@ struct ForwardKernel : Walker<Forward, kGrid> {
             lay(gate, turn);
             const int sums = kept_here(place_of_sums(turn, 0, cell.column, cell.own));
             simt::sync_threads();  // all parts of K lie there
+            const bool last = now.i + 1 == count(now.slot, longest);
+            CellForward<float> made{};
             if (has_cells()) {
                 take(sums, sum);
                 if (!kKept) with_biases(x, input);  // as registers allow
-                const CellForward<float> made =
+                made =
                     cell_forward<kSpeed>(input[0] + sum[0], input[1] + sum[1], input[2] + sum[2], input[3] + sum[3], c);
                 if (active) {
                     c = made.c;
                     h_now = store<T>(made.h);
                 }
-                const bool last = now.i + 1 == count(now.slot, longest);
                 if (!last) send(h_now, now.slot, 1 - before);
+            }
+            if (kGrid && !last) global().signal(now.slot);  // which all warps meet for
+            if (has_cells()) {
                 // for the fill after the next, when nobody waits for this warp
                 if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 2 < count(now.slot, longest)) {
                     simt::arrive_expecting(full(now.slot, before), fill_bytes());

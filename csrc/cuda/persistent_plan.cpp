@@ -65,25 +65,34 @@ class Search {
           directions_(directions),
           resident_(resident) {}
 
+    // Of as few tiles a cluster as let all clusters run at once, of any width: more would wait for one another.
     // Clusters beyond those that run at once follow when others have ended. Those that run at once, but not on
     // multiprocessors of their own, take each other's time.
-    void clusters_of(int cluster, int columns) {
-        Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), 2, columns, false, directions_);
-        for (int tiles = 1; lay_out(candidate, tiles) && tiles * clocks_of_item(candidate) < most_; ++tiles) {
-            const int threads = threads_of(candidate), all = candidate.clusters * directions_;
-            const int at_once = resident_(false, cluster, threads, candidate.shared);
-            if (at_once == 0) return;
-            const int alone = resident_(false, cluster, threads, kSharedLimit), rounds = divide_up(all, at_once);
-            const bool share = alone > 0 && std::min(all, at_once) > alone;
-            offer(candidate, share ? 2 * rounds : rounds, kExchange);
+    void clusters_of(int cluster) {
+        Plan candidate = of(cluster, divide_up(hidden_, cluster * kGroup), 2, false, directions_);
+        if (most_groups(kind_, candidate.groups, false) == 0) return;
+        const int threads = threads_of(candidate), alone = resident_(false, cluster, threads, kSharedLimit);
+        for (int tiles = 1;; ++tiles) {
+            bool fits = false, in_one_round = false;
+            for (int columns = kColumns; columns > 0; --columns) {
+                if (!lay_out(candidate, tiles, columns) || tiles * clocks_of_item(candidate) >= most_) continue;
+                const int at_once = resident_(false, cluster, threads, candidate.shared);
+                if (at_once == 0) continue;
+                const int all = candidate.clusters * directions_, rounds = divide_up(all, at_once);
+                const bool share = alone > 0 && std::min(all, at_once) > alone;
+                offer(candidate, share ? 2 * rounds : rounds, kExchange);
+                fits = true;
+                in_one_round = in_one_round || rounds == 1;
+            }
+            if (!fits || in_one_round) return;
         }
     }
 
     // All clusters of a grid are resident at once; of both directions if they can be, else of one after the other.
     void grid_of(int groups, int splits, int columns, int at_a_time) {
-        Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, splits, columns, true, at_a_time);
+        Plan candidate = of(divide_up(hidden_, groups * kGroup), groups, splits, true, at_a_time);
         int tiles = 1;
-        while (lay_out(candidate, tiles) && tiles * clocks_of_item(candidate) < most_) {
+        while (lay_out(candidate, tiles, columns) && tiles * clocks_of_item(candidate) < most_) {
             const int blocks = resident_(true, candidate.cluster, threads_of(candidate), candidate.shared);
             const int clusters = blocks / (candidate.cluster * at_a_time);
             if (clusters == 0) return;
@@ -96,17 +105,18 @@ class Search {
     Plan best{};
 
   private:
-    static Plan of(int cluster, int groups, int splits, int columns, bool grid, int at_a_time) {
-        return {cluster, groups, splits, 0, columns, 0, 0, grid ? 1 : 0, at_a_time, 0};
+    static Plan of(int cluster, int groups, int splits, bool grid, int at_a_time) {
+        return {cluster, groups, splits, 0, 0, 0, 0, grid ? 1 : 0, at_a_time, 0};
     }
 
     // False if no kernel serves the candidate, it needs more memory than a block has, or a cluster would get more tiles
     // than there are.
-    bool lay_out(Plan& candidate, int tiles) const {
+    bool lay_out(Plan& candidate, int tiles, int columns) const {
         if (most_groups(kind_, candidate.groups, candidate.grid) == 0) return false;
-        const int all_tiles = divide_up(batch_, candidate.columns);
+        const int all_tiles = divide_up(batch_, columns);
         if (tiles > all_tiles) return false;
         candidate.tiles = tiles;
+        candidate.columns = columns;
         candidate.clusters = divide_up(all_tiles, tiles);
         candidate.shared = backward_ ? backward_layout(kind_, candidate).end : forward_layout(kind_, candidate).end;
         return candidate.shared <= kSharedLimit;
@@ -135,9 +145,7 @@ class Search {
 
 Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const Resident& resident) {
     Search search(kind, backward, hidden, batch, directions, resident);
-    for (int columns = kColumns; columns > 0; --columns) {
-        for (int cluster : {2, 4, 8, 16}) search.clusters_of(cluster, columns);
-    }
+    for (int cluster : {2, 4, 8, 16}) search.clusters_of(cluster);
     for (int at_a_time = directions; at_a_time > 0; --at_a_time) {
         for (int groups = 4; groups > 0; --groups) {
             for (int splits = 2; splits * groups <= (backward ? 2 * groups : kMostOfGrid); splits *= 2) {
