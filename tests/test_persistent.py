@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +138,19 @@ def test_every_layout_of_a_grid(kind, hidden, blocks, forward, backward):
         plans = [persistent._plan(NUMBERS[kind], walk, hidden, 3, 1, None) for walk in (False, True)]
         assert [(plan.groups, plan.splits, plan.cluster) for plan in plans] == [forward, backward]
         check(case, case.both())
+
+
+@pytest.mark.parametrize("hidden, batch", [(512, 16), (512, 64), (768, 16), (1024, 16), (1024, 64)])
+def test_the_docs_tell_the_plans_of_an_h200(hidden, batch):
+    told = (Path(__file__).parents[1] / "docs" / "persistent.md").read_text()
+    with granted({2: 66, 4: 30, 8: 15, 16: 7}, grid=132):  # benchmarks/results/gpu-nvidia-h200.json
+        forward, backward = (persistent._plan(0, back, hidden, batch, 1, None) for back in (False, True))
+    wanted = {(768, 16): [forward], (1024, 64): [backward]}.get((hidden, batch), [forward, backward])
+    assert all(f"{plan.clocks:,}" in told for plan in wanted), wanted
+    if (hidden, batch) == (512, 16):
+        assert "six tiles of 3" in told and {(plan.tiles, plan.columns, plan.clusters) for plan in wanted} == {
+            (1, 3, 6)
+        }
 
 
 def weights_of(case: Case) -> list:
