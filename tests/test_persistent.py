@@ -370,11 +370,11 @@ def test_an_infinite_state_saturates_gates(exchange, kind, hidden):
 def test_fp16_goes_to_torch_where_its_own_persistent_kernel_is_expected_to_be_faster(gpu):
     for hidden in (256, 512):
         assert persistent.outweighed(gpu, torch.float16, hidden, 16, plain=True) is None
-    assert "a step of 8 x 1024 units" in persistent.outweighed(gpu, torch.float16, 1024, 8, plain=True)
-    for what in ({"hidden": 1024, "batch": 12}, {"hidden": 960, "batch": 8}, {"hidden": 1024, "batch": 8}):
-        plain = what != {"hidden": 1024, "batch": 8}  # cuDNN's kernel takes neither
+    assert "a step of 16 x 1024 units" in persistent.outweighed(gpu, torch.float16, 1024, 16, plain=True)
+    for what in ({"hidden": 1024, "batch": 12}, {"hidden": 960, "batch": 16}, {"hidden": 1024, "batch": 16}):
+        plain = what != {"hidden": 1024, "batch": 16}  # cuDNN's kernel takes neither
         assert persistent.outweighed(gpu, torch.float16, **what, plain=plain) is None
-    assert persistent.outweighed(gpu, torch.bfloat16, 1024, 8, plain=True) is None
+    assert persistent.outweighed(gpu, torch.bfloat16, 1024, 16, plain=True) is None
 
 
 def test_clusters_that_would_share_multiprocessors_are_no_bargain():

@@ -27,6 +27,9 @@ constexpr double kBytesFromL2 = 30, kBytesFromL2Warp = 4;
 constexpr double kLibraryStep[] = {20000, 24000};  // of 16 bits, of fp32
 constexpr double kLibraryFlops = 225e3, kLibraryFlops32 = 27e3;
 constexpr double kLibraryPersistent = 2200, kLibraryCell = 0.26;
+// Of what that one takes, what ours has to stay below: it was measured to be faster at 16 x 768 and 16 x 1024, and what
+// ours should have gained there since was not.
+constexpr double kSure = 0.75;
 
 double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     const int element = element_size(kind);
@@ -159,7 +162,7 @@ Plan plan(Kind kind, bool backward, int hidden, int batch, int directions, const
 double library_clocks(Kind kind, int hidden, int batch, bool plain) {
     // the corner where torch lets cuDNN use its persistent kernel, but for the input size
     if (plain && kind == Kind::float16 && hidden % 128 == 0 && hidden <= 1024 && batch % 8 == 0 && batch <= 128) {
-        return kLibraryPersistent + kLibraryCell * batch * hidden;
+        return kSure * (kLibraryPersistent + kLibraryCell * batch * hidden);
     }
 
     const double flops = 8.0 * batch * hidden * hidden;
