@@ -75,7 +75,7 @@ def table_from(runs: list[dict[str, Any]]) -> dict[str, Any]:
     rows = []
     for run in runs:
         for row in run["rows"]:
-            odd = row["mode"] == "forward" or row["bidirectional"] or row["layers"] > 1
+            odd = row["mode"] == "forward" or row["bidirectional"] or row["layers"] > 1 or row.get("last")
             unsure = row.get("disturbed") or row["rounds"] < FEWEST_ROUNDS
             if odd or unsure or "torch" not in row["rivals"] or row["choice"].startswith("torch:"):
                 continue
@@ -95,6 +95,8 @@ def _read(path: Path) -> _Table:
     found: _Table = {}
     for *fields, _, high in json.loads(path.read_text())["rows"]:
         call = Call(*fields)
+        if not all(isinstance(value, int | float) and value > 0 for value in (*call[-3:], high)):
+            raise TypeError(f"{path} holds a row with sizes or a ratio that are no numbers above 0")
         found.setdefault(call[:4], []).append((call, high))
     return found
 

@@ -31,6 +31,7 @@ KINDS = [
     SMALL._replace(layers=2, bidirectional=True),
     SMALL._replace(I=2, dtype="bfloat16"),
     Case(1, 3, 8, cell=True),
+    SMALL._replace(last=True),
 ]
 KNOWN = Limits({"float32": 100.0}, [(2**20, 40.0), (2**30, 10.0)], 1.0)
 
@@ -80,6 +81,16 @@ def test_training_gives_the_inputs_gradient_too() -> None:
     packed = rivals.make_input(SMALL._replace(packed=True), "cpu")
     leaf, values = rivals.differentiable(packed)
     assert leaf.data is values and values.is_leaf and torch.equal(leaf.batch_sizes, packed.batch_sizes)
+
+
+def test_a_classifiers_gradients_are_of_the_last_states_alone() -> None:
+    case = SMALL._replace(last=True)
+    oracle, x = rivals.oracle(case, "cpu"), rivals.make_input(case, "cpu")
+    for module in (oracle, rivals.ours(case, oracle)):
+        want = torch.autograd.grad(oracle(x)[0][-1].sum(), oracle.parameters())
+        assert rivals.task(module, x, "forward+backward", case.last)().shape == (case.T, case.B, case.H)
+        for parameter, expected in zip(module.parameters(), want, strict=True):
+            torch.testing.assert_close(parameter.grad, expected)
 
 
 @pytest.mark.parametrize("weight", ["weight_hh_l0", "bias_ih_l0"])
@@ -190,7 +201,7 @@ def test_rows_that_others_disturbed_are_measured_again(
         return timing.Rounds([], each) if busy else timing.Rounds(each, [])
 
     monkeypatch.setattr(runner, "interleave", rounds)
-    monkeypatch.setattr(rivals, "task", lambda module, x, mode: lambda: (x.size(1), mode))
+    monkeypatch.setattr(rivals, "task", lambda module, x, mode, last: lambda: (x.size(1), mode))
     monkeypatch.setattr(runner.time, "monotonic", lambda: float(timed.total()))
     record = run(tmp_path / "run.json", {"one": [SMALL, SMALL._replace(B=2)]})
     at_most = runner.PASSES + 4 * runner.PASSES  # for the three passes' time it alone is measured

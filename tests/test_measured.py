@@ -139,6 +139,7 @@ def test_rows_that_say_nothing_of_the_kernel_are_left_out(tables: Any) -> None:
         row(CELL, "forward", 0.5, 0.5),
         row(Case(8, 4, 16, layers=2), "inference", 0.5, 0.5),
         row(Case(8, 4, 16, bidirectional=True), "inference", 0.5, 0.5),
+        row(Case(8, 4, 16, last=True), "forward+backward", 0.5, 0.5),
         {**row(CELL, "inference", 0.5, 0.5), "disturbed": True},
         {**row(CELL, "inference", 0.5, 0.5), "rounds": 2},
     ]
@@ -147,7 +148,17 @@ def test_rows_that_say_nothing_of_the_kernel_are_left_out(tables: Any) -> None:
     assert len(measured.table_from([{**ABOUT, "rows": [calm]}])["rows"]) == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [[1]]}'])
+HERE = [f"cpu {CPU_INSTRUCTION_SETS[-1]}", "float32", "layer", True]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"rows": [[1]]}'),
+        *(json.dumps({"rows": [[*HERE, *row]]}) for row in (["3", 4, 16, 0.5, 0.5], [3, 4, 0, 0.5, 0.5])),
+        *(json.dumps({"rows": [[*HERE, 3, 4, 16, 0.5, high]]}) for high in ("0.5", None, [0.5], float("nan"))),
+    ],
+)
 def test_a_broken_table_of_the_users_is_passed_over(text: str, tables: Any) -> None:
     tables([])
     measured.users_table().write_text(text)

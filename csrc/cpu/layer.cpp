@@ -7,6 +7,7 @@
 #endif
 #ifdef LSTM_X86
 #include <cpuid.h>
+#include <xmmintrin.h>
 #endif
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -113,6 +114,34 @@ InstructionSet serving(const Shape& s, bool digits = true) {
     return over_steps ? InstructionSet::amx_over_steps : InstructionSet::avx512;
 }
 
+// While it lives, this thread takes what is subnormal for 0, if the CPU knows how: an instruction that meets such a
+// number takes a hundred cycles or more.
+class SubnormalsFlushed {
+#ifdef LSTM_X86
+  public:
+    SubnormalsFlushed() { _mm_setcsr(before_ | kFlushResults | kFlushOperands); }
+    ~SubnormalsFlushed() { _mm_setcsr(before_); }
+    SubnormalsFlushed(const SubnormalsFlushed&) = delete;
+    SubnormalsFlushed& operator=(const SubnormalsFlushed&) = delete;
+
+  private:
+    static constexpr unsigned kFlushResults = 0x8000, kFlushOperands = 0x0040;
+    const unsigned before_ = _mm_getcsr();
+#endif
+};
+
+// A thread's share. Gradients that fade over many steps end among subnormal numbers; states don't, and stay exact.
+template <typename Job>
+void run_share(const Job& job, int thread, int threads) {
+    const auto kernel = kernel_of<Job>(job.s.instruction_set);
+    if constexpr (std::is_same_v<Job, Backward<typename Job::Type>>) {
+        [[maybe_unused]] const SubnormalsFlushed flushed;
+        kernel(job, thread, threads);
+    } else {
+        kernel(job, thread, threads);
+    }
+}
+
 // Whether the call has to be computed anew in less special an instruction set.
 template <typename Job, typename Args>
 bool run_once(Shape shape, const Args& args) {
@@ -122,16 +151,15 @@ bool run_once(Shape shape, const Args& args) {
     Job(shape, args, count);
     Arena arena(count.used());
     const Job job(shape, args, arena);
-    const auto kernel = kernel_of<Job>(shape.instruction_set);
 #ifdef _OPENMP
     if (shape.threads > 1 || omp_in_parallel()) {  // a region for one thread takes as long as a small layer
 #pragma omp parallel num_threads(shape.threads)
-        kernel(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
+        run_share(job, omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than asked for
     } else {
-        kernel(job, 0, 1);
+        run_share(job, 0, 1);
     }
 #else
-    kernel(job, 0, 1);
+    run_share(job, 0, 1);
 #endif
     return job.walk.unfit;
 }

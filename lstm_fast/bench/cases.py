@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MODES = ("inference", "forward", "forward+backward")
 
@@ -17,7 +17,8 @@ class Case(NamedTuple):
     """One module and its input.
 
     T steps, B sequences, H hidden units, I input features (0 for H), P features of the projection (0 for none);
-    ``packed``: lengths uniform in 1..T; ``cell``: an LSTMCell, T = 1.
+    ``packed``: lengths uniform in 1..T; ``cell``: an LSTMCell, T = 1; ``last``: gradients are those of the last states
+    alone, as where a sequence is classified.
     """
 
     T: int
@@ -30,6 +31,12 @@ class Case(NamedTuple):
     packed: bool = False
     cell: bool = False
     dtype: str = "float32"
+    last: bool = False  # runs recorded before there was such a case don't say so
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Case:
+        """What a recorded row measured."""
+        return cls(**{field: row[field] for field in cls._fields if field in row})
 
     @property
     def inputs(self) -> int:
@@ -61,7 +68,7 @@ class Case(NamedTuple):
         parts += [f"I{self.I}"] * (self.I > 0) + [f"P{self.P}"] * (self.P > 0)
         parts += [f"{self.layers} layers"] * (self.layers > 1)
         parts += [name for name in ("bidirectional", "packed", "cell") if getattr(self, name)]
-        return " ".join([*parts, self.dtype])
+        return " ".join([*parts, self.dtype] + ["last states"] * self.last)
 
 
 Grid = dict[str, list[Case]]  # groups by name; reports give each group a line
@@ -120,6 +127,9 @@ GRIDS: dict[str, Grid] = {
     "packed": {
         "one direction": [case._replace(packed=True) for case in _SHAPES],
         "both directions": [case._replace(packed=True, bidirectional=True) for case in _SHAPES],
+    },
+    "classifier": {
+        "fp32, last states": [case._replace(last=True) for case in _cases((128, 512), (8, 32), (64, 128, 256))],
     },
     "layers": {
         "two layers": [case._replace(layers=2) for case in _SHAPES],

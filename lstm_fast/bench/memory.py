@@ -84,7 +84,7 @@ def main() -> None:
 
     def passes(case: Case, count: int) -> None:
         module, x = _module(case, side, device, backend), rivals.make_input(case, device)
-        call = rivals.task(module, x, "forward+backward")
+        call = rivals.task(module, x, "forward+backward", case.last)
         for _ in range(count):
             call()
 

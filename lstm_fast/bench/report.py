@@ -31,7 +31,8 @@ _RUN_KEYS = ("date", "commit", "cpu", "torch", "threads", "grid", "device", "ski
 _TIMES = ("ms", "p20", "p80")
 _RATIOS = ("ms", "ratio", "ratio_low", "ratio_high")
 _RATES = ("us_per_step", "gflops", "gbytes_per_s")
-_ROW_KEYS = ("group", *Case._fields, "mode", "ours", "rivals", "best_rival", "ratio", *_RATES)
+_CASE_KEYS = [field for field in Case._fields if field != "last"]
+_ROW_KEYS = ("group", *_CASE_KEYS, "mode", "ours", "rivals", "best_rival", "ratio", *_RATES)
 _HEADS = ("case", "mode", "ms", "rival", "its ms", "ratio", "95 %", "µs/step", "GFLOP/s", "GB/s", "of the limit")
 _LEFT = ("case", "mode", "rival")
 _REGIMES = {"bytes": "#dbe9f6", "flops": "#fde5d3", "exchange": "#dff0d8"}  # background colours
@@ -67,7 +68,7 @@ def _with_limits(run: Run) -> Run:
     limits = limits._replace(gflops=gflops(limits.gflops, instruction_set))
     rows = []
     for row in run["rows"]:
-        case, ms = _case(row), row["ours"]["ms"]
+        case, ms = Case.of(row), row["ours"]["ms"]
         count = round(row["gflops"] * ms * 1e6 / case.flops(1, row["mode"]))
         limit_ms, limit = limits.of(case, count, row["mode"])
         rows.append({**row, "limit_ms": limit_ms, "limit": limit, "share": limit_ms / ms})
@@ -90,14 +91,14 @@ def table(run: Run) -> str:
         for row in rows:
             backend, _, why = row.get("choice", "").partition(": ")
             if backend == "torch":
-                lines.append(f"  left to torch: {_case(row).label()}, {row['mode']}: {why}")
+                lines.append(f"  left to torch: {Case.of(row).label()}, {row['mode']}: {why}")
         for row in rows:
             sizes = [f"{side} {_number(size)} MB" for side, size in row.get("memory_mb", {}).items()]
-            lines += [f"  peak memory of {_case(row).label()}, {row['mode']}: {', '.join(sizes)}"] * bool(sizes)
+            lines += [f"  peak memory of {Case.of(row).label()}, {row['mode']}: {', '.join(sizes)}"] * bool(sizes)
     lines += [""] * bool(run["skipped"] or run["failed"])
     lines += [f"skipped {rival}: {why}" for rival, why in run["skipped"].items()]
     for row in run["failed"]:  # without a mode where all failed at once
-        lines.append(f"failed {_case(row).label()}{', ' + row['mode'] if 'mode' in row else ''}: {row['why']}")
+        lines.append(f"failed {Case.of(row).label()}{', ' + row['mode'] if 'mode' in row else ''}: {row['why']}")
     return "\n".join(lines)
 
 
@@ -172,7 +173,7 @@ def plots(run: Run, folder: Path, name: str) -> list[Path]:
     Each file's name begins with ``name``."""
     plain: dict[tuple[str, str, int], Rows] = {}
     for row in run["rows"]:
-        case = _case(row)
+        case = Case.of(row)
         if case == Case(case.T, case.B, case.H, case.I, dtype=case.dtype):
             plain.setdefault((row["mode"], case.dtype, case.I), {})[case.T, case.B, case.H] = row
     written = []
@@ -197,9 +198,9 @@ def compare(old: Run, new: Run, threshold: float = 1.05) -> tuple[str, bool]:
     Raises:
         ReportError: the runs share no row, or none that others left alone.
     """
-    rows, new_rows = ({(_case(row), row["mode"]): row for row in run["rows"]} for run in (old, new))
+    rows, new_rows = ({(Case.of(row), row["mode"]): row for row in run["rows"]} for run in (old, new))
     before, after = ({key: row["ours"] for key, row in each.items()} for each in (rows, new_rows))
-    disturbed = {(_case(row), row["mode"]) for run in (old, new) for row in run["rows"] if row.get("disturbed")}
+    disturbed = {(Case.of(row), row["mode"]) for run in (old, new) for row in run["rows"] if row.get("disturbed")}
     shared = before.keys() & after.keys()
     if not shared:
         raise ReportError("the two runs have no row in common: no case is measured in the same mode in both")
@@ -263,7 +264,7 @@ def _flaws(run: Any) -> Iterator[str]:
     yield from _lacks("its 'skipped'", run["skipped"], ())
     yield from (f"its {key!r} is not a list" for key in ("rows", "failed") if not isinstance(run[key], list))
     for number, row in enumerate(run["failed"], 1):
-        yield from _lacks(f"its failed row {number}", row, (*Case._fields, "why"))
+        yield from _lacks(f"its failed row {number}", row, (*_CASE_KEYS, "why"))
     for number, row in enumerate(run["rows"], 1):
         yield from _lacks(f"its row {number}", row, _ROW_KEYS)
         yield from _odd(f"its row {number}'s", row, ("T", "B", "H", "gflops"), "a number above 0", _is_positive)
@@ -291,10 +292,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < inf
-
-
-def _case(row: Row) -> Case:
-    return Case(*(row[field] for field in Case._fields))
 
 
 def _machine(run: Run) -> str:
@@ -330,7 +327,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         rival = (row["best_rival"], _number(best["ms"]), f"{row['ratio']:.2f}×", interval)
     rates = ("–" if row[rate] is None else _number(row[rate]) for rate in _RATES)
     share = "–" if row.get("share") is None else f"{100 * row['share']:.0f} % {row['limit']:8}"
-    return _case(row).label(), row["mode"], _number(row["ours"]["ms"]), *rival, *rates, share
+    return Case.of(row).label(), row["mode"], _number(row["ours"]["ms"]), *rival, *rates, share
 
 
 def _ratio_figure(rows: Rows) -> Figure | None:

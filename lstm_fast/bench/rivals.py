@@ -186,10 +186,11 @@ def differentiable(x: Any) -> tuple[Any, Tensor]:
     return x._replace(data=values) if isinstance(x, PackedSequence) else values, values
 
 
-def task(module: nn.Module, x: Any, mode: str) -> Callable[[], Tensor]:
+def task(module: nn.Module, x: Any, mode: str, last: bool = False) -> Callable[[], Tensor]:
     """One call of ``mode``, which returns the output.
 
-    "forward" saves what a backward pass needs; "forward+backward" gives the gradients of all weights and of the input.
+    "forward" saves what a backward pass needs; "forward+backward" gives the gradients of all weights and of the
+    input, of all states or, with ``last``, of the last h alone.
     """
     leaf, values = differentiable(x)
 
@@ -203,8 +204,9 @@ def task(module: nn.Module, x: Any, mode: str) -> Callable[[], Tensor]:
     def train() -> Tensor:
         module.zero_grad()
         values.grad = None
-        y = output(module(leaf))
-        y.backward(torch.ones_like(y))
-        return y
+        result = module(leaf)
+        of: Tensor = result[1][0] if last else output(result)
+        of.backward(torch.ones_like(of))
+        return output(result)
 
     return {"inference": infer, "forward": forward, "forward+backward": train}[mode]

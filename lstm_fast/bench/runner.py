@@ -210,7 +210,7 @@ def time_case(
     for each in known:
         if again and not each.lacks_rounds():
             continue
-        tasks = {name: rivals.task(module, x, each.mode) for name, module in modules.items()}
+        tasks = {name: rivals.task(module, x, each.mode, case.last) for name, module in modules.items()}
         more = interleave(tasks, device, seconds, fewest, witness, patience)
         each.rounds.quiet.extend(more.quiet)
         each.rounds.disturbed.extend(more.disturbed)
@@ -302,7 +302,7 @@ def run(
         case = max(grid[group], key=lambda case: case.T * case.B * case.H)
         progress(step, total, f"memory of {case.label()}")
         for row in record["rows"]:
-            if (row["group"], _case_of(row), row["mode"]) == (group, case, "forward+backward"):
+            if (row["group"], Case.of(row), row["mode"]) == (group, case, "forward+backward"):
                 row["memory_mb"] = memory.peak(case, device, backend, torch.get_num_threads())
                 files.write(unfinished, record)
     if device == "cuda":
@@ -333,9 +333,5 @@ def count_launches(rows: list[dict[str, Any]], device: str) -> None:
     comes after it."""
     for row in rows:
         if "torch" in row["rivals"]:
-            case = _case_of(row)
+            case = Case.of(row)
             row["launches"] = launches(rivals.oracle(case, device), rivals.make_input(case, device))
-
-
-def _case_of(row: dict[str, Any]) -> Case:
-    return Case(*(row[field] for field in Case._fields))
