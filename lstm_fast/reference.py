@@ -55,13 +55,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def walk(steps: list[int], reverse: bool) -> list[tuple[int, int]]:
-    """(first row, active sequences) of each step, in the order in which the direction visits them."""
-    rows, start = [], 0
-    for n in steps:
-        rows.append((start, n))
-        start += n
-    return rows[::-1] if reverse else rows
+def in_order(steps: list[int], reverse: bool) -> range:
+    """The numbers of steps as the direction visits them."""
+    return range(len(steps))[:: -1 if reverse else 1]
 
 
 def previous(value: Tensor, initial: Tensor, steps: list[int], reverse: bool) -> Tensor:
@@ -69,15 +65,13 @@ def previous(value: Tensor, initial: Tensor, steps: list[int], reverse: bool) ->
     if steps[0] == steps[-1]:  # dense
         batch = steps[0]
         return torch.cat([value[batch:], initial] if reverse else [initial, value[:-batch]])
+    values = value.split(steps)
     pieces: list[Tensor] = []
-    before: tuple[int, int] | None = None
-    for start, n in walk(steps, reverse):
-        if before is None:
-            pieces.append(initial[:n])
-        else:
-            known = min(n, before[1])  # reverse: sequences [known:n] start at this step
-            pieces.append(torch.cat([value[before[0] : before[0] + known], initial[known:n]]))
-        before = (start, n)
+    before = initial[:0]
+    for t in in_order(steps, reverse):
+        known = min(steps[t], before.size(0))  # sequences [known:] start at this step
+        pieces.append(torch.cat([before[:known], initial[known : steps[t]]]))
+        before = values[t]
     return torch.cat(pieces[::-1] if reverse else pieces)
 
 
@@ -111,8 +105,10 @@ def layer(
     ys: list[Tensor] = []
     gates: list[Tensor] = []
     cells: list[Tensor] = []
-    for start, n in walk(steps, reverse):
-        a = a_x[start : start + n] + linear(h[:n], w_hh_acc)  # [n, 4H]
+    a_x_of = a_x.split(steps)  # the gradient of a slice is as large as the whole: of T slices, T times that
+    for t in in_order(steps, reverse):
+        n = steps[t]
+        a = a_x_of[t] + linear(h[:n], w_hh_acc)  # [n, 4H]
         a_i, a_f, a_g, a_o = a.chunk(4, dim=-1)
         i = torch.sigmoid(a_i)  # F1
         f = torch.sigmoid(a_f)  # F2
@@ -154,16 +150,17 @@ def layer_backward(
     dh = torch.zeros_like(h0, dtype=acc) if dh_n is None else dh_n.to(acc)
     dc = torch.zeros_like(c0, dtype=acc) if dc_n is None else dc_n.to(acc)
     w_hh_acc = w_hh.to(acc)
-    gates_acc = gates.to(acc)
-    c_previous = previous(cells, c0.to(acc), steps, reverse)  # [N, H]
+    gates_of, cells_of = gates.to(acc).split(steps), cells.split(steps)
+    c_previous_of = previous(cells, c0.to(acc), steps, reverse).split(steps)
+    dy_of = None if dy is None else dy.to(acc).split(steps)
     das: list[Tensor] = []
     dhs: list[Tensor] = []
     hiddens: list[Tensor] = []
-    for start, n in walk(steps, reverse)[::-1]:
-        rows = slice(start, start + n)
-        i, f, g, o = gates_acc[rows].chunk(4, dim=-1)
-        tanh_c = torch.tanh(cells[rows])
-        dh_t = dh[:n] if dy is None else dh[:n] + dy[rows].to(acc)
+    for t in in_order(steps, not reverse):
+        n = steps[t]
+        i, f, g, o = gates_of[t].chunk(4, dim=-1)
+        tanh_c = torch.tanh(cells_of[t])
+        dh_t = dh[:n] if dy_of is None else dh[:n] + dy_of[t]
         if w_hr is not None:
             dhs.append(dh_t)
             hiddens.append(o * tanh_c)
@@ -171,7 +168,7 @@ def layer_backward(
         da_o = dh_t * tanh_c * o * (1 - o)  # B1
         dc_t = dc[:n] + dh_t * o * (1 - tanh_c * tanh_c)  # B2
         da_i = dc_t * g * i * (1 - i)  # B3
-        da_f = dc_t * c_previous[rows] * f * (1 - f)  # B4
+        da_f = dc_t * c_previous_of[t] * f * (1 - f)  # B4
         da_g = dc_t * i * (1 - g * g)  # B5
         da = torch.cat([da_i, da_f, da_g, da_o], dim=-1)  # [n, 4H]
         das.append(da)

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lstm_fast
 from lstm_fast import reference
@@ -122,3 +124,38 @@ def test_previous_takes_each_sequences_own_step():
     backward = reference.previous(value, initial, steps, reverse=True).flatten().tolist()
     assert forward == [-1, -2, -3, 0, 1, 3]
     assert backward == [3, 4, -3, 5, -2, -1]
+
+
+class _Elements(TorchDispatchMode):
+    """Counts those of all results."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
+        return result
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_work_of_a_double_backward_grows_with_the_steps(packed, reverse):
+    """Not with their square, as it would if the gradient of each step's rows were as large as that of all rows."""
+
+    def elements(steps):
+        torch.manual_seed(0)
+        rows = [torch.randn(sum(steps), FEATURES), torch.randn(B, H), torch.randn(B, H)]
+        x, h0, c0, w_ih, w_hh = (
+            t.requires_grad_() for t in (*rows, torch.randn(4 * H, FEATURES), torch.randn(4 * H, H))
+        )
+        y, h_n, c_n, gates, cells = reference.layer(x, h0, c0, w_ih, w_hh, None, None, None, steps, reverse)
+        found = reference.layer_backward(
+            torch.ones_like(y), h_n, c_n, x, h0, c0, w_ih, w_hh, None, y, gates, cells, steps, reverse
+        )
+        with _Elements() as counted:
+            torch.autograd.grad(found.x.sum() + found.w_hh.sum(), (x, h0, c0, w_ih, w_hh))
+        return counted.count
+
+    last = [B - 1] * packed
+    few, many, more = (elements([B] * count + last) for count in (10, 20, 40))
+    assert more - many == pytest.approx(2 * (many - few), rel=0.05)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lstm_fast.kernels.queue import on_device_of
-from lstm_fast.reference import accumulate_dtype, walk
+from lstm_fast.reference import accumulate_dtype
 
 
 class BindForward(Protocol):
@@ -44,6 +44,15 @@ class BindBackward(Protocol):
     ) -> Callable[[int, int, int, int, int], None]: ...
 
 
+def _walk(steps: list[int], reverse: bool) -> list[tuple[int, int]]:
+    """(first row, active sequences) of each step, in the order in which the direction visits them."""
+    rows, start = [], 0
+    for n in steps:
+        rows.append((start, n))
+        start += n
+    return rows[::-1] if reverse else rows
+
+
 def recurrence_forward(
     bind: BindForward,
     gates: Tensor,
@@ -65,7 +74,7 @@ def recurrence_forward(
         for d, w in enumerate(w_hh):
             multiply = _multiply(w.t(), product.dtype)
             operands = {rows: (h_n[d, :rows], product[:rows]) for rows in set(steps)}
-            for first, rows in walk(steps, reverse=d == 1):
+            for first, rows in _walk(steps, reverse=d == 1):
                 multiply(*operands[rows])
                 kernel(d, first, rows)
         c_n.copy_(c)
@@ -91,7 +100,7 @@ def recurrence_backward(
         kernel = bind(gates, cells, c0, dy, dh, dc, dgates)
         for d, w in enumerate(w_hh):
             multiply = _multiply(w, dh.dtype)
-            order = walk(steps, reverse=d == 1)
+            order = _walk(steps, reverse=d == 1)
             previous = [(0, 0), *order[:-1]]
             for (first, rows), before in zip(order[::-1], previous[::-1], strict=True):
                 kernel(d, first, rows, *before)
