@@ -49,7 +49,7 @@ def outputs_and_gradients(layer: nn.Module, tensors: list[Tensor], weights: list
 @pytest.mark.parametrize(
     ("hidden", "batch", "proj"),
     [
-        *((1, 1, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (384, 90, 0), (256, 1, 0), (2, 1, 1)),
+        *((1, 1, 0), (24, 9, 0), (33, 7, 0), (100, 17, 0), (257, 6, 0), (384, 90, 0), (256, 1, 0), (2, 1, 1)),
         *((33, 7, 5), (100, 17, 70)),
         *((160, 26, 0), (128, 41, 0), (128, 41, 32)),  # of the sizes that AMX takes in planes
     ],

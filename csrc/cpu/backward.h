@@ -194,7 +194,8 @@ LSTM_HD Right<const Operand<Isa, T>> right_side(const Backward<T>& f, const T* w
         if (lies_right<Isa>(f, columns, tile))
             return {w + k * columns + tile * kTile, columns, panel_width<Isa, Acc<T>>};
     }
-    return {packed.b, packed.ld, packed.panel, packed.weight, packed.scales};
+    return Right<const Operand<Isa, T>>{packed.b, packed.ld, packed.panel, packed.weight, packed.scales}.only(
+        columns - tile * kTile);
 }
 
 // Packs rows first .. first + rows of a tile, unless they are read as they lie.

@@ -66,8 +66,8 @@ LSTM_HD void project_tile(const Forward<T>& f, int d, Index t, Index b, Index ro
     const Index piece = in_planes<O> || f.unpacked ? hidden : kShortSum;
     for (Index k = 0; k < hidden; k += piece)
         multiply_weight<Isa, T>(rows, m + k, f.ld_m, plain_rows(f.weights[d].w_hr, f.features, hidden, tile),
-                                packed_at<Isa>(packed, hidden).from(k), std::min(piece, hidden - k), h, k > 0,
-                                f.unpacked);
+                                packed_at<Isa>(packed, hidden).only(f.features - tile * kTile).from(k),
+                                std::min(piece, hidden - k), h, k > 0, f.unpacked);
     for (Index r = 0; r < rows; ++r) {
         for (Index unit = tile * kTile; unit < std::min((tile + 1) * kTile, f.features); unit += kUnits)
             store_state<Isa>(f, d, first + r, unit, std::min(kUnits, f.features - unit),

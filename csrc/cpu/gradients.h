@@ -38,7 +38,7 @@ LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, c
                          Operand<Isa, T>* packed) {
     const Shape& s = f.s;
     const Index first = tile * kTile, columns = std::min(kTile, factor.columns - first);
-    const Right<Operand<Isa, T>> to = packed_at<Isa>(packed, chunk.rows);
+    const Right<Operand<Isa, T>> to = packed_at<Isa>(packed, chunk.rows).only(columns);
     if (factor.of == Factor<T>::x) {
         const auto row_of_x = [&](Index row) LSTM_INLINED { return f.x + (chunk.base + row) * s.input + first; };
         pack_columns<Isa, T>(chunk.rows, columns, row_of_x, to);
@@ -233,7 +233,7 @@ LSTM_HD void weight_gradient(const Backward<T>& f, const Factor<T>& factor, cons
     const Index columns = factor.columns, count = std::min(kTile, columns - tile * kTile), rows = part.count;
     const Index lda = along == Along::blocks ? packed_depth<Isa>(chunk.rows) : rows;
     const Index of_row = along == Along::blocks ? lda : sizeof(A) / sizeof(O);
-    const Right<const O> right = packed_at<Isa>(of_factor, chunk.rows);
+    const Right<const O> right = packed_at<Isa>(of_factor, chunk.rows).only(count);
     const Index at = part.first * columns + tile * kTile;
     if (count == kTile && (!Backward<T>::rounded || index + 1 < f.walk.chunks())) {
         A* const sum = factor.gradient.sum + at;

@@ -54,6 +54,7 @@ LSTM_HD Index tile_size(Index k) { return round_up(k, kDigitsDeep) * kTile; }
 // a panel's width. `weight`: how many elements has the weight whose tiles are taken one after the other. `scales`:
 // [k / kDepth, 64] of a tile whose pieces may be in fixed point, [64] of digits, else null. `next`: the tile to ask for
 // meanwhile, of the same depth, or null; `turn` of `turns` blocks of rows at this one is the product's first.
+// `columns`: how many the product is asked for, a multiple of 16; it may compute the others too.
 template <typename O>
 struct Right {
     O* b;
@@ -62,9 +63,16 @@ struct Right {
     float* scales = nullptr;
     const O* next = nullptr;
     Index turn = 0, turns = 1;
+    Index columns = kTile;
 
     LSTM_HD Right from(Index p) const {
-        return {b + p * ld, ld, panel, weight, scales == nullptr ? nullptr : scales + p / kDepth * kTile};
+        float* const its_scales = scales == nullptr ? nullptr : scales + p / kDepth * kTile;
+        return Right{b + p * ld, ld, panel, weight, its_scales}.only(columns);
+    }
+    LSTM_HD Right only(Index count) const {
+        Right right = *this;
+        right.columns = std::min(kTile, round_up(count, kUnits));
+        return right;
     }
 };
 
@@ -214,6 +222,19 @@ LSTM_HD void multiply_block(Index rows, bool alone, const O* a, Index lda, const
             }
         }
 #endif
+        const auto of_some = [&](auto units) LSTM_INLINED {  // columns: 16 for each
+            constexpr int some = decltype(units)::value, vectors = some * kUnits / lanes<Isa, A>;
+            if constexpr (std::is_floating_point_v<O> && vectors < Isa::vectors) {
+                if (b.columns > some * kUnits) return false;
+                multiply_pass<Isa, Rows, vectors, along, 0>(a, lda, b, k, c, ldc, accumulate);
+                return true;
+            }
+            return false;
+        };
+        if (b.next == nullptr &&
+            (of_some(std::integral_constant<int, 1>()) || of_some(std::integral_constant<int, 2>()) ||
+             of_some(std::integral_constant<int, 3>())))
+            return;
         if constexpr (asks<Isa, O> && along == Along::rows) {
             constexpr int width = panel_width<Isa, O>;
             if (b.next != nullptr && asking_of(b.turns) == 2)
@@ -238,7 +259,7 @@ LSTM_HD void fetch(const O* b, Index ld, Index first, Index end) {
     for (Index p = first; p < end; ++p) __builtin_prefetch(b + p * ld);
 }
 
-// multiply_pass for any number of rows, in blocks of nearly the same size, for all columns of a tile, and for any k.
+// multiply_pass for any number of rows, in blocks of nearly the same size, for b.columns of a tile, and for any k.
 // Some blocks take turns at a panel, which meanwhile stays in cache; their sums stay until all of k has been.
 template <typename Isa, Along along, typename O, typename A>
 LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<const O>& b, Index k, A* c, Index ldc,
@@ -247,7 +268,8 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
     constexpr Along in_block = along == Along::rows ? Along::rows : Along::columns;
     const Index blocks = (rows + kRows - 1) / kRows, of_row = along == Along::columns ? sizeof(A) / sizeof(O) : lda;
     const Index of_depth = along == Along::rows ? 1 : along == Along::columns ? lda : kRows;
-    const Index width = side * (blocks == 1 ? vectors_for<Isa, A>(static_cast<int>(rows)) : Isa::vectors);
+    const bool alone = blocks == 1 && b.columns == kTile;
+    const Index width = side * (alone ? vectors_for<Isa, A>(static_cast<int>(rows)) : Isa::vectors);
     const auto begin = [&](Index i) LSTM_INLINED {
         return along == Along::blocks ? std::min(i * kRows, rows) : rows * i / blocks;
     };
@@ -260,6 +282,7 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
         Right<const O> panels = b.from(p);
         panels.b += column / panel_width<Isa, A> * b.panel;
         panels.turns = b.turns;
+        panels.columns = b.columns - column;
         for (Index block = turn; block < end; ++block) {
             if (is_far(b.weight) && end - turn >= kBlocksToFetch)
                 fetch(panels.b + b.panel, b.ld, depth * (block - turn) / (end - turn),
@@ -267,7 +290,7 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
             panels.next = part_of_next(b.turn + block, p, column);
             const Index first = begin(block), count = begin(block + 1) - first;
             for (Index q = 0; q == 0 || q < depth; q += longest)
-                multiply_block<Isa, in_block>(count, blocks == 1, a + first * of_row + (p + q) * of_depth,
+                multiply_block<Isa, in_block>(count, alone, a + first * of_row + (p + q) * of_depth,
                                               along == Along::blocks ? kRows : lda, q == 0 ? panels : panels.from(q),
                                               std::min(longest, depth - q), c + first * ldc + column, ldc,
                                               accumulate || p + q > 0);
@@ -276,7 +299,7 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
     for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
         Index p = 0;
         do {  // once for k = 0 too, which is a sum of nothing
-            for (Index column = 0; column < kTile; column += width)
+            for (Index column = 0; column < b.columns; column += width)
                 multiply_panels(turn, std::min(turn + Isa::blocks, blocks), p, column);
             p += kDepth;
         } while (p < k);
@@ -363,7 +386,8 @@ LSTM_HD void fix_tile([[maybe_unused]] const Right<O>& tile, [[maybe_unused]] In
 // Elements of its scales.
 LSTM_HD Index scales_size(Index k) { return (k + kDepth - 1) / kDepth * kTile; }
 
-// `columns` <= 64 columns of k rows, the p-th at row(p), to [k, 64] with 0 behind.
+// `columns` <= 64 columns of k rows, the p-th at row(p), to [k, 64] with 0 behind, as far as a product computes
+// to.columns.
 template <typename Isa, typename T, typename Row>
 LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Acc<T>>& to) {
     out_of_line(Isa(), [&]() LSTM_INLINED {
@@ -371,7 +395,7 @@ LSTM_HD void pack_columns(Index k, Index columns, const Row& row, const Right<Ac
         constexpr Index side = lanes<Isa, A>, width = panel_width<Isa, A>;
         for (Index p = 0; p < k; ++p) {
             const T* const from = row(p);
-            for (Index j = 0; j < kTile; j += kUnits) {
+            for (Index j = 0; j < to.columns; j += kUnits) {
                 alignas(64) A units[kUnits];
                 const Index count = std::clamp<Index>(columns - j, 0, kUnits);
                 if (count < kUnits) load_units<Isa>(from + j, count, units);

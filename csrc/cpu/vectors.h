@@ -234,10 +234,48 @@ LSTM_HD Floats magnitudes(Floats x) {
     return bit_cast<Floats>(bit_cast<Words>(x) & 0x7fffffffu);
 }
 
+#ifdef LSTM_X86
+// Whether registers know masks: then count < 16 elements are copied at once, 16 of them with 0 behind, or no more.
+template <typename Isa>
+constexpr bool has_masks = std::is_base_of_v<Avx512, Isa>;
+
+template <typename T>
+__attribute__((target(LSTM_AVX512_TARGET))) inline void load_first(const T* from, Index count, T* to) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    if constexpr (sizeof(T) == 8) {
+        _mm512_storeu_pd(to, _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+        _mm512_storeu_pd(to + 8, _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask >> 8), from + 8));
+    } else if constexpr (sizeof(T) == 4) {
+        _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(mask, from));
+    } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
+    }
+}
+template <typename T>
+__attribute__((target(LSTM_AVX512_TARGET))) inline void store_first(const T* from, Index count, T* to) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    if constexpr (sizeof(T) == 8) {
+        _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), _mm512_loadu_pd(from));
+        _mm512_mask_storeu_pd(to + 8, static_cast<__mmask8>(mask >> 8), _mm512_loadu_pd(from + 8));
+    } else if constexpr (sizeof(T) == 4) {
+        _mm512_mask_storeu_ps(to, mask, _mm512_loadu_ps(from));
+    } else {
+        _mm256_mask_storeu_epi16(to, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+}
+#endif
+
 // 16 units; of the last tile only count < 16 exist, and the others are 0.
 template <typename Isa, typename T>
 LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
     if (count < kUnits) {
+#ifdef LSTM_X86
+        if constexpr (has_masks<Isa>) {
+            alignas(64) T all[kUnits];
+            load_first(from, count, all);
+            return load_units<Isa>(all, kUnits, to);
+        }
+#endif
         out_of_line(Isa(), [&]() LSTM_INLINED {
             for (Index j = 0; j < kUnits; ++j) {
                 T x{};
@@ -255,6 +293,13 @@ LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
 template <typename Isa, typename T>
 LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
     if (count < kUnits) {
+#ifdef LSTM_X86
+        if constexpr (has_masks<Isa>) {
+            alignas(64) T all[kUnits];
+            store_units<Isa>(from, kUnits, all);
+            return store_first(all, count, to);
+        }
+#endif
         out_of_line(Isa(), [&]() LSTM_INLINED {
             for (Index j = 0; j < count; ++j) to[j] = store<T>(from[j]);
         });
