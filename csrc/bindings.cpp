@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -403,10 +405,21 @@ void bind_persistent(py::module_& m) {
     m.def("upload", upload, Released(), py::kw_only(), "values"_a, "to"_a, "device"_a, "stream"_a);
 }
 
+// Out of memory is torch's error of that kind, by whose words those know it who look for a batch size that fits.
+void translate_out_of_memory(std::exception_ptr thrown) {
+    try {
+        std::rethrow_exception(std::move(thrown));
+    } catch (const std::bad_alloc&) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "DefaultCPUAllocator: can't allocate memory for what an LSTM's call needs beside its results");
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "lstm_fast's compiled kernels.";
+    py::register_local_exception_translator(translate_out_of_memory);
     m.attr("DTYPES") = py::dict(
         "float32"_a = static_cast<int>(lstm::Dtype::float32), "float64"_a = static_cast<int>(lstm::Dtype::float64),
         "bfloat16"_a = static_cast<int>(lstm::Dtype::bfloat16), "float16"_a = static_cast<int>(lstm::Dtype::float16));

@@ -52,18 +52,21 @@ inline std::optional<Module> read_module(const py::dict& attributes) {
         PyObject* const found = get(key);
         return found == nullptr ? 0 : static_cast<std::int64_t>(PyLong_AsLongLong(found));
     };
-    const auto is = [&](PyObject* key) {
-        PyObject* const found = get(key);
-        return found != nullptr && PyObject_IsTrue(found) == 1;
-    };
     PyObject* const names = get(keys.names);
     const bool cell = names == nullptr;
+    bool whole = true;
+    const auto is = [&](PyObject* key) {
+        PyObject* const found = get(key);
+        whole = whole && (cell || found != nullptr);  // else a subclass computes it
+        return found != nullptr && PyObject_IsTrue(found) == 1;
+    };
+    const bool dropout = is(keys.dropout), training = is(keys.training);
     Module module{size(keys.input),
                   size(keys.hidden),
                   size(keys.projected),
                   is(keys.both) ? 2 : 1,
                   is(keys.batch_first),
-                  is(keys.dropout) && is(keys.training),
+                  dropout && training,
                   cell,
                   get(keys.parameters),
                   cell ? names_of_cell.ptr() : names};
@@ -71,6 +74,7 @@ inline std::optional<Module> read_module(const py::dict& attributes) {
         PyErr_Clear();
         return std::nullopt;
     }
+    if (!whole) return std::nullopt;
     if (module.features == 0) module.features = module.hidden;
     const bool known = module.parameters != nullptr && PyDict_Check(module.parameters) && PyList_Check(module.names);
     return known ? std::optional(module) : std::nullopt;

@@ -50,6 +50,7 @@ except ImportError:  # then the reference serves, and everything is checked here
 _NOTHING = nullcontext()
 _NOWHERE = torch.empty(0, device="cpu")
 _TAKE_NO_STATES = ("persistent",)  # backends for which None stands for zeros
+is_profiled = torch._C._autograd._profiler_enabled
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
@@ -107,7 +108,8 @@ def layer(
     if not seen_by_others:
         if not fits:
             inputs = unwrap_dead_wrappers(inputs)  # tensors that outlived the transform which made them
-        with torch.no_grad() if save else _NOTHING:
+        recorded = torch.profiler.record_function("lstm_fast::layer") if is_profiled() else _NOTHING
+        with recorded, torch.no_grad() if save else _NOTHING:
             *result, saved = _forward(*inputs, batch_sizes, backend, save)
         if saved is not None:
             result = _apply(*inputs, batch_sizes, backend, (*result, *saved))

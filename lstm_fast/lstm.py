@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fast.autograd import done_on_cpu, layer, transforms_active
+from lstm_fast.autograd import done_on_cpu, is_profiled, layer, transforms_active
 from lstm_fast.dispatch import Choice, check_backend, choose, surely_cpu
 from lstm_fast.kernels import Weights
 from lstm_fast.kernels.cpu import infer, train
@@ -74,7 +74,7 @@ class _Fused(nn.Module):
         if its arguments need more than a quick look. A single step of a small layer takes half the time this way, and a
         quarter less in training."""
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-        if type(x) is not Tensor or not x.is_cpu or _autocast_enabled() or _followed():
+        if type(x) is not Tensor or not x.is_cpu or _autocast_enabled() or _followed() or is_profiled():
             return None
         if not surely_cpu(self.backend, x.dtype, self.hidden_size, self._kind(input), lambda: self._shape(input)):
             return None

@@ -269,6 +269,33 @@ def test_what_has_to_be_dropped_takes_the_longer_way(answers, trained, layers):
         assert torch.equal(y[0, 0], y[0, 1])
 
 
+@pytest.mark.parametrize("flag, value", [("dropout", 1.0), ("training", True), ("batch_first", True)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_flags_that_a_subclass_computes_count(flag, value, grad):
+    class Own(lstm_fast.LSTM):
+        pass
+
+    setattr(Own, flag, property(lambda self: value, lambda self, given: None))
+    module, plain = Own(IN, H, 2, dropout=1.0), lstm_fast.LSTM(IN, H, 2, dropout=1.0, batch_first=flag == "batch_first")
+    plain.load_state_dict(module.state_dict())
+    with torch.set_grad_enabled(grad):
+        for found, expected in zip(flat(module(X)), flat(plain(X)), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind, x", [(lstm_fast.LSTM, X), (lstm_fast.LSTMCell, X[0])], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_profiler_sees_each_layer(kind, x, grad):
+    module = kind(IN, H)
+    with torch.set_grad_enabled(grad), torch.profiler.profile() as profile:
+        y = module(x)[0]
+        if grad:
+            y.sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["lstm_fast::layer"] == 1
+    assert counts.get("LayerFunctionBackward", 0) == grad
+
+
 def test_where_torch_is_measured_to_be_faster_it_serves(answers, monkeypatch):
     monkeypatch.setattr(module_file, "surely_cpu", lambda *_: False)
     with torch.no_grad():

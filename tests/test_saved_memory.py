@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,34 @@ def test_where_none_serves_all_are_freed(pool):
 def test_a_gib_is_the_most_that_is_kept(pool):
     places = pool.keep(*pool.take(*[128] * 9))
     assert list(map(is_mapped, places)) == [True] * 8 + [False]
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from torch import nn
+import lstm_fast
+
+torch.set_num_threads(1)
+x = torch.zeros(50, 4000, 4)
+modules = [kind(4, 1024, layers) for kind in (nn.LSTM, lstm_fast.LSTM) for layers in (1, 2)]
+modules[2](x[:2, :2])[0].sum().backward()
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (1280 << 20)  # y's 820 MB fit, 3.3 GB of gates, or y of another layer, don't
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for module in modules:
+    try:
+        with torch.set_grad_enabled(module.num_layers == 1):
+            module(x)
+    except RuntimeError as error:
+        print("DefaultCPUAllocator: can't allocate memory" in str(error))
+y, _ = modules[2](x[:2, :2])
+print(y.isfinite().all().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_out_of_memory_is_torchs_error() -> None:
+    """The one that searches for a batch size catch; and the next call that fits is served."""
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 5, done.stderr
