@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, library
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
 
 from lstm_fast import reference
 from lstm_fast.checks import (
@@ -36,6 +35,7 @@ from lstm_fast.checks import (
     saved_shapes,
     steps_of,
 )
+from lstm_fast.context import autocast_enabled, is_profiled, transforms_active
 from lstm_fast.dispatch import KERNELS
 from lstm_fast.kernels import LayerInputs, Saved, Weights, cpu
 
@@ -50,17 +50,6 @@ except ImportError:  # then the reference serves, and everything is checked here
 _NOTHING = nullcontext()
 _NOWHERE = torch.empty(0, device="cpu")
 _TAKE_NO_STATES = ("persistent",)  # backends for which None stands for zeros
-is_profiled = torch._C._autograd._profiler_enabled
-_transforms = torch._C._functorch.peek_interpreter_stack
-
-
-def transforms_active() -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work: no kernel can look inside their tensors."""
-    return _transforms() is not None or forward_ad._current_level >= 0
-
-
-# Dynamo, which traces to know what is so, takes "no transform" for one: an object that isn't None.
-transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _watched(tensors: Iterable[Any]) -> bool:
@@ -154,7 +143,7 @@ def _ready(inputs: Sequence[Any], batch_sizes: Tensor | None) -> Sequence[Any]:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+    if not autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
         return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
 

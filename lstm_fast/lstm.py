@@ -10,50 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fast.autograd import done_on_cpu, is_profiled, layer, transforms_active
+from lstm_fast.autograd import done_on_cpu, layer
+from lstm_fast.context import (
+    autocast_dtype,
+    autocast_enabled,
+    cast,
+    is_followed,
+    is_profiled,
+    is_traced,
+    transforms_active,
+)
 from lstm_fast.dispatch import Choice, check_backend, choose, surely_cpu
 from lstm_fast.kernels import Weights
 from lstm_fast.kernels.cpu import infer, train
 
 State = tuple[Tensor, Tensor]
-_autocast_enabled, _dispatch_modes, _is_tracing = (  # to look them up takes longer than they do
-    torch._C._is_any_autocast_enabled,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._is_tracing,
-)
-_saving_is_hooked: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _NO_WEIGHTS: Any = (None,) * 5
-
-
-def _traced() -> bool:
-    # an export for ONNX that doesn't trace compiles
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast computes in on this type of device, or None where it is off."""
-    if not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _followed() -> bool:
-    """Whether someone needs more of a call than its results and their gradients."""
-    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _is_tracing() or transforms_active()
-
-
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` in another dtype. In autocast's it is the copy that torch keeps for the context, one for a whole loop:
-    a product without columns makes torch find it, or make it, and save it where it can be read."""
-    kept = type(weight) is nn.Parameter and weight.requires_grad and weight.dim() == 2 and not weight.is_inference()
-    if kept and dtype == _autocast_dtype(weight.device.type) and not (_followed() or _saving_is_hooked(False)):
-        with torch.inference_mode(False), torch.enable_grad():
-            none = torch.empty(weight.size(1), 0, dtype=dtype, device=weight.device, requires_grad=True)
-            node: Any = torch.mm(weight, none).grad_fn
-            cast: Tensor = node._saved_self
-        if cast.requires_grad or not torch.is_grad_enabled():  # torch may have made it without gradients
-            return cast
-    return weight.to(dtype)
 
 
 class _Fused(nn.Module):
@@ -67,14 +39,14 @@ class _Fused(nn.Module):
     def _choose(self, x: Tensor | PackedSequence, dtype: torch.dtype) -> Choice:
         data = x.data if isinstance(x, PackedSequence) else x
         place = (self.backend, data.device, dtype, self.hidden_size, self.proj_size)
-        return choose(*place, _traced(), transforms_active(), self._kind(x), lambda: self._shape(x))
+        return choose(*place, is_traced(), transforms_active(), self._kind(x), lambda: self._shape(x))
 
     def _quick(self, input: Any, hx: Any) -> Any:
         """The results, of a packed input its data and states, if the call is a plain one on a CPU; None if it isn't, or
         if its arguments need more than a quick look. A single step of a small layer takes half the time this way, and a
         quarter less in training."""
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-        if type(x) is not Tensor or not x.is_cpu or _autocast_enabled() or _followed() or is_profiled():
+        if type(x) is not Tensor or not x.is_cpu or autocast_enabled() or is_followed() or is_profiled():
             return None
         if not surely_cpu(self.backend, x.dtype, self.hidden_size, self._kind(input), lambda: self._shape(input)):
             return None
@@ -102,15 +74,15 @@ class _Fused(nn.Module):
 
     def _under_autocast(self, dtype: torch.dtype, x: Tensor, hx: Any, stepwise: bool) -> torch.dtype:
         """The weights' ``dtype``, or autocast's; on a CPU ``stepwise`` calls keep to the states', as in torch."""
-        if not torch._C._is_any_autocast_enabled():
+        if not autocast_enabled():
             return dtype
-        cast = _autocast_dtype(x.device.type)
-        if cast is None or not dtype.is_floating_point or dtype == torch.float64:
+        low = autocast_dtype(x.device.type)
+        if low is None or not dtype.is_floating_point or dtype == torch.float64:
             return dtype
         if stepwise and x.device.type == "cpu":
             state: Tensor = x if hx is None else hx[1]
             return state.dtype
-        return cast
+        return low
 
     def _parameter(self, name: str) -> Tensor:
         """By getattr, which takes as long as a small product, only where it is parametrised, pruned or replaced."""
@@ -130,7 +102,7 @@ class _Fused(nn.Module):
         found = []
         for name in names:
             weight = self._parameter(name)
-            found.append(weight if weight is None or weight.dtype == dtype else _cast(weight, dtype))
+            found.append(weight if weight is None or weight.dtype == dtype else cast(weight, dtype))
         w_ih, w_hh, *rest = found
         b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
         w_hr = rest[-1] if self.proj_size > 0 else None
@@ -214,7 +186,7 @@ class LSTM(_Fused, nn.RNNBase):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """RNNBase's check, of the weight that is there now."""
         dtype = self._dtype_of("weight_ih_l0")
-        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        if input.dtype != dtype and not autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
                 f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
@@ -323,7 +295,7 @@ class LSTM(_Fused, nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         h_0, c_0 = (self.proj_size or self.hidden_size, self.hidden_size) if hx is None else hx
         cell_dtype = dtype
-        if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
+        if autocast_enabled():  # without, ``layer`` refuses mixed dtypes
             if self.proj_size > 0 and x.device.type == "cpu":
                 cell_dtype = (x if hx is None else hx[1]).dtype  # as torch has it
             x = x.to(dtype)
@@ -415,7 +387,7 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         weights = self._weights(_CELL[0], dtype)
-        if torch._C._is_any_autocast_enabled():  # without, ``layer`` refuses mixed dtypes
+        if autocast_enabled():  # without, ``layer`` refuses mixed dtypes
             x, h, c = x.to(dtype), h.to(dtype), c.to(dtype)
         y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
         return (y, c_n[0]) if batched else (y[0], c_n[0, 0])
@@ -435,7 +407,7 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
 
     def _compute_dtype(self, x: Tensor, hx: Any) -> torch.dtype:
         dtype = self._dtype_of("weight_ih")
-        if x.dtype != dtype and _autocast_dtype(x.device.type) is None:
+        if x.dtype != dtype and autocast_dtype(x.device.type) is None:
             raise RuntimeError(f"input and weight_ih must have the same dtype, but got {x.dtype} and {dtype}")
         return self._under_autocast(dtype, x, hx, stepwise=True)
 

@@ -24,7 +24,7 @@ def step(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 def loop(module: nn.Module, steps: int) -> Tensor:
     torch.manual_seed(1)
-    x, state, ys = torch.randn(steps, 3, H).bfloat16(), None, []
+    x, state, ys = torch.randn(steps, 3, H).to(next(module.parameters()).device, torch.bfloat16), None, []
     for t in range(steps):
         y, state = step(module, x[t], state)
         ys.append(y)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import lstm_fast
 from lstm_fast import reference
 from lstm_fast.kernels import cuda, rows
+from tests.test_autocast_weights import H, loop, saved_weights
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["persistent", "cuda", "triton"]
@@ -182,6 +183,13 @@ def test_sums_of_rows(dtype, width, count):
         alone, none = rows.sums(of, False, True)[::-1]
         assert ((first.double() - exact).abs() <= allowed).all()
         assert torch.equal(first, second) and torch.equal(first, alone) and none is None
+
+
+@pytest.mark.parametrize("kind", [lstm_fast.LSTMCell, lstm_fast.LSTM])
+def test_a_loop_under_autocast_saves_each_weight_once(kind):
+    module = kind(H, H).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert saved_weights(lambda: loop(module, 7)) == 2  # W_ih and W_hh
 
 
 def test_a_state_on_another_device_is_refused():
