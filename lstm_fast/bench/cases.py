@@ -128,6 +128,10 @@ GRIDS: dict[str, Grid] = {
         "one direction": [case._replace(packed=True) for case in _SHAPES],
         "both directions": [case._replace(packed=True, bidirectional=True) for case in _SHAPES],
     },
+    "small": {
+        "H inputs": _cases((32,), (1, 32, 256), (8, 16, 32, 50, 100)),
+        "one input": [case._replace(I=1) for case in _cases((32,), (1, 32, 256), (8, 16, 32, 50, 100))],
+    },
     "classifier": {
         "fp32, last states": [case._replace(last=True) for case in _cases((128, 512), (8, 32), (64, 128, 256))],
     },
