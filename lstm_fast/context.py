@@ -8,19 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-(
-    autocast_enabled,
-    is_profiled,
-    _transforms,
-    _dispatch_modes,
-    _is_tracing,
-) = (  # to look them up takes longer than they do
-    torch._C._is_any_autocast_enabled,
-    torch._C._autograd._profiler_enabled,
-    torch._C._functorch.peek_interpreter_stack,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._is_tracing,
-)
+# To look these up takes longer than they do.
+autocast_enabled = torch._C._is_any_autocast_enabled
+is_profiled = torch._C._autograd._profiler_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 _saving_is_hooked: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 
