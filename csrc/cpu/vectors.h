@@ -235,12 +235,15 @@ LSTM_HD Floats magnitudes(Floats x) {
 }
 
 #ifdef LSTM_X86
-// Whether registers know masks: then count < 16 elements are copied at once, 16 of them with 0 behind, or no more.
+// Whether the first count < 16 elements are loaded by masks, and 0 behind them; and whether they are stored so, which
+// with AVX2 some processors do one by one.
+template <typename Isa, typename T>
+constexpr bool loads_first = std::is_base_of_v<Avx512, Isa> || (std::is_same_v<Isa, Avx2> && sizeof(T) >= 4);
 template <typename Isa>
-constexpr bool has_masks = std::is_base_of_v<Avx512, Isa>;
+constexpr bool stores_first = std::is_base_of_v<Avx512, Isa>;
 
 template <typename T>
-__attribute__((target(LSTM_AVX512_TARGET))) inline void load_first(const T* from, Index count, T* to) {
+__attribute__((target(LSTM_AVX512_TARGET))) inline void load_first(const T* from, Index count, T* to, Avx512) {
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     if constexpr (sizeof(T) == 8) {
         _mm512_storeu_pd(to, _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
@@ -252,7 +255,7 @@ __attribute__((target(LSTM_AVX512_TARGET))) inline void load_first(const T* from
     }
 }
 template <typename T>
-__attribute__((target(LSTM_AVX512_TARGET))) inline void store_first(const T* from, Index count, T* to) {
+__attribute__((target(LSTM_AVX512_TARGET))) inline void store_first(const T* from, Index count, T* to, Avx512) {
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     if constexpr (sizeof(T) == 8) {
         _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), _mm512_loadu_pd(from));
@@ -263,51 +266,68 @@ __attribute__((target(LSTM_AVX512_TARGET))) inline void store_first(const T* fro
         _mm256_mask_storeu_epi16(to, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
 }
+
+// Of the lanes of a vector from the j-th element on.
+__attribute__((target(LSTM_AVX2_TARGET))) inline __m256i mask_of(Index count, Index j, float) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count - j)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+__attribute__((target(LSTM_AVX2_TARGET))) inline __m256i mask_of(Index count, Index j, double) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count - j), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+__attribute__((target(LSTM_AVX2_TARGET))) inline void load_first(const float* from, Index count, float* to, Avx2) {
+    for (Index j = 0; j < kUnits; j += 8)
+        _mm256_storeu_ps(to + j, _mm256_maskload_ps(from + j, mask_of(count, j, 0.0f)));
+}
+__attribute__((target(LSTM_AVX2_TARGET))) inline void load_first(const double* from, Index count, double* to, Avx2) {
+    for (Index j = 0; j < kUnits; j += 4)
+        _mm256_storeu_pd(to + j, _mm256_maskload_pd(from + j, mask_of(count, j, 0.0)));
+}
 #endif
+
+// 16 units.
+template <typename Isa, typename T>
+LSTM_HD void load_all(const T* from, Acc<T>* to) {
+    for (Index j = 0; j < kUnits; j += lanes<Isa, Acc<T>>) store_vector<Isa>(load_vector<Isa>(from + j), to + j);
+}
+template <typename Isa, typename T>
+LSTM_HD void store_all(const Acc<T>* from, T* to) {
+    for (Index j = 0; j < kUnits; j += lanes<Isa, Acc<T>>) store_vector<Isa, T>(load_vector<Isa>(from + j), to + j);
+}
 
 // 16 units; of the last tile only count < 16 exist, and the others are 0.
 template <typename Isa, typename T>
 LSTM_HD void load_units(const T* from, Index count, Acc<T>* to) {
-    if (count < kUnits) {
+    if (count == kUnits) return load_all<Isa>(from, to);
 #ifdef LSTM_X86
-        if constexpr (has_masks<Isa>) {
-            alignas(64) T all[kUnits];
-            load_first(from, count, all);
-            return load_units<Isa>(all, kUnits, to);
-        }
-#endif
-        out_of_line(Isa(), [&]() LSTM_INLINED {
-            for (Index j = 0; j < kUnits; ++j) {
-                T x{};
-                if (j < count) std::memcpy(&x, from + j, sizeof(x));  // pairs of bf16 come as floats, aligned as bf16
-                to[j] = load(x);
-            }
-        });
-    } else {
-        for (Index j = 0; j < kUnits; j += lanes<Isa, Acc<T>>) {
-            store_vector<Isa>(load_vector<Isa>(from + j), to + j);
-        }
+    if constexpr (loads_first<Isa, T>) {
+        alignas(64) T all[kUnits];
+        load_first(from, count, all, Isa());
+        return load_all<Isa>(all, to);
     }
+#endif
+    out_of_line(Isa(), [&]() LSTM_INLINED {
+        for (Index j = 0; j < kUnits; ++j) {
+            T x{};
+            if (j < count) std::memcpy(&x, from + j, sizeof(x));  // pairs of bf16 come as floats, aligned as bf16
+            to[j] = load(x);
+        }
+    });
 }
 
 template <typename Isa, typename T>
 LSTM_HD void store_units(const Acc<T>* from, Index count, T* to) {
-    if (count < kUnits) {
+    if (count == kUnits) return store_all<Isa>(from, to);
 #ifdef LSTM_X86
-        if constexpr (has_masks<Isa>) {
-            alignas(64) T all[kUnits];
-            store_units<Isa>(from, kUnits, all);
-            return store_first(all, count, to);
-        }
-#endif
-        out_of_line(Isa(), [&]() LSTM_INLINED {
-            for (Index j = 0; j < count; ++j) to[j] = store<T>(from[j]);
-        });
-    } else {
-        for (Index j = 0; j < kUnits; j += lanes<Isa, Acc<T>>) {
-            store_vector<Isa, T>(load_vector<Isa>(from + j), to + j);
-        }
+    if constexpr (stores_first<Isa>) {
+        alignas(64) T all[kUnits];
+        store_all<Isa>(from, all);
+        return store_first(all, count, to, Isa());
     }
+#endif
+    out_of_line(Isa(), [&]() LSTM_INLINED {
+        for (Index j = 0; j < count; ++j) to[j] = store<T>(from[j]);
+    });
 }
 
 // The same of a row of operands, from the unit-th on, which of planes (planes.h) is a multiple of 16.
