@@ -110,7 +110,7 @@ def test_a_wrong_result_stops_the_clock(weight: str) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "measure", lambda *_: KNOWN)
-    monkeypatch.setattr(memory, "startup", lambda _: {})
+    monkeypatch.setattr(memory, "startup", lambda *_: {})
     monkeypatch.setattr(memory, "peak", lambda *_: {"ours": 1.0, "torch": 2.0})
 
 
@@ -389,9 +389,26 @@ def test_a_run_that_measured_nothing_is_no_success(tmp_path: Path) -> None:
 
 def test_startup_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_PROCESSES", 1)
-    found = memory.startup("cpu")
+    found = memory.startup("cpu", 2)
     assert found["import_torch_ms"] > 100 and 0 < found["import_lstm_fast_ms"] < found["import_torch_ms"]
     assert found["first_call_ms"] > 0 and found["first_call_torch_ms"] > 0
+
+
+def test_startup_is_measured_with_the_threads_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return mock.Mock(stdout="1 1 1 1")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(memory, "peak", lambda *_: {})
+    monkeypatch.setattr(runner, "measure", lambda *_: KNOWN)
+    monkeypatch.setattr(runner, "describe", lambda _: {})
+    monkeypatch.setattr(runner, "state", lambda _: {})
+    run(tmp_path / "run.json", {})
+    assert [command[-2:] for command in commands] == [["cpu", "3"]] * 3
 
 
 def test_a_record_names_machine_versions_and_commit() -> None:

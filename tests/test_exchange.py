@@ -120,6 +120,6 @@ def test_a_run_asks_for_the_exchange_once(monkeypatch, tmp_path):
     known = []
     found = limits.Limits({}, [(1, 1.0)], 0.75)
     monkeypatch.setattr(runner, "measure", lambda device, so_far: known.append(so_far) or found)
-    monkeypatch.setattr(memory, "startup", lambda _: {})
+    monkeypatch.setattr(memory, "startup", lambda *_: {})
     runner.run("none", {}, [], [], "cpu", 0.0, tmp_path / "run.json", lambda *_: None)
     assert known == [None, found, found] and len(known) == runner.PASSES

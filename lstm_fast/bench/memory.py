@@ -28,6 +28,7 @@ import torch
 torch_ready = time.perf_counter()
 import lstm_fast
 ready = time.perf_counter()
+torch.set_num_threads(int(sys.argv[2]))
 device, times = torch.device(sys.argv[1]), []
 x = torch.ones(16, 4, 128, device=device) @ torch.ones(128, 128, device=device)  # whoever comes first
 for module in (lstm_fast.LSTM(128, 128, device=device), torch.nn.LSTM(128, 128, device=device)):
@@ -39,12 +40,13 @@ print(torch_ready - start, ready - torch_ready, *times)
 """
 
 
-def startup(device: str) -> dict[str, float]:
+def startup(device: str, threads: int) -> dict[str, float]:
     """Milliseconds of ``import torch``, of ``import lstm_fast`` after it, and of the first forward and backward pass of
     each side's module on ``device`` where torch has multiplied before; medians of three processes."""
     runs = []
     for _ in range(_PROCESSES):
-        done = subprocess.run([sys.executable, "-c", _STARTUP, device], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", _STARTUP, device, str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append([1e3 * float(value) for value in done.stdout.split()])
     names = ("import_torch_ms", "import_lstm_fast_ms", "first_call_ms", "first_call_torch_ms")
     return dict(zip(names, (statistics.median(values) for values in zip(*runs, strict=True)), strict=True))

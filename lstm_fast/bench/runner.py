@@ -261,7 +261,7 @@ def run(
         "device": device,
         "limits": {},
         "passes": [],
-        "startup": memory.startup(device),
+        "startup": memory.startup(device, torch.get_num_threads()),
         "skipped": missing,
         "rows": [],
         "failed": [],
