@@ -95,3 +95,24 @@ def test_subclasses_with_code_of_their_own_are_left_alone(swap):
 
     model = swap(nn.Sequential(Own(3, 4), nn.GRU(3, 4), OwnFast(3, 4)))
     assert [type(m) for m in model] == [Own, nn.GRU, OwnFast]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_a_forward_that_is_wrapped_follows(kind):
+    """As libraries wrap it that move a module's tensors before each call: the old one is kept in an attribute."""
+    module = getattr(nn, kind)(3, 5)
+    module._old_forward = module.forward
+    calls = []
+
+    def forward(*args):
+        calls.append(module._old_forward.__func__)
+        return module._old_forward(*args)
+
+    module.forward = forward
+    x = torch.randn(2, 4, 3) if kind == "LSTM" else torch.randn(4, 3)
+    for swap in (lstm_fast.replace, lstm_fast.restore):
+        module(x)
+        swap(module)
+    module(x)
+    plain, fast = getattr(nn, kind).forward, getattr(lstm_fast, kind).forward
+    assert calls == [plain, fast, plain]
