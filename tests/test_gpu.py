@@ -192,6 +192,24 @@ def test_a_loop_under_autocast_saves_each_weight_once(kind):
         assert saved_weights(lambda: loop(module, 7)) == 2  # W_ih and W_hh
 
 
+def test_a_graph_captured_under_autocast_outlives_it():
+    """What was cast before in the same context is freed with it."""
+    torch.manual_seed(0)
+    module, x = lstm_fast.LSTM(H, H).cuda(), torch.randn(7, 4, H, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            want = module(x)[0].clone()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            y = module(x)[0]
+    torch.cuda.empty_cache()
+    others = [torch.full((4 * H, H), 7.0, device="cuda", dtype=torch.bfloat16) for _ in range(64)]
+    graph.replay()
+    assert torch.equal(y, want) and len(others) == 64
+
+
 def test_a_state_on_another_device_is_refused():
     module = lstm_fast.LSTM(4, 8, device="cuda")
     x, state = torch.randn(3, 2, 4, device="cuda"), torch.zeros(1, 2, 8)
