@@ -147,7 +147,8 @@ class LSTM(_Fused, nn.RNNBase):
     Inputs: ``input`` (T, B, I), (B, T, I) with ``batch_first``, (T, I) or a PackedSequence; ``hx`` None for zeros, or
     h_0 (D*L, B, R) and c_0 (D*L, B, H), without B for an unbatched input.
 
-    Outputs: ``output`` (T, B, D*R) in the input's form, and (h_n, c_n) shaped as h_0 and c_0.
+    Outputs: ``output`` (T, B, D*R) in the input's form, and (h_n, c_n) shaped as h_0 and c_0. On a CPU, gradients below
+    the smallest normal number (1.2e-38 in fp32) are 0.
 
     Raises:
         ValueError, RuntimeError, TypeError: as torch.nn.LSTM does, and where that reads out of bounds or truncates in

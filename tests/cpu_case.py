@@ -9,11 +9,19 @@ from torch import Tensor, nn
 
 from lstm_fast import _C, LSTM
 
+SLOW_PAIRS = "avx512_slow_bf16"  # where a call takes one of the two sets before it
+
 
 def limit_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this processor ran no better instruction set than the one of that name."""
     best = _C.CPU_INSTRUCTION_SETS.index(name)
     monkeypatch.setattr(_C, "CPU_INSTRUCTION_SETS", _C.CPU_INSTRUCTION_SETS[: best + 1])
+
+
+@pytest.fixture(params=[name for name in _C.CPU_INSTRUCTION_SETS if name != SLOW_PAIRS])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    limit_to(request.param, monkeypatch)
+    return str(request.param)
 
 
 def uneven(w: Tensor) -> Tensor:

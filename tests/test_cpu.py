@@ -15,18 +15,9 @@ from torch import Tensor, nn
 from lstm_fast import _C, LSTM
 from lstm_fast.environment import cpuinfo
 from lstm_fast.kernels import LayerInputs, cpu
-from tests.cpu_case import limit_to
+from tests.cpu_case import SLOW_PAIRS, instruction_set, limit_to  # noqa: F401, a fixture
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-SLOW_PAIRS = "avx512_slow_bf16"  # where a call takes one of the two sets before it
-
-
-@pytest.fixture(params=[name for name in _C.CPU_INSTRUCTION_SETS if name != SLOW_PAIRS])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    limit_to(request.param, monkeypatch)
-    return str(request.param)
 
 
 @pytest.fixture

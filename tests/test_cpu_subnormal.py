@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lstm_fast import _C, LSTM
-from tests.cpu_case import limit_to
-
-
-@pytest.fixture(params=[name for name in _C.CPU_INSTRUCTION_SETS if "slow" not in name])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit_to(request.param, monkeypatch)
+from lstm_fast import LSTM
+from tests.cpu_case import instruction_set  # noqa: F401, a fixture
 
 
 @pytest.fixture(params=[1, 2])
