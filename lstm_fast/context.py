@@ -47,13 +47,13 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight`` in another dtype. In autocast's it is the copy that torch keeps for the context, one for a whole loop:
     a product without columns makes torch find it, or make it, and save it where it can be read. A CUDA graph, which
     outlives the context, has copies of its own."""
-    kept = type(weight) is nn.Parameter and weight.requires_grad and weight.dim() == 2 and not weight.is_inference()
+    kept = type(weight) is nn.Parameter and weight.requires_grad and weight.dim() == 2
     kept = kept and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
     if kept and dtype == autocast_dtype(weight.device.type) and not (is_followed() or _saving_is_hooked(False)):
         with torch.inference_mode(False), torch.enable_grad():
             none = torch.empty(weight.size(1), 0, dtype=dtype, device=weight.device, requires_grad=True)
             node: Any = torch.mm(weight, none).grad_fn
             found: Tensor = node._saved_self
-        if found.requires_grad or not torch.is_grad_enabled():  # torch may have made it without gradients
+        if found.requires_grad or not torch.is_grad_enabled():  # torch 2.9 and older may have made it without
             return found
     return weight.to(dtype)

@@ -93,6 +93,25 @@ def test_a_classifiers_gradients_are_of_the_last_states_alone() -> None:
             torch.testing.assert_close(parameter.grad, expected)
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_classifiers_time_and_memory_are_measured_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, case = [], SMALL._replace(last=True)
+    task = rivals.task
+
+    def watched(module: nn.Module, x: Any, mode: str, last: bool = False) -> Any:
+        asked.append(last)
+        return task(module, x, mode, last)
+
+    monkeypatch.setattr(rivals, "task", watched)
+    run(tmp_path / "run.json", {"one": [case]})
+    assert asked and all(asked)
+    asked.clear()
+    threads = str(torch.get_num_threads())
+    monkeypatch.setattr("sys.argv", ["memory", json.dumps(list(case)), "ours", "cpu", "auto", threads])
+    memory.main()
+    assert asked and all(asked)
+
+
 @pytest.mark.parametrize("weight", ["weight_hh_l0", "bias_ih_l0"])
 def test_a_wrong_result_stops_the_clock(weight: str) -> None:
     oracle, x = rivals.oracle(SMALL, "cpu"), rivals.make_input(SMALL, "cpu")

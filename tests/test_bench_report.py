@@ -46,6 +46,15 @@ def run(*rows: dict[str, Any], **other: Any) -> dict[str, Any]:
     return {**about, "grid": "test", "device": "cpu", "skipped": {}, "rows": list(rows), "failed": [], **other}
 
 
+def test_runs_from_before_there_were_classifiers_are_read(tmp_path: Path) -> None:
+    older = without(row(), "last")
+    found = report.load(
+        write(tmp_path / "run.json", run(older, failed=[{**without(SMALL._asdict(), "last"), "why": "?"}]))
+    )
+    assert "T4 B3 H8 float32" in report.table(found)
+    assert report.compare(found, run(row()))[1] is False
+
+
 def lonely(**other: Any) -> dict[str, Any]:
     """A row without a rival or a limit."""
     nothing = {"rivals": {}, **dict.fromkeys(("best_rival", "ratio", "limit_ms", "limit", "share"))}
