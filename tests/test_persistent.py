@@ -319,6 +319,22 @@ def test_a_card_without_clusters_serves_over_the_grid(gpu):
     assert persistent._plan(0, False, 256, 1, 1, 0).grid == 0
 
 
+def test_plans_of_many_batches_ask_a_card_each_thing_once(monkeypatch):
+    asked = []
+
+    def granted(**what):
+        asked.append(tuple(what.values()))
+        return persistent._granted(0, False, None, *asked[-1][3:])
+
+    monkeypatch.setattr(persistent._C, "persistent_granted", granted)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    persistent._granted_by_driver.cache_clear()
+    plans = [persistent._plan.__wrapped__(0, False, 512, batch, 1, 0) for batch in range(1, 65)]
+    persistent._granted_by_driver.cache_clear()
+    assert len({plan[:5] for plan in plans}) > 5
+    assert 5 < len(asked) == len(set(asked))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_batches_whose_arithmetic_outweighs_the_launches_are_left_to_torch(gpu, dtype):
     for hidden in (256, 512, 1024):

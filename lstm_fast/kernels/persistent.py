@@ -229,9 +229,14 @@ def _granted(kind: int, backward: bool, device: int | None, grid: bool, cluster:
         return 0
     if device is None:
         return _GRID_ON_HOST if grid else _ON_HOST[cluster]
-    count: int = _C.persistent_granted(
-        kind=kind, backward=backward, device=device, grid=grid, cluster=cluster, threads=threads, shared=shared
-    )
+    return _granted_by_driver(kind, backward, device, grid, cluster, threads, shared)
+
+
+@cache
+def _granted_by_driver(*asked: Any) -> int:
+    """Plans of all batches together ask some seventy things, each plan as many."""
+    names = ("kind", "backward", "device", "grid", "cluster", "threads", "shared")
+    count: int = _C.persistent_granted(**dict(zip(names, asked, strict=True)))
     return count
 
 
