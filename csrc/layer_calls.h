@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/layer.h"
-#include "saved.h"
+#include "kept_tensors.h"
 
 namespace lstm::tensors {
 
@@ -90,10 +90,13 @@ inline py::tuple layer_forward(const LayerInputs& inputs, bool save) {
     const Fresh y = new_empty(inputs.x, y_shape, size);
     const Fresh h_n = inputs.cell ? Fresh() : new_empty(inputs.x, inputs.state_shape(features), size);
     const Fresh c_n = new_empty(inputs.x, inputs.state_shape(hidden), size);
-    const Fresh gates = save ? saved_empty(inputs.x, {directions, rows, 4 * hidden}, inputs.dtype()) : Fresh();
+    const auto saved = [&](const TensorShape& shape, Dtype dtype, PyObject* other = nullptr) {
+        return save ? kept_empty(inputs.x, shape, dtype, cpu::kLeastSaved, other) : Fresh();
+    };
+    const Fresh gates = saved({directions, rows, 4 * hidden}, inputs.dtype());
     PyObject* const wide = size == 2 ? types().float32 : nullptr;
     const Dtype of_cells = wide == nullptr ? inputs.dtype() : Dtype::float32;
-    const Fresh cells = save ? saved_empty(inputs.x, {directions, rows, hidden}, of_cells, wide) : Fresh();
+    const Fresh cells = saved({directions, rows, hidden}, of_cells, wide);
     const cpu::ForwardArgs args{address(inputs.x),
                                 address(inputs.h0),
                                 address(inputs.c0),
@@ -117,11 +120,17 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
     const auto [input, hidden, features] = std::array{inputs.sizes[0], inputs.sizes[1], inputs.sizes[2]};
     const std::int64_t size = size_of(inputs.dtype());
     py::list found;
-    const auto next = [&](const TensorShape& shape, bool there = true) {  // of the next input
+    const auto append = [&](bool there, const auto& make) {  // the next input's
         const bool needed = there && py::object(needs[py::len(found)]).cast<bool>();
-        const Fresh made = needed ? new_empty(inputs.x, shape, size) : Fresh();
+        const Fresh made = needed ? make() : Fresh();
         found.append(made.tensor);
         return made.data;
+    };
+    const auto next = [&](const TensorShape& shape, bool there = true) {
+        return append(there, [&] { return new_empty(inputs.x, shape, size); });
+    };
+    const auto next_weight = [&](const TensorShape& shape, bool there = true) {
+        return append(there, [&] { return kept_empty(inputs.x, shape, inputs.dtype(), cpu::kLeastGradient); });
     };
     void* const dx = next(inputs.x_shape);
     void* const dh0 = next(inputs.state_shape(features));
@@ -130,12 +139,12 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
     void* same[2] = {};  // as gradients[d].bias: the other bias's gradient
     for (std::size_t d = 0; d < inputs.weights.size(); ++d) {
         const auto& w = inputs.weights[d];
-        gradients[d].w_ih = next({4 * hidden, input});
-        gradients[d].w_hh = next({4 * hidden, features});
+        gradients[d].w_ih = next_weight({4 * hidden, input});
+        gradients[d].w_hh = next_weight({4 * hidden, features});
         gradients[d].bias = next({4 * hidden}, w[2].address != nullptr);
         same[d] = next({4 * hidden}, w[3].address != nullptr);
         if (gradients[d].bias == nullptr) std::swap(gradients[d].bias, same[d]);
-        gradients[d].w_hr = next({features, hidden}, w[4].address != nullptr);
+        gradients[d].w_hr = next_weight({features, hidden}, w[4].address != nullptr);
     }
     const cpu::BackwardArgs args{address(inputs.x),
                                  address(inputs.h0),

@@ -210,7 +210,7 @@ int kept_blocks() {
     for (int own = 0; own < 4; ++own) {
         threads.emplace_back([&, own] {
             for (int turn = 0; turn < 200; ++turn) {
-                const std::int64_t bytes = kLeastKept + (turn * 7 + own) % 5 * kLeastKept / 3;
+                const std::int64_t bytes = kLeastSaved + (turn * 7 + own) % 5 * kLeastSaved / 3;
                 const auto block = take_block(bytes);
                 auto* const words = reinterpret_cast<volatile int*>(block->data);
                 const std::int64_t last = bytes / 4 - 1;

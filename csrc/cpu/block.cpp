@@ -8,11 +8,6 @@
 #endif
 
 namespace lstm::cpu {
-namespace {
-
-constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
-
-}  // namespace
 
 void ask_for_huge_pages([[maybe_unused]] void* result, [[maybe_unused]] std::int64_t bytes) {
 #if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)

@@ -6,6 +6,8 @@
 
 namespace lstm::cpu {
 
+constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
+
 // Asks the system for pages of 2 MiB where they lie wholly within a result's bytes: made one by one, pages of 4 KiB
 // take up to a third of a training step. Not on CPUs whose second cache is smaller than what is then zeroed at once:
 // there large calls took up to a fifth longer.

@@ -1,5 +1,6 @@
 #include "kept.h"
 
+#include <iterator>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -52,11 +53,17 @@ KeptBlock take_block(std::int64_t bytes) {
             all.blocks.erase(best);
             return block;
         }
-        freed.swap(all.blocks);
+        auto end = all.blocks.begin();
+        for (std::int64_t size = 0; end != all.blocks.end() && size < bytes; ++end) size += (*end)->size;
+        freed.assign(std::make_move_iterator(all.blocks.begin()), std::make_move_iterator(end));
+        all.blocks.erase(all.blocks.begin(), end);
     }
     freed.clear();
     KeptBlock block(new Block(bytes));
-    ask_for_huge_pages(block->data, bytes);
+#ifdef MADV_HUGEPAGE  // whatever the second cache holds: they are zeroed but once
+    const std::int64_t of_huge_pages = (bytes + kHugePage / 2) / kHugePage * kHugePage;
+    madvise(block->data, of_huge_pages, MADV_HUGEPAGE);
+#endif
     return block;
 }
 

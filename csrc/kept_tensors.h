@@ -1,4 +1,4 @@
-// Tensors for what a training step saves: large ones lie in memory that is kept from step to step.
+// Tensors of a training step: large ones lie in memory that is kept from step to step.
 #pragma once
 
 #include <memory>
@@ -43,11 +43,12 @@ inline Fresh keep_empty(const TensorShape& shape, Dtype dtype, std::int64_t byte
     return {std::move(tensor), data};
 }
 
-// What a training step saves, on the CPU, of `like`'s dtype or of `other`: large memory comes again at the next step.
-inline Fresh saved_empty(py::handle like, const TensorShape& shape, Dtype dtype, PyObject* other = nullptr) {
+// As new_empty, on the CPU; from `least` bytes on in memory that comes again at the next step.
+inline Fresh kept_empty(py::handle like, const TensorShape& shape, Dtype dtype, std::int64_t least,
+                        PyObject* other = nullptr) {
     std::int64_t bytes = size_of(dtype);
     for (const std::int64_t n : shape) bytes *= n;
-    return bytes < cpu::kLeastKept ? new_empty(like, shape, size_of(dtype), other) : keep_empty(shape, dtype, bytes);
+    return bytes < least ? new_empty(like, shape, size_of(dtype), other) : keep_empty(shape, dtype, bytes);
 }
 
 }  // namespace lstm::tensors
