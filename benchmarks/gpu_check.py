@@ -13,6 +13,7 @@ import importlib.util
 import json
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -219,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = args.output or ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     ok = not missing
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a part would stay on the card when this is stopped
     for part in args.parts:
         try:
             record[part] = PARTS[part](path)

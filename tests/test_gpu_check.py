@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -62,7 +63,9 @@ def pretended(monkeypatch, tmp_path):
         code = gpu_check.main(["--parts", ",".join(parts), "--output", str(output)])
         return code, json.loads(output.read_text())
 
-    return check
+    before = signal.getsignal(signal.SIGTERM)
+    yield check
+    signal.signal(signal.SIGTERM, before)
 
 
 def well(summary: str = "3 tests"):
@@ -124,6 +127,19 @@ def test_ctrl_c_stops_the_part_too(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         process.run(["sleep", "60"], 60)
     assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_command_that_is_stopped_stops_its_part_too(pretended, monkeypatch):
+    killed, killpg = [], os.killpg
+    monkeypatch.setattr(process.os, "killpg", lambda *what: killed.append(what[1]) or killpg(*what))
+
+    def stopped(_):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        process.run(["sleep", "60"], 60)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretended(exchange=well(), tests=stopped)
+    assert killed == [signal.SIGKILL]
 
 
 def test_a_process_that_a_kill_does_not_end_is_left_behind(monkeypatch):
