@@ -21,7 +21,7 @@ from lstm_fast import files
 from lstm_fast.bench import commands, memory, report, rivals, runner, timing
 from lstm_fast.bench.cases import GRIDS, MODES, Case
 from lstm_fast.bench.limits import Limits
-from lstm_fast.measured import FEWEST_ROUNDS
+from lstm_fast.bench.timing import FEWEST_OF_A_PASS
 
 SMALL = Case(4, 3, 8)
 KINDS = [
@@ -214,7 +214,7 @@ def test_rows_that_others_disturbed_are_measured_again(
         what = calls["ours"]()
         timed[what] += 1
         again = timed[what] > runner.PASSES
-        assert (fewest, patience) == ((0, runner._PATIENCE) if again else (FEWEST_ROUNDS, seconds))
+        assert (fewest, patience) == ((0, runner._PATIENCE) if again else (FEWEST_OF_A_PASS, seconds))
         busy = what == troubled and timed[what] <= rests_after
         each = [{"ours": 10.0 if busy else 1.0, "torch": 2.0}] * 6
         return timing.Rounds([], each) if busy else timing.Rounds(each, [])

@@ -119,6 +119,32 @@ def test_another_file_is_refused_with_what_is_wrong(found: object, why: str, tmp
     assert str(caught.value) == f"{path} is not a run that `lstm-fast bench` recorded: {why}"
 
 
+LIMITS = {"gflops": {"float32": 1.0, "bfloat16": 1.0}, "bandwidth": [[2**30, 1.0]], "exchange_us": 0.0}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        run(row(), limits={**LIMITS, "bandwidth": []}),
+        run(row(), limits={**LIMITS, "gflops": None}),
+        run(row(us_per_step="x")),
+        run(row(memory_mb=5)),
+        run(row(), passes=[{}]),
+        run(row(), startup={"import_torch_ms": 1.0}),
+    ],
+)
+def test_values_that_are_looked_at_late_are_refused_in_one_sentence_too(found: object, tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", found)
+    expected = re.escape(f"{path} is not a run that `lstm-fast bench` recorded: its values can't be used (")
+    with pytest.raises(report.ReportError, match=expected):
+        report.load(path)
+
+
+def test_limits_that_are_new_to_this_version_are_passed_over(tmp_path: Path) -> None:
+    found = report.load(write(tmp_path / "run.json", run(row(), limits={**LIMITS, "launch_us": 1.0})))
+    assert found["rows"][0]["limit_ms"] > 0
+
+
 @pytest.mark.parametrize("content", [b'{"rows": [', b"\xff", b""])
 def test_a_file_that_is_cut_short_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "run.json"

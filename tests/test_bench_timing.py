@@ -1,5 +1,6 @@
 """The clock: rounds are interleaved, and those that others disturbed are told apart."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor
 
 from lstm_fast.bench import timing
-from lstm_fast.measured import FEWEST_ROUNDS
+from lstm_fast.bench.timing import FEWEST_OF_A_PASS
 
 
 def test_rounds_are_interleaved_and_every_call_is_in_each() -> None:
     called: list[str] = []
     calls = {name: lambda name=name: called.append(name) for name in ("ours", "torch", "reference")}
     rounds = timing.interleave(calls, "cpu", 0.0)
-    assert [each.keys() for each in rounds.quiet] == [calls.keys()] * FEWEST_ROUNDS and not rounds.disturbed
+    assert [each.keys() for each in rounds.quiet] == [calls.keys()] * FEWEST_OF_A_PASS and not rounds.disturbed
     changes = sum(a != b for a, b in pairwise(called))
-    assert changes >= 3 * FEWEST_ROUNDS / 2
+    assert changes >= 3 * FEWEST_OF_A_PASS / 2
 
 
 class Neighbour:
@@ -81,7 +82,7 @@ def test_a_machine_that_never_rests_is_measured_all_the_same(monkeypatch: pytest
 def test_nor_does_one_that_rests_too_shortly_take_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     machine: Any = Neighbour(lambda now: now % 11 >= 0.5, monkeypatch)
     found = timing.interleave({"ours": machine.ours}, "cpu", 0.0, witness=machine, patience=10.0)
-    assert not found.quiet and len(found.disturbed) == 2 * FEWEST_ROUNDS
+    assert not found.quiet and len(found.disturbed) == 2 * FEWEST_OF_A_PASS
 
 
 @pytest.mark.parametrize("has_registers", [True, False])
@@ -131,6 +132,29 @@ def test_ratios_are_of_pairs_with_a_distribution_free_interval() -> None:
     theirs = [float(i) for i in range(100)]  # the ratios themselves
     found = timing.compared(ours, theirs)
     assert found["ratio"] == found["ms"] == 49.5
-    # 95 % for n = 100 by the binomial: order statistics 40 and 61, counted from 1 (Conover 1999, table A3)
-    assert 39 <= found["ratio_low"] <= 40 and 59 <= found["ratio_high"] <= 60
+    # order statistics 40 and 61, counted from 1
+    assert (found["ratio_low"], found["ratio_high"]) == (39, 60)
     assert found["ratio_p20"] < found["ratio_low"] and found["ratio_high"] < found["ratio_p80"]
+
+
+@pytest.mark.parametrize(
+    ("n", "rank"), [(6, 1), (8, 1), (9, 2), (12, 3), (15, 4), (20, 6), (25, 8), (30, 10), (50, 18)]
+)
+def test_the_intervals_ranks_are_those_of_the_binomial(n: int, rank: int) -> None:
+    """Of the sign test's tables (Conover 1999, table A3)."""
+    found = timing.compared([1.0] * n, [float(i) for i in range(n)])
+    assert (found["ratio_low"], found["ratio_high"]) == (rank - 1, n - rank)
+    fewer = sum(math.comb(n, k) for k in range(rank))
+    assert 1 - 2 * fewer / 2**n >= 0.95 > 1 - 2 * (fewer + math.comb(n, rank)) / 2**n
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_fewer_than_six_rounds_have_the_least_and_the_most(n: int) -> None:
+    found = timing.compared([1.0] * n, [float(i) for i in range(n)])
+    assert (found["ratio_low"], found["ratio_high"]) == (0, n - 1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_spreads_of_few_rounds_lie_among_them(n: int) -> None:
+    found = timing.spread([1.0, *range(4, 3 + n)])
+    assert 1 <= found["p20"] <= found["ms"] <= found["p80"] <= 2 + n

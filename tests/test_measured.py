@@ -24,7 +24,7 @@ def row(
         **case._asdict(),
         "mode": mode,
         "choice": choice,
-        "rounds": 3,
+        "rounds": 6,
         "rivals": {"torch": {"ms": ms, "ratio_low": low, "ratio_high": high}},
     }
 
@@ -140,12 +140,14 @@ def test_rows_that_say_nothing_of_the_kernel_are_left_out(tables: Any) -> None:
         row(Case(8, 4, 16, layers=2), "inference", 0.5, 0.5),
         row(Case(8, 4, 16, bidirectional=True), "inference", 0.5, 0.5),
         row(Case(8, 4, 16, last=True), "forward+backward", 0.5, 0.5),
+        row(Case(8, 4, 16, 1), "inference", 0.5, 0.5),
         {**row(CELL, "inference", 0.5, 0.5), "disturbed": True},
-        {**row(CELL, "inference", 0.5, 0.5), "rounds": 2},
+        {**row(CELL, "inference", 0.5, 0.5), "rounds": 5},
     ]
     assert measured.table_from([{**ABOUT, "rows": rows}])["rows"] == []
     calm = {**row(CELL, "inference", 0.5, 0.5), "disturbed": False}
-    assert len(measured.table_from([{**ABOUT, "rows": [calm]}])["rows"]) == 1
+    square = row(Case(8, 4, 16, 16), "inference", 0.5, 0.5)
+    assert len(measured.table_from([{**ABOUT, "rows": [calm, square]}])["rows"]) == 2
 
 
 HERE = [f"cpu {CPU_INSTRUCTION_SETS[-1]}", "float32", "layer", True]

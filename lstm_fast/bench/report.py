@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from math import inf, log, nan, sqrt
 from pathlib import Path
@@ -58,13 +59,30 @@ def load(path: Path) -> Run:
     flaw = next(_flaws(run), None)
     if flaw is not None:
         raise ReportError(f"{path} is not a run that `lstm-fast bench` recorded: {flaw}")
-    return _with_limits(run) if run.get("limits") else run
+    with understood(path):
+        run = _with_limits(run) if run.get("limits") else run
+        table(run)
+    return run
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Where values of a run are used for something.
+
+    Raises:
+        ReportError: one of them, which nothing else looks at, is of no use.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"its values can't be used ({type(error).__name__}: {error})"
+        raise ReportError(f"{path} is not a run that `lstm-fast bench` recorded: {why}") from error
 
 
 def _with_limits(run: Run) -> Run:
     """Each row beside the limit as it is understood today: older runs took the rate of multiply-adds for AMX's too."""
     instruction_set = run["cpu"].rpartition(" with ")[2] if run["device"] == "cpu" else ""
-    limits = Limits(**run["limits"])
+    limits = Limits(*(run["limits"][name] for name in Limits._fields))
     limits = limits._replace(gflops=gflops(limits.gflops, instruction_set))
     rows = []
     for row in run["rows"]:

@@ -29,7 +29,7 @@ from lstm_fast import files
 from lstm_fast.bench import memory, rivals
 from lstm_fast.bench.cases import Case, Grid
 from lstm_fast.bench.limits import Limits, measure
-from lstm_fast.bench.timing import Rounds, Witness, compared, interleave, spread
+from lstm_fast.bench.timing import FEWEST_OF_A_PASS, Rounds, Witness, compared, interleave, spread
 from lstm_fast.environment import cpuinfo, environment
 from lstm_fast.measured import FEWEST_ROUNDS
 
@@ -37,7 +37,6 @@ from lstm_fast.measured import FEWEST_ROUNDS
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 TF32 = 3e-3
 PASSES = 3
-_ROUNDS = 6  # that count a row comes to at least, if the machine rests
 _PATIENCE = 3.0  # seconds that another waits for rest when its turn comes again
 _WATCHED = 3  # times as long as a case takes, how fast the machine is
 LAUNCHES_T = 64  # cuDNN's choice doesn't depend on T from 20 steps on: launches are counted over a shorter call
@@ -144,7 +143,7 @@ class Measured(NamedTuple):
 
     def lacks_rounds(self) -> bool:
         """Whether others disturbed all or most of them."""
-        return not self.rounds.rested() or len(self.rounds.counted()) < min(_ROUNDS, len(self.rounds.every()))
+        return not self.rounds.rested() or len(self.rounds.counted()) < min(FEWEST_ROUNDS, len(self.rounds.every()))
 
     def row(self, limits: Limits) -> dict[str, Any]:
         """What is said of it."""
@@ -206,7 +205,7 @@ def time_case(
         found, rows = check(case, modules, oracle, x), x.data.size(0) if case.packed else case.T * case.B
         for mode in modes:
             known.append(Measured(group, case, mode, choices[mode], found["ours"], rows, Rounds([], [])))
-    fewest, patience = (0, _PATIENCE) if again else (FEWEST_ROUNDS, seconds)  # quiet ones alone, or of any kind
+    fewest, patience = (0, _PATIENCE) if again else (FEWEST_OF_A_PASS, seconds)  # quiet ones alone, or of any kind
     for each in known:
         if again and not each.lacks_rounds():
             continue

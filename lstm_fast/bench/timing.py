@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_fast.measured import FEWEST_ROUNDS
-
+FEWEST_OF_A_PASS = 3  # rounds
 _LONG_SECONDS = 10.0  # rounds that take so long are over before there are the fewest
 _LONGER = 1.15  # times the shortest round may another be that counts
 _ROUNDS_AT_MOST = 2  # times the fewest, where rounds that begin in quiet are disturbed
@@ -123,7 +122,7 @@ def interleave(
     calls: dict[str, Callable[[], Any]],
     device: str,
     seconds: float,
-    fewest: int = FEWEST_ROUNDS,
+    fewest: int = FEWEST_OF_A_PASS,
     witness: Witness | None = None,
     patience: float = 0.0,
 ) -> Rounds:
@@ -172,21 +171,31 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """theirs/ours round by round: median, p20, p80, and the median's 95 % confidence interval.
 
-    The interval is the order statistics' (distribution-free): the ranks n/2 -+ 0.98 sqrt(n) of the sorted ratios.
+    The interval is the order statistics' (distribution-free; of fewer than six rounds, which have none, it is the least
+    and the most).
     """
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    tenths, n = _tenths(ratios), len(ratios)
-    low = max(0, int(n / 2 - 0.98 * n**0.5))
+    tenths, rank = _tenths(ratios), _rank(len(ratios))
     return {
         **spread(theirs),
         "ratio": statistics.median(ratios),
         "ratio_p20": tenths[1],
         "ratio_p80": tenths[7],
-        "ratio_low": ratios[low],
-        "ratio_high": ratios[n - 1 - low],
+        "ratio_low": ratios[rank - 1],
+        "ratio_high": ratios[-rank],
     }
 
 
+def _rank(n: int) -> int:
+    """The largest k for which the median lies between the k-th smallest and the k-th largest of n values with 95 %: so
+    often are k heads or more, and k tails, among n coins. 1 if there is none."""
+    k, ways, fewer = 0, 1, 1  # to have k heads, and k or fewer
+    while 40 * fewer <= 2**n:
+        ways = ways * (n - k) // (k + 1)
+        k, fewer = k + 1, fewer + ways
+    return max(1, k)
+
+
 def _tenths(values: Sequence[float]) -> list[float]:
-    """The nine that part ``values``, of which there may be one."""
-    return statistics.quantiles(values if len(values) > 1 else [*values, *values], n=10)
+    """The nine that part ``values``, of which there may be one, and lie among them."""
+    return statistics.quantiles(values if len(values) > 1 else [*values, *values], n=10, method="inclusive")
