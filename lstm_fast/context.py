@@ -45,8 +45,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight`` in another dtype. In autocast's it is the copy that torch keeps for the context, one for a whole loop:
-    a product without columns makes torch find it, or make it, and save it where it can be read. A CUDA graph, which
-    outlives the context, has copies of its own."""
+    a product without columns makes torch find it, or make it, and save it where it can be read. A weight that changed
+    since, and a CUDA graph, which outlives the context, have copies of their own."""
     kept = type(weight) is nn.Parameter and weight.requires_grad and weight.dim() == 2
     kept = kept and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
     if kept and dtype == autocast_dtype(weight.device.type) and not (is_followed() or _saving_is_hooked(False)):
@@ -54,6 +54,9 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
             none = torch.empty(weight.size(1), 0, dtype=dtype, device=weight.device, requires_grad=True)
             node: Any = torch.mm(weight, none).grad_fn
             found: Tensor = node._saved_self
+        version = 0 if weight.is_inference() else weight._version
+        if found.__dict__.setdefault("_lstm_fast_of_version", version) != version:  # which lives as long as the copy
+            return weight.to(dtype)
         if found.requires_grad or not torch.is_grad_enabled():  # torch 2.9 and older may have made it without
             return found
     return weight.to(dtype)

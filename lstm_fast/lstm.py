@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,12 @@ _NO_WEIGHTS: Any = (None,) * 5
 class _Fused(nn.Module):
     """What LSTM and LSTMCell share: the choice of a backend, and standing aside for tracers."""
 
-    hidden_size: int
-    proj_size: int = 0
-    backend = "auto"  # a class attribute, so that modules pickled by torch and swapped ones have it too
     _torch_class: Any  # of torch.nn, with the same parameters
+    if TYPE_CHECKING:  # torch.jit, which compiles subclasses, can't read an attribute's annotation that is text
+        hidden_size: int
+        weight_ih_l0: Tensor
+    proj_size = 0
+    backend = "auto"  # a class attribute, so that modules pickled by torch and swapped ones have it too
 
     def _choose(self, x: Tensor | PackedSequence, dtype: torch.dtype) -> Choice:
         data = x.data if isinstance(x, PackedSequence) else x
@@ -118,7 +120,10 @@ class _Fused(nn.Module):
         return None
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles, and leaves in the parent, the torch module that shares these parameters."""
+        """torch.jit.script compiles, and leaves in the parent, the torch module that shares these parameters, unless a
+        subclass has a forward of its own."""
+        if type(self).forward not in (LSTM.forward, LSTMCell.forward):
+            return self
         module = copy.copy(self)
         module.__class__ = self._torch_class
         return module
@@ -157,7 +162,6 @@ class LSTM(_Fused, nn.RNNBase):
     """
 
     _torch_class: Any = nn.LSTM
-    weight_ih_l0: Tensor
 
     def __init__(
         self,

@@ -171,3 +171,19 @@ def test_frozen_weights_get_no_gradient(frozen: str) -> None:
     with autocast():
         loop(module, 2).float().sum().backward()
     assert {name for name, p in module.named_parameters() if p.grad is None} == {frozen}
+
+
+@pytest.mark.parametrize("kind", [CELL, LSTM])
+def test_weights_that_change_within_a_context_are_taken_as_they_are(kind: Any) -> None:
+    torch.manual_seed(0)
+    module = kind(H, H)
+    with autocast():
+        for _ in range(2):
+            module.zero_grad()
+            loop(module, 2).float().sum().backward()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.sub_(parameter.grad)
+        found = loop(module, 2)
+    with autocast():
+        torch.testing.assert_close(found, loop(module, 2), rtol=0, atol=0)

@@ -208,6 +208,39 @@ def test_script_inside_another_module():
     torch.testing.assert_close(torch.jit.script(packed)(X, lengths), packed(X, lengths))
 
 
+def with_own_forward(base):
+    class Normalised(base):
+        def __init__(self):
+            super().__init__(3, 4)
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, input: torch.Tensor, hx: tuple[torch.Tensor, torch.Tensor]):
+            gates = nn.functional.linear(hx[0], self.weight_hh, self.bias_hh)
+            i, f, g, o = self.norm(gates + nn.functional.linear(input, self.weight_ih, self.bias_ih)).chunk(4, 1)
+            c = f.sigmoid() * hx[1] + i.sigmoid() * g.tanh()
+            return o.sigmoid() * c.tanh(), c
+
+    return Normalised()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("base", [nn.LSTMCell, lstm_fast.LSTMCell])
+def test_script_of_a_subclass_compiles_its_own_forward(base):
+    torch.manual_seed(0)
+    cell, states = with_own_forward(base), (torch.randn(2, 4), torch.randn(2, 4))
+    torch.testing.assert_close(torch.jit.script(cell)(X[0], states), cell(X[0], states))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_of_a_subclass_without_one_is_torchs():
+    class Named(lstm_fast.LSTM):
+        pass
+
+    model = Wrapped()
+    model.lstm.__class__ = Named
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
+
+
 def test_fx_takes_the_modules_as_leaves():
     model = Wrapped()
     graph = torch.fx.symbolic_trace(model)
