@@ -1,6 +1,7 @@
 """``pytest benchmarks/``: the quick grid by pytest-benchmark, each implementation a line of its own.
 
-Its groups put ours beside torch's for one shape and mode. ``lstm-fast bench`` interleaves them and gives ratios.
+Its groups put ours beside torch's for one shape and mode, each timed on its own: where something else runs on the
+machine, one side may have it all the while. ``lstm-fast bench`` interleaves, looks out for others and gives ratios.
 """
 
 import pytest

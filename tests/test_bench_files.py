@@ -101,5 +101,5 @@ def test_tuning_without_a_row_writes_nothing(command: Command) -> None:
     assert not Path("table.json").exists()
 
 
-def test_a_list_may_have_spaces() -> None:
-    assert commands._among("torch, haste", ("torch", "haste"), "--rivals") == ["torch", "haste"]
+def test_a_list_may_have_spaces_and_the_same_twice() -> None:
+    assert commands._among("torch, haste,torch", ("torch", "haste"), "--rivals") == ["torch", "haste"]

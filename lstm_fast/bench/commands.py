@@ -104,7 +104,7 @@ def _one(name: str, known: Iterable[str], option: str) -> str:
 
 
 def _among(text: str, known: Iterable[str], option: str) -> list[str]:
-    return [_one(name.strip(), known, option) for name in text.split(",")]
+    return [_one(name, known, option) for name in dict.fromkeys(name.strip() for name in text.split(","))]
 
 
 @app.command("report")
