@@ -222,7 +222,7 @@ LSTM_HD CellBackward<A> cell_backward_of(A i, A f, A g, A o, A tanh_c, A c_prev,
     const A da_o = dh * tanh_c * o * (1 - o);                // B1
     const A dc_total = dc + dh * o * (1 - tanh_c * tanh_c);  // B2
     const A da_i = dc_total * g * i * (1 - i);               // B3
-    const A da_f = dc_total * c_prev * f * (1 - f);          // B4
+    const A da_f = f * (1 - f) * dc_total * c_prev;          // B4
     const A da_g = dc_total * i * (1 - g * g);               // B5
     return {da_i, da_f, da_g, da_o, dc_total * f};           // B6
 }

@@ -32,6 +32,13 @@ LSTM_HD std::array<Factor<T>, 3> factors_of(const Backward<T>& f, int d) {
             Factor<T>{Factor<T>::m, f.projected ? f.s.hidden : 0, &f.dr, of.w_hr}};
 }
 
+// The n-th row of a chunk that is added up, where planes keep their order: gradients often fade on the walk's way back,
+// and the smallest come first, or each would be rounded as the largest are.
+template <typename Isa, typename T>
+LSTM_HD Index row_of_sum(int d, const Chunk& chunk, Index n) {
+    return d == 1 && !in_planes<Operand<Isa, T>> ? chunk.rows - 1 - n : n;
+}
+
 // One tile of a factor, packed. M: what m is stored as.
 template <typename Isa, typename M, typename T>
 LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, const Chunk& chunk, Index tile,
@@ -40,20 +47,25 @@ LSTM_HD void pack_factor(const Backward<T>& f, const Factor<T>& factor, int d, c
     const Index first = tile * kTile, columns = std::min(kTile, factor.columns - first);
     const Right<Operand<Isa, T>> to = packed_at<Isa>(packed, chunk.rows).only(columns);
     if (factor.of == Factor<T>::x) {
-        const auto row_of_x = [&](Index row) LSTM_INLINED { return f.x + (chunk.base + row) * s.input + first; };
+        const auto row_of_x = [&](Index n) LSTM_INLINED {
+            return f.x + (chunk.base + row_of_sum<Isa, T>(d, chunk, n)) * s.input + first;
+        };
         pack_columns<Isa, T>(chunk.rows, columns, row_of_x, to);
     } else if (factor.of == Factor<T>::states) {
         Index t = chunk.first;  // the step of the row at hand: rows come in order
-        const auto state_before = [&](Index row) LSTM_INLINED {
+        const auto state_before = [&](Index n) LSTM_INLINED {
+            const Index row = row_of_sum<Isa, T>(d, chunk, n);
             while (chunk.base + row >= f.walk.start[t + 1]) ++t;
+            while (chunk.base + row < f.walk.start[t]) --t;
             const Index b = chunk.base + row - f.walk.start[t], before = f.walk.before(d, t, b);
             return before < 0 ? f.h0 + (d * s.batch + b) * s.features + first
                               : f.y + ((f.walk.start[before] + b) * s.directions + d) * s.features + first;
         };
         pack_columns<Isa, T>(chunk.rows, columns, state_before, to);
     } else {
-        const auto row_of_m = [&](Index row) LSTM_INLINED {
-            return reinterpret_cast<const M*>(f.m) + (d * f.walk.chunk_rows + row) * s.hidden + first;
+        const auto row_of_m = [&](Index n) LSTM_INLINED {
+            const Index row = d * f.walk.chunk_rows + row_of_sum<Isa, T>(d, chunk, n);
+            return reinterpret_cast<const M*>(f.m) + row * s.hidden + first;
         };
         pack_columns<Isa, M>(chunk.rows, columns, row_of_m, to);
     }
@@ -206,18 +218,19 @@ template <typename Isa, typename T>
 LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& g, int d, const Chunk& chunk,
                             const Columns& part, Operand<Isa, T>* to, Acc<T>* sums, bool wanted) {
     using O = Operand<Isa, T>;
-    const O* const from = chunk_split<const O>(f, g, d);
     const Index block = part.first / Isa::side, end = block + tiles_of(part.count, Isa::side);
+    const O* const from = chunk_split<const O>(f, g, d) + row_of_sum<Isa, T>(d, chunk, 0) * g.ld;
+    const Index ld = row_of_sum<Isa, T>(d, chunk, 0) == 0 ? g.ld : -g.ld;
     if constexpr (in_planes<O>) {
         pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to, sums);
     } else {
-        if (wanted) sum_columns<Isa>(from, g.ld, chunk.rows, part, sums);
+        if (wanted) sum_columns<Isa>(from, ld, chunk.rows, part, sums);
         if constexpr (gradients_along<O> == Along::blocks) {
-            pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to);
+            pack_blocks<Isa>(from, ld, chunk.rows, block, end, to);
         } else {
             for (Index row = 0; row < chunk.rows; row += 2) {
-                const O* const even = from + row * g.ld + part.first;
-                interleave<Isa>(even, row + 1 < chunk.rows ? even + g.ld : nullptr, part.count, to + row * part.count);
+                const O* const even = from + row * ld + part.first;
+                interleave<Isa>(even, row + 1 < chunk.rows ? even + ld : nullptr, part.count, to + row * part.count);
             }
         }
     }

@@ -289,11 +289,14 @@ LSTM_HD void multiply_blocks(Index rows, const O* a, Index lda, const Right<cons
                       depth * (block - turn + 1) / (end - turn));
             panels.next = part_of_next(b.turn + block, p, column);
             const Index first = begin(block), count = begin(block + 1) - first;
-            for (Index q = 0; q == 0 || q < depth; q += longest)
+            Index q = 0;
+            do {  // as below
                 multiply_block<Isa, in_block>(count, alone, a + first * of_row + (p + q) * of_depth,
                                               along == Along::blocks ? kRows : lda, q == 0 ? panels : panels.from(q),
                                               std::min(longest, depth - q), c + first * ldc + column, ldc,
                                               accumulate || p + q > 0);
+                q += longest;
+            } while (q < depth);
         }
     };
     for (Index turn = 0; turn < blocks; turn += Isa::blocks) {
