@@ -187,6 +187,21 @@ def test_eight_sentences_are_learnt_by_heart(text, tmp_path):
     assert checkpoint.training["lstm"].split(":")[0] in ("cpu", "cuda", "triton", "reference", "torch")
 
 
+def test_epochs_are_planned_one_at_a_time_and_are_as_many_steps(config, tmp_path, monkeypatch):
+    planned, plan = [], training.plan_epoch
+    monkeypatch.setattr(training, "plan_epoch", lambda *arguments: planned.append(arguments[-1]) or plan(*arguments))
+    epochs = replace(config, steps=None, epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(epochs, tmp_path / "epochs", Silent(1))
+    assert planned == [0]
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path / "epochs", Silent(6))
+    steps = resume(tmp_path / "epochs", Silent())["steps"]
+    assert steps % 4 == 0 and planned[-1] == 3
+    train(replace(config, steps=steps), tmp_path / "steps", Silent())
+    assert_same_run(tmp_path / "epochs", tmp_path / "steps")
+
+
 def test_epochs_and_minutes_are_budgets_too(config, tmp_path):
     plan_length = 3  # eight pairs of at most eleven subwords in batches of 40
     summary = train(replace(config, steps=None, epochs=2), tmp_path / "epochs", Silent())

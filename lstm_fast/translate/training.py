@@ -171,7 +171,7 @@ class _Run:
         self.step = self.epoch = self.batch = self.sentences = self.evaluations = 0
         self.best_bleu = -1.0
         self.started = started
-        self.last_step = config.steps or sum(len(self._plan(epoch)) for epoch in range(config.epochs or 0))
+        self.plan: list[list[int]] = []  # of this epoch
 
     def go(self, out: Path, reporter: Reporter) -> dict[str, Any]:
         """Trains to the end of the budget, and a first step if loading took all of it."""
@@ -184,6 +184,7 @@ class _Run:
         if any(self.left_out):
             pairs = "{} training pairs and {} dev pairs".format(*self.left_out)
             reporter.note(f"left out for more than {self.config.batch_tokens} subwords (--batch-tokens): {pairs}")
+        self.plan = self._plan()
         batches = self._batches()
         with _Interrupts() as interrupts:
             try:
@@ -193,7 +194,8 @@ class _Run:
                             loss, bleu = self._evaluate()
                         self._keep(loss, bleu, out, reporter)
                     else:
-                        loss = self._train_step(next(batches), min(self.progress(), 1.0))
+                        progress = min(self.progress(), 1.0)
+                        loss = self._train_step(next(batches), progress)
                         reporter.step(self.progress(), loss, self.sentences / self.seconds())
                     interrupts.check()
             except KeyboardInterrupt:
@@ -209,7 +211,10 @@ class _Run:
         """Share of the budget that is spent."""
         if self.config.minutes is not None:
             return self.seconds() / (60 * self.config.minutes)
-        return self.step / self.last_step
+        if self.config.steps is not None:
+            return self.step / self.config.steps
+        assert self.config.epochs is not None
+        return (self.epoch * len(self.plan) + self.batch) / (self.config.epochs * len(self.plan))
 
     def summary(self) -> dict[str, Any]:
         """What the run did so far and with what."""
@@ -313,17 +318,17 @@ class _Run:
         if self.device.type == "cuda" and "cuda" in parts["random"]:
             torch.cuda.set_rng_state(parts["random"]["cuda"])
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        return plan_epoch(self.examples, self.config.batch_tokens, self.config.seed, epoch)
+    def _plan(self) -> list[list[int]]:
+        return plan_epoch(self.examples, self.config.batch_tokens, self.config.seed, self.epoch)
 
     def _batches(self) -> Iterator[Batch]:
         """From this run's place in the data on, without end."""
         while True:
-            plan = self._plan(self.epoch)
-            while self.batch < len(plan):
+            while self.batch < len(self.plan):
                 self.batch += 1
-                yield collate([self.examples[i] for i in plan[self.batch - 1]])
+                yield collate([self.examples[i] for i in self.plan[self.batch - 1]])
             self.epoch, self.batch = self.epoch + 1, 0
+            self.plan = self._plan()
 
     def _backend(self) -> str:
         layer = self.model.decoder[0]
