@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ _EXTRA = ("matplotlib", "rich", "sacrebleu", "safetensors", "sentencepiece", "ty
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 if all went well, 2 with one sentence on bad input, 130 on Ctrl-C."""
+    """Runs the command line and exits: 0 if all went well, 2 with a sentence on bad input, 130 on Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems and containers end a run so
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a letter
     if sys.argv[1:] == ["info"]:

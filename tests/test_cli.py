@@ -89,6 +89,15 @@ def test_ctrl_c_while_it_starts_is_no_traceback(command, monkeypatch):
     assert command("demo") == (130, "", "")
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does(command, monkeypatch):
+    def stopped(*_):
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+
+    monkeypatch.setattr(commands.bench.runner, "run", stopped)
+    status, out, _ = command("bench", "--device", "cpu", "--out", "run.json")
+    assert status == 130 and "Stopped before anything was measured." in out
+
+
 def test_training_says_which_kernels_served_and_where_the_model_is(command, text):
     status, out, err = command("train", "--train", text, "--dev", text, "--steps", 3, "--out", "here", *SMALL)
     assert (status, err) == (0, "")

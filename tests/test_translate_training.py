@@ -32,10 +32,10 @@ SMALL = {"vocab_size": 320, "width": 16, "encoder_layers": 2, "decoder_layers": 
 
 
 class Silent:
-    """A Reporter that presses Ctrl-C when the run has taken ``stop_after`` steps."""
+    """A Reporter that presses Ctrl-C, or sends ``number``, when the run has taken ``stop_after`` steps."""
 
-    def __init__(self, stop_after: int = 0) -> None:
-        self.steps, self.stop_after = 0, stop_after
+    def __init__(self, stop_after: int = 0, number: signal.Signals = signal.SIGINT) -> None:
+        self.steps, self.stop_after, self.number = 0, stop_after, number
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
@@ -44,7 +44,7 @@ class Silent:
     def step(self, progress: float, loss: float, sentences_per_second: float) -> None:
         self.steps += 1
         if self.steps == self.stop_after:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,22 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config, finished, tm
     torch.manual_seed(99)
     summary = resume(tmp_path / "run", Silent())
     assert summary["steps"] == 20
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_sigterm_saves_a_run_as_ctrl_c_does(config, finished, tmp_path):
+    def unseen(*_):
+        pytest.fail("the run didn't see it")
+
+    before = signal.signal(signal.SIGTERM, unseen)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", Silent(3, signal.SIGTERM))
+        assert signal.getsignal(signal.SIGTERM) is unseen
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert load_tensors(tmp_path / "run" / "training.safetensors", "training")[1]["step"] == 3
+    resume(tmp_path / "run", Silent())
     assert_same_run(tmp_path / "run", finished)
 
 

@@ -40,7 +40,7 @@ Beam = Annotated[int, typer.Option(help="Hypotheses kept in search; 1 is greedy.
 
 
 def run() -> int:
-    """The exit status: 0, 2 after bad input, 130 after Ctrl-C; errors are one sentence on stderr."""
+    """The exit status: 0, 2 after bad input, 130 after Ctrl-C or SIGTERM; errors are one sentence on stderr."""
     usage_error: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps click
     try:
         status = app(standalone_mode=False)
@@ -91,7 +91,7 @@ def train_command(
     seed: Annotated[int, typer.Option(help="Of weights, dropout and the order of batches.")] = TrainingConfig.seed,
     resume_run: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it began.")] = False,
 ) -> None:
-    """Train a translator. Ctrl-C saves the run; --resume goes on with it."""
+    """Train a translator. Ctrl-C and SIGTERM save the run; --resume goes on with it."""
     if resume_run:
         given = [
             p.opts[0]

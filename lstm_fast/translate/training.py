@@ -113,7 +113,7 @@ def train(config: TrainingConfig, out: Path, reporter: Reporter) -> dict[str, An
         VocabularyError: ``vocab_size`` is too small for the text.
         CheckpointError: ``out`` holds a run already.
         FloatingPointError: training diverged.
-        KeyboardInterrupt: on Ctrl-C, after the current step or amid an evaluation; the run has been saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the current step or amid an evaluation; the run has been saved.
     """
     started = time.monotonic()
     if (out / TRAINING_FILE).exists():
@@ -378,15 +378,15 @@ def _digest(splits: Splits) -> str:
 
 
 class _Interrupts:
-    """Ctrl-C waits for the end of a step or of a save, so that a run is never half done; ``at_once`` it doesn't."""
+    """Ctrl-C and SIGTERM wait for the end of a step or a save, so that no run is half done; ``at_once`` they don't."""
 
     def __init__(self) -> None:
         self.seen, self.waits = False, True
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def check(self) -> None:
@@ -412,5 +412,5 @@ class _Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
