@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -307,6 +307,13 @@ def test_a_checkpoint_of_another_kind_is_refused(finished, tmp_path, change, mes
         load_model(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_model_without_its_story_is_refused(finished, tmp_path):
+    path = Path(shutil.copy(finished / "model.safetensors", tmp_path))
+    _header(path, {"about": json.dumps({"config": asdict(load_model(path).model.config)})})
+    with pytest.raises(CheckpointError, match="holds another model than its configuration says: 'training'"):
+        load_model(path)
 
 
 def test_a_model_alone_cannot_be_resumed(config, finished, tmp_path):

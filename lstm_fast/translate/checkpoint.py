@@ -59,6 +59,7 @@ def load_model(path: Path) -> Checkpoint:
         tokenizer = Tokenizer(tensor_bytes(tensors.pop(_TOKENIZER)))
         model = Translator(ModelConfig(**about["config"]))
         model.load_state_dict(tensors)
+        training = about["training"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} holds another model than its configuration says: {reason}") from error
@@ -66,7 +67,7 @@ def load_model(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} holds {len(tokenizer)} subwords for a model of {model.config.vocab_size}, which should be equal"
         )
-    return Checkpoint(model.eval(), tokenizer, about["training"])
+    return Checkpoint(model.eval(), tokenizer, training)
 
 
 def save_tensors(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
