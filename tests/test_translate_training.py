@@ -237,11 +237,17 @@ def test_epochs_and_minutes_are_budgets_too(config, tmp_path):
         ({"learning_rate": float("nan")}, "learning_rate should be above 0, got: nan"),
         ({"batch_tokens": -1}, "batch_tokens should be above 0, got: -1"),
         ({"width": 7}, "width should be even"),
+        ({"seed": 2**64}, r"seed should be from -2\*\*63 to 2\*\*64 - 1, got: 18446744073709551616"),
     ],
 )
 def test_impossible_configurations_are_refused(config, change, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **change)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_the_widest_seeds_serve(config, tmp_path, seed):
+    train(replace(config, seed=seed, steps=1), tmp_path, Silent())
 
 
 def test_a_diverging_run_says_so(config, tmp_path):

@@ -86,6 +86,8 @@ class TrainingConfig:
         for name in (*budget, "batch_tokens", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} should be above 0, got: {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**64:  # torch's
+            raise ValueError(f"seed should be from -2**63 to 2**64 - 1, got: {self.seed}")
         self.model_config(self.vocab_size)  # its checks
 
     def model_config(self, vocab_size: int) -> ModelConfig:
