@@ -262,6 +262,15 @@ def test_a_folder_that_holds_a_run_is_left_alone(config, finished, tmp_path):
     assert_same_run(run, finished)
 
 
+def test_a_run_is_resumed_from_another_folder(config, text, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(text.parent)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, train=text.name, dev=text.name), tmp_path / "run", Silent(3))
+    monkeypatch.chdir(tmp_path)
+    resume(Path("run"), Silent())
+    assert_same_run(tmp_path / "run", finished)
+
+
 def test_a_changed_text_is_not_trained_on(config, text, tmp_path):
     changed = shutil.copy(text, tmp_path / "pairs.tsv")
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -123,6 +123,7 @@ def train(config: TrainingConfig, out: Path, reporter: Reporter) -> dict[str, An
     if (out / MODEL_FILE).exists():
         raise CheckpointError(f"{out} holds a trained model already: choose another --out")
     splits = config.load_splits()
+    config = replace(config, train=_absolute(config.train), dev=_absolute(config.dev))  # it may be resumed elsewhere
     tokenizer = Tokenizer.train((text for p in splits.train for text in (p.english, p.french)), config.vocab_size)
     torch.manual_seed(config.seed)
     return _Run(config, splits, tokenizer, started).go(out, reporter)
@@ -155,6 +156,10 @@ def resume(out: Path, reporter: Reporter) -> dict[str, Any]:
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not hold the state of its own run: {error}") from error
     return run.go(out, reporter)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 class _Run:
