@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +14,14 @@ class OutputError(ValueError):
     """A place can't be written; the message is one sentence."""
 
 
-def check_place(option: str, kind: Literal["file", "folder"], path: Path) -> None:
+def check_place(option: str, kind: Literal["regular file", "folder"], path: Path) -> None:
     """That ``path``, given by ``option``, can be written, before the work that it is for; nothing is made yet.
 
     Raises:
         OutputError: it can't.
     """
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    fits = there.is_dir() == (kind == "folder" or there is not path)
+    fits = there.is_file() if kind == "regular file" and there is path else there.is_dir()
     if not fits or not os.access(there, os.W_OK):
         raise OutputError(f"{option} should be a {kind} that can be written, got: {path}")
 
@@ -28,11 +30,9 @@ def prepare(path: Path) -> None:
     """For a record at ``path``, which --out names: what an earlier run left unfinished goes.
 
     Raises:
-        OutputError: it can't be written, or isn't a file that another can take the place of.
+        OutputError: it can't be written.
     """
-    check_place("--out", "file", path)
-    if path.exists() and not path.is_file():
-        raise OutputError(f"--out should be a regular file or a new one, got: {path}")
+    check_place("--out", "regular file", path)
     unfinished(path).unlink(missing_ok=True)
 
 
@@ -64,10 +64,28 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def replace(path: Path, content: bytes) -> None:
     """Whole or not at all."""
+    with whole(path) as new:
+        new.write_bytes(content)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what then takes the name ``path``; nothing is left of it where that fails.
+
+    Raises:
+        OSError: it can't be written; ``filename`` is ``path``.
+    """
     new = _beside(path, ".new")
     new.parent.mkdir(parents=True, exist_ok=True)
-    new.write_bytes(content)
-    new.replace(_target(path))
+    try:
+        yield new
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(_target(path))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _beside(path: Path, suffix: str) -> Path:

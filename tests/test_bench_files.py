@@ -64,6 +64,15 @@ def test_a_run_takes_its_files_name_when_it_is_complete(tmp_path: Path) -> None:
     assert output.read_text() == '{\n "rows": []\n}\n' and list(tmp_path.iterdir()) == [output]
 
 
+def test_a_failed_write_names_the_file_which_stays_as_it_was(tmp_path: Path, full_disk: Callable[[], Any]) -> None:
+    output = tmp_path / "run.json"
+    output.write_text("older")
+    with full_disk(), pytest.raises(OSError) as caught:
+        files.write(output, {"rows": [0] * 9000})
+    assert caught.value.filename == str(output)
+    assert output.read_text() == "older" and list(tmp_path.iterdir()) == [output]
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     link, real = tmp_path / "run.json", tmp_path / "there" / "real.json"

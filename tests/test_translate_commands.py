@@ -67,8 +67,8 @@ def test_there_is_no_picture_of_a_blank_sentence(model, monkeypatch, capsys, sen
 @pytest.mark.parametrize(
     ("arguments", "option", "kind"),
     [
-        (["evaluate", "--json"], "--json", "file"),
-        (["translate", "rose", "--attention"], "--attention", "file"),
+        (["evaluate", "--json"], "--json", "regular file"),
+        (["translate", "rose", "--attention"], "--attention", "regular file"),
         (["train", "--out"], "--out", "folder"),
     ],
 )
@@ -78,8 +78,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     for name in ("load_model", "train"):
         monkeypatch.setattr(commands, name, lambda *_: pytest.fail("the work began"))
     (tmp_path / "plain.txt").touch()
-    places = [tmp_path / "plain.txt" / "deep" / "x", tmp_path if kind == "file" else tmp_path / "plain.txt"]
-    for place in places:
+    wrong = [tmp_path / "plain.txt"] if kind == "folder" else [tmp_path, Path("/dev/full")]
+    for place in [tmp_path / "plain.txt" / "deep" / "x", *wrong]:
         assert run(monkeypatch, *arguments, place) == 2
         error = f"lstm-fast: {option} should be a {kind} that can be written, got: {place}\n"
         assert capsys.readouterr().err == error

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lstm_fast.translate import training
-from lstm_fast.translate.checkpoint import CheckpointError, load_model, load_tensors
+from lstm_fast.translate.checkpoint import CheckpointError, load_model, load_tensors, save_tensors
 from lstm_fast.translate.corpus import CorpusError, read_pairs
 from lstm_fast.translate.search import translate
 from lstm_fast.translate.training import TrainingConfig, resume, train
@@ -361,17 +361,10 @@ def test_a_model_translates_alike_after_a_round_trip(finished):
     assert not first.model.training
 
 
-def test_a_failed_write_leaves_the_checkpoint_that_was_there(config, finished, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_checkpoint_that_was_there(finished, tmp_path, full_disk):
     run = shutil.copytree(finished, tmp_path / "run")
     tensors, about = load_tensors(run / "model.safetensors", "model")
-    from lstm_fast.translate import checkpoint
-
-    def full_disk(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_tensors(run / "model.safetensors", "model", tensors, about)
+    with full_disk(), pytest.raises(CheckpointError, match=r"model\.safetensors can't be written: .*File too large"):
+        save_tensors(run / "model.safetensors", "model", tensors, about)
     assert_same_run(run, finished)
     assert sorted(path.name for path in run.iterdir()) == ["model.safetensors", "training.safetensors"]

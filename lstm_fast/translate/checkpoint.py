@@ -6,7 +6,6 @@ Files are written whole or not at all: beside their place first, then moved into
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lstm_fast import files
 from lstm_fast.translate.model import ModelConfig, Translator
 from lstm_fast.translate.tokenizer import Tokenizer
 
@@ -71,17 +71,17 @@ def load_model(path: Path) -> Checkpoint:
 
 
 def save_tensors(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Tensors and ``about``, anything json takes, as a file of this ``kind``; one there is replaced in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Tensors and ``about``, anything json takes, as a file of this ``kind``; one there is replaced in one move.
+
+    Raises:
+        CheckpointError, OSError: it can't be written.
+    """
     metadata = {"format": _FORMAT, "version": str(_VERSION), "kind": kind, "about": json.dumps(about)}
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with files.whole(path) as new:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new, metadata)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} can't be written: {error}") from error
 
 
 def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lstm_fast import cli
+from lstm_fast import cli, files
 from lstm_fast.bench import commands as bench
 from lstm_fast.bench.report import ReportError
-from lstm_fast.files import OutputError, check_place
+from lstm_fast.files import OutputError
 from lstm_fast.translate.checkpoint import MODEL_FILE, TRAINING_FILE, CheckpointError, load_model
 from lstm_fast.translate.corpus import SHOWCASE, CorpusError, builtin, read_pairs
 from lstm_fast.translate.plots import plot_attention
@@ -134,7 +133,7 @@ def _check_utf8(text: str, place: str) -> None:
 
 
 def _train(config: TrainingConfig | None, out: Path) -> dict[str, Any]:
-    check_place("--out", "folder", out)
+    files.check_place("--out", "folder", out)
     with ProgressBar() as bar:
         try:
             summary = resume(out, bar) if config is None else train(config, out, bar)
@@ -163,7 +162,7 @@ def translate_command(
     if attention is not None:
         if len(texts) != 1:
             raise typer.BadParameter(f"--attention takes one sentence, got: {len(texts)}")
-        check_place("--attention", "file", attention)
+        files.check_place("--attention", "regular file", attention)
     checkpoint = load_model(model)
     translations = translate(checkpoint.model, checkpoint.tokenizer, texts, beam)
     if attention is not None and not translations[0].source_pieces:
@@ -185,7 +184,7 @@ def evaluate_command(
 ) -> None:
     """Score translations with BLEU and chrF against references never trained on."""
     if json_file is not None:
-        check_place("--json", "file", json_file)
+        files.check_place("--json", "regular file", json_file)
     checkpoint = load_model(model)
     scores = evaluate(
         checkpoint.model, checkpoint.tokenizer, builtin().test if test is None else read_pairs(test), beam
@@ -193,8 +192,7 @@ def evaluate_command(
     _print_scores(scores)
     if json_file is not None:
         report = {"test": test or "built-in", "beam": beam, **asdict(scores), "training": checkpoint.training}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        files.write(json_file, report)
 
 
 def _print_scores(scores: Scores) -> None:
