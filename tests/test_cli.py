@@ -57,6 +57,14 @@ def test_info_names_every_backend_and_why(command):
         assert f"{name:<10} {'runs here' if backend.available else 'cannot run here'}: {backend.detail}" in out
 
 
+def test_info_says_why_the_extension_is_missing_and_what_builds_it():
+    code = "import sys; sys.modules['lstm_fast._C'] = None; from lstm_fast.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True, timeout=60)
+    why = "lstm_fast._C can't be loaded: import of lstm_fast._C halted; None in sys.modules; `pip install .` in"
+    for name in ("persistent", "cuda", "cpu"):
+        assert f"{name:<10} cannot run here: {why} the source of lstm_fast builds it" in done.stdout
+
+
 @pytest.mark.parametrize("missing", ["typer", "sentencepiece", "matplotlib"])
 def test_info_needs_torch_alone_and_the_rest_names_its_extra(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from lstm_fast.cli import main; main()"

@@ -17,7 +17,7 @@ try:
 
     _CODES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
 except ImportError as error:
-    _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
+    _problem = f"lstm_fast._C can't be loaded: {error}; `pip install .` in the source of lstm_fast builds it"
 
 
 def infer(module: nn.Module, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:

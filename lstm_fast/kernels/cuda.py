@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from lstm_fast.kernels import dtype_name, hoisted, stepwise
+from lstm_fast.kernels import cpu, dtype_name, hoisted, stepwise
 from lstm_fast.kernels.queue import stream_of
 
-_problem: str | None = None
-try:
+with suppress(ImportError):  # cpu.unavailable says so
     from lstm_fast import _C
-except ImportError as error:
-    _problem = f"the compiled extension lstm_fast._C can't be loaded: {error}"
 
 
 @cache
 def unavailable() -> str | None:
     """None where this process can run the kernel, else what is missing."""
-    if _problem is not None:
-        return _problem
+    if cpu.unavailable() is not None:
+        return cpu.unavailable()
     if not _C.build_info()["cuda"]:
         return "lstm_fast._C was built without CUDA (nvcc was not found, or LSTM_FAST_CUDA=0)"
     if torch.version.cuda is None:
