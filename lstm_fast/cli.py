@@ -31,7 +31,7 @@ def main() -> None:
         missing = str(error.name).partition(".")[0]
         if missing not in _EXTRA:
             raise
-        print(f"{MISSING} {missing}: pip install 'lstm_fast[translate]'", file=sys.stderr)
+        print(f"{MISSING} {missing}: pip install '.[translate]' in the source of lstm_fast", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

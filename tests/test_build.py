@@ -59,7 +59,8 @@ def test_sdist_holds_all_that_a_build_needs(source_copy: Path, tmp_path: Path) -
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_fast/translate/data").glob("*")}
-    assert "csrc/lstm_math.h" in sources
+    sources |= set(re.findall(r"\]\((docs/[\w./-]+)\)", (ROOT / "README.md").read_text()))
+    assert {"csrc/lstm_math.h", "docs/cpu.md"} <= sources
     assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "lstm_fast/py.typed"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

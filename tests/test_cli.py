@@ -74,7 +74,7 @@ def test_info_needs_torch_alone_and_the_rest_names_its_extra(missing):
         assert "reference" in done.stdout
     done = subprocess.run([sys.executable, "-c", code, "train"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == f"This command needs {missing}: pip install 'lstm_fast[translate]'\n"
+    assert done.stderr == f"This command needs {missing}: pip install '.[translate]' in the source of lstm_fast\n"
 
 
 def test_a_letter_that_the_encoding_lacks_is_replaced(tmp_path):
