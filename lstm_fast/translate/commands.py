@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,22 +105,24 @@ def train_command(
     budget = minutes if (minutes, steps, epochs) != (None, None, None) else DEFAULT_MINUTES
     try:
         config = TrainingConfig(
-            text,
-            dev,
-            budget,
-            steps,
-            epochs,
-            vocab_size,
-            width,
-            encoder_layers,
-            decoder_layers,
-            dropout,
-            batch_tokens,
-            learning_rate,
-            seed,
+            train=text,
+            dev=dev,
+            minutes=budget,
+            steps=steps,
+            epochs=epochs,
+            vocab_size=vocab_size,
+            width=width,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            dropout=dropout,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            seed=seed,
         )
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        names = "|".join(field.name for field in fields(TrainingConfig))
+        as_typed = re.sub(rf"\b({names})\b", lambda name: "--" + name[0].replace("_", "-"), str(error))
+        raise typer.BadParameter(as_typed) from error
     _train(config, out)
 
 
