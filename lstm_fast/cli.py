@@ -22,10 +22,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems and containers end a run so
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a letter
-    if sys.argv[1:] == ["info"]:
-        print(info())
-        return
     try:
+        if sys.argv[1:] == ["info"]:
+            print(info())
+            return
         from lstm_fast.translate.commands import run
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
