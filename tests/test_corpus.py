@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lstm_fast.translate import corpus
-from lstm_fast.translate.corpus import CorpusError, Pair, builtin, generate, group_references, load_splits, read_pairs
+from lstm_fast.translate.corpus import CorpusError, Pair, builtin, group_references, load_splits, read_pairs
 from lstm_fast.translate.grammar import lexicon, sentences
 from lstm_fast.translate.grammar.phrases import (
     HE,
@@ -233,6 +233,10 @@ def test_a_verb_is_conjugated(infinitive: str, method: str, forms: str) -> None:
 
 
 # -- properties of what it generates ---------------------------------------------------------------------------------
+
+
+def generate(count: int, seed: int) -> list[Pair]:
+    return [Pair(s.english, s.french) for s in islice(sentences(seed), count)]
 
 
 @cache

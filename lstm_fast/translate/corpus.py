@@ -12,7 +12,6 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -73,15 +72,6 @@ def read_pairs(path: str | PathLike[str]) -> list[Pair]:
     if not pairs:
         raise CorpusError(f"{path} holds no sentence pair: expected lines of English<TAB>French.")
     return pairs
-
-
-def generate(count: int, seed: int) -> list[Pair]:
-    """``count`` pairs from the grammar with distinct English sentences.
-
-    The same for the same ``count`` and ``seed`` on every platform and Python version; a larger count extends a
-    smaller one.
-    """
-    return [Pair(s.english, s.french) for s in islice(sentences(seed), count)]
 
 
 def builtin(seed: int = 0, size: int = 24_000) -> Splits:

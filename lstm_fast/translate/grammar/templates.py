@@ -80,7 +80,6 @@ _SEQUENCES = (  # what one does to a thing, and then to the same thing
     ("break", "repair"),
     ("buy", "wear"),
 )
-_EITHER = ("teacher", "doctor", "writer", "artist")  # one French word for men and women
 _REPORTS = tuple(
     Verb(en, past, past, fr, frozenset(), frozenset(), frozenset({"stative"}))
     for en, past, fr in (
