@@ -134,6 +134,18 @@ def test_nothing_waits_for_the_gates_of_the_next_item(dtype, walk):
     assert waiting_for_gates(kernel) == []
 
 
+@pytest.mark.parametrize("arch", CLUSTER_ARCHS)
+def test_sums_are_read_right_behind_the_barrier(arch):
+    """Forward, no address or condition is computed between the block's barrier and the reads of the products' sums."""
+    _, code = kernels_of(arch, r"persistent_kernel.*ForwardKernel.*Lb[01]ELi\dELb0E")
+    for kernel, part in code.items():
+        lines = re.findall(r"/\*\w+\*/\s+(.*?);", part)
+        product = max(k for k, text in enumerate(lines) if "HMMA" in text)
+        barrier = next(k for k in range(product, len(lines)) if "BAR.SYNC" in lines[k])
+        read = next(k for k in range(barrier, len(lines)) if "LDS.128" in lines[k])
+        assert read - barrier <= 10, kernel
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("walk", ["Forward", "Backward"])
 def test_persistent_kernels_over_the_grid(walk, arch):

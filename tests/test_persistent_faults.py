@@ -39,7 +39,7 @@ FAULTS = {
     "forward: halves of K not awaited": Fault(
         FORWARD, "simt::sync_threads();  // all parts of K lie there", "", "bits"
     ),
-    "forward: halves of K in one buffer": Fault(FORWARD, "(kGrid ? part : 2 * turn + part)", "part", "bits"),
+    "forward: halves of K in one buffer": Fault(FORWARD, "taken += other;", "laid -= other;", "bits"),
     "forward: the next fill not expected": Fault(
         FORWARD, "simt::arrive_expecting(full(now.slot, before), fill_bytes());", "", "deadlock"
     ),

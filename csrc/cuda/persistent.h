@@ -93,8 +93,9 @@ struct ForwardLayout {
     int part;  // blocks of K of each warp: all hidden units, padded by zeros so that it has as many as it takes at once
     int in_smem;  // of those, how many of each warp's lie in shared memory
     int of_h;     // bytes of a tile's h
-    // Words [2, splits, 8, U + 1], of a grid [splits, 8, U + 1]; Words [U]; Words [warps, in_smem, 4, 32]; T [tiles, 2,
-    // splits part, 8, 64 bytes], of a grid [splits part, 8, 64 bytes]
+    // Words [2, splits, 8, V + 1], V units of the most groups that the kernel serves, of a grid [splits, 8, U + 1];
+    // Words [U]; Words [warps, in_smem, 4, 32]; T [tiles, 2, splits part, 8, 64 bytes], of a grid [splits part, 8, 64
+    // bytes]
     int partial, bias, weights, h, end;
 };
 struct BackwardLayout {
@@ -116,19 +117,20 @@ LSTM_HD int after_state(const Plan& plan) { return offset_of_state(plan) + (plan
 LSTM_HD int travelling(const Plan& plan) { return (plan.columns + 1) / 2 * 2; }
 LSTM_HD int floats_of_block(const Plan& plan) { return plan.groups * kGroup * travelling(plan); }  // to another one
 
-// All parts of K of the gates of a block's cells, with a word between columns so that banks differ.
-LSTM_HD int partial_bytes(const Plan& plan) { return plan.splits * kColumns * (plan.groups * kGroup + 1) * 16; }
+// Bytes of a column of the gates' sums over a part of K: a word a unit, and one so that banks differ.
+LSTM_HD constexpr int column_of_sums(int groups) { return (groups * kGroup + 1) * 16; }
 
 LSTM_HD ForwardLayout forward_layout(Kind kind, const Plan& plan) {
     const Held kept = held_by(kind, plan);
     const int element = element_size(kind);
+    const int column = column_of_sums(plan.grid ? plan.groups : most_groups(kind, plan.groups, false));
     const int bytes = plan.cluster * plan.groups * kGroup * element;
     const int part = round_up(bytes, 2 * plan.splits * kBlock) / kBlock / plan.splits;
     ForwardLayout at{};
     at.part = part < kept.blocks ? round_up(part, kept.at_once) : part;
     at.in_smem = most(0, at.part - kept.blocks);
     at.partial = after_state(plan);
-    at.bias = at.partial + partial_bytes(plan) * (plan.grid ? 1 : 2);
+    at.bias = at.partial + (plan.grid ? 1 : 2) * plan.splits * kColumns * column;
     at.weights = at.bias + plan.groups * kGroup * 16;
     at.h = at.weights + warps_of(plan) * at.in_smem * 2048;
     at.of_h = kColumns * kBlock * plan.splits * at.part;

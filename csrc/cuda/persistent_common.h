@@ -64,7 +64,9 @@ struct Position {
 
 template <bool kGrid>
 SIMT Position position(const Plan& plan, int first_direction) {
-    const int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32;
+    const int block = static_cast<int>(blockIdx.x);
+    // in clusters, as a number that the compiler knows to be all lanes': else each branch on it costs a meeting
+    const int warp = static_cast<int>(kGrid ? threadIdx.x / 32 : simt::shuffle(threadIdx.x / 32, 0));
     const int ordinal = block / plan.cluster + first_direction * plan.clusters;
     const int rank = kGrid ? block % plan.cluster : static_cast<int>(simt::cluster_rank());
     const int lane = static_cast<int>(threadIdx.x) % 32, splits = kGrid ? plan.splits : 2;
@@ -208,14 +210,8 @@ struct Walker {
     const Position at;
     const Cell cell;
 
-    // The warp, as a number that the compiler knows to be all its lanes': else each branch on it costs a meeting.
-    const int uniform_warp;
-
     SIMT explicit Walker(const Walk& walk)
-        : p(walk),
-          at(position<kGrid>(walk.plan, walk.direction)),
-          cell(walk.plan, at),
-          uniform_warp(kGrid ? at.warp : static_cast<int>(simt::shuffle(threadIdx.x / 32, 0))) {}
+        : p(walk), at(position<kGrid>(walk.plan, walk.direction)), cell(walk.plan, at) {}
 
     SIMT simt::Barrier* full(int slot, int buffer) const {
         return reinterpret_cast<simt::Barrier*>(simt::shared_memory()) + 2 * slot + buffer;
@@ -232,7 +228,7 @@ struct Walker {
     SIMT int first_sequence(int slot) const { return tile_of(p.plan, at, slot) * p.plan.columns; }
     SIMT int sequence(int slot) const { return cell.here ? first_sequence(slot) + cell.column : p.sizes.batch; }
     // Whether the warp has cells to make.
-    SIMT bool has_cells() const { return uniform_warp * 32 < p.plan.columns * p.plan.groups * kGroup; }
+    SIMT bool has_cells() const { return at.warp * 32 < p.plan.columns * p.plan.groups * kGroup; }
     SIMT bool within() const { return cell.unit < p.sizes.hidden; }
     // Steps of a tile; `longest` those of the first.
     SIMT int count(int slot, int longest) const { return p.plan.tiles == 1 ? longest : steps()[slot]; }

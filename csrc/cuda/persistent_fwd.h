@@ -55,6 +55,9 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         Column<T, kKept> gates, y;
         Column<float, kKept> cells;
     };
+    // What isn't urgent of a cell stands behind a branch of its own: over a grid all warps meet before, and the kernel
+    // of the most groups has no registers for it elsewhere.
+    static constexpr bool kApart = kGrid || kMost == 8;
     SIMT static int kept_here(int x) { return kKept ? simt::opaque(x) : x; }
     SIMT Columns columns() const {
         const int hidden = kKept ? p.sizes.hidden : simt::opaque(p.sizes.hidden);
@@ -185,10 +188,10 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         return Words{bits(sums[0]), bits(sums[1]), bits(sums[2]), bits(sums[3])};
     }
 
+    SIMT Words bias_of_cell() const { return simt::read(biases() + (kMost < 8 ? cell.own : simt::opaque(cell.own))); }
     // What the cell adds to its sum over h.
-    SIMT void with_biases(const Preactivation<T>& x, float (&input)[4]) const {
+    SIMT static void with_biases(const Preactivation<T>& x, const Words& bias, float (&input)[4]) {
         const Gates<T> a = gates_of<T>(x.a);
-        const Words bias = simt::read(biases() + cell.own);
         input[0] = load(a.of[0]) + bit_cast<float>(bias.x);
         input[1] = load(a.of[1]) + bit_cast<float>(bias.y);
         input[2] = load(a.of[2]) + bit_cast<float>(bias.z);
@@ -243,7 +246,7 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         } else {
 #pragma unroll
             for (int j = 0; j < kHeld; j += kAtOnce) {
-                if (j < part) {
+                if ((kElement == 2 && j == 0) || j < part) {  // one there is; to know it takes registers in fp32
                     Words b[kAtOnce];
                     for (int n = 0; n < kAtOnce; ++n) b[n] = own[(j + n) * 32];
                     for (int n = 0; n < kAtOnce; ++n) add(w[j + n][0], w[j + n][1], w[j + n][2], w[j + n][3], b[n]);
@@ -261,32 +264,31 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         }
     }
 
-    // Sums over a part of K, [splits, 8 columns, U + 1]; where they lie, in bytes. Two buffers take turns: a warp that
-    // lays sums for the next but one item has passed the barrier of the next, which all reach after taking this one's.
-    // A grid's blocks meet anyway before the next.
-    SIMT int of_column() const { return p.plan.groups * kGroup + 1; }
-    SIMT int place_of_sums(int turn, int part, int column, int own) const {
-        return p.layout.partial + (((kGrid ? part : 2 * turn + part) * kColumns + column) * of_column() + own) * 16;
+    // Where sums over a part of K lie, in bytes. In a cluster all distances are known to the compiler, so that nothing
+    // is computed between the products and the barrier, or between it and the cells.
+    SIMT int of_column() const { return column_of_sums(kGrid ? p.plan.groups : kMost); }
+    SIMT int of_part() const { return kColumns * of_column(); }
+    SIMT int of_buffer() const { return 2 * of_part(); }
+    SIMT int place_of_sums(int part, int column, int own) const {
+        return p.layout.partial + part * of_part() + column * of_column() + own * 16;
     }
     SIMT static Words* words_at(int place) { return reinterpret_cast<Words*>(simt::shared_memory() + place); }
-    SIMT void lay(const float (&gate)[4][2], int turn) const {
-        Words* const mine = words_at(place_of_sums(turn, at.part, at.lane % 4 * 2, at.group * kGroup + at.lane / 4));
+    SIMT void lay(const float (&gate)[4][2], int place) const {
         for (int c = 0; c < 2; ++c) {
-            mine[c * of_column()] = Words{bits(gate[0][c]), bits(gate[1][c]), bits(gate[2][c]), bits(gate[3][c])};
+            *words_at(place + c * of_column()) =
+                Words{bits(gate[0][c]), bits(gate[1][c]), bits(gate[2][c]), bits(gate[3][c])};
         }
     }
     // Over all parts, of this thread's cell.
     SIMT void take(int place, float (&sum)[4]) const {
-        const Words* const own = words_at(place);
-        const int of_part = kColumns * of_column();
-        const Words a = simt::read(own), b = simt::read(own + of_part);
+        const Words a = simt::read(words_at(place)), b = simt::read(words_at(place + of_part()));
         sum[0] = bit_cast<float>(a.x) + bit_cast<float>(b.x);
         sum[1] = bit_cast<float>(a.y) + bit_cast<float>(b.y);
         sum[2] = bit_cast<float>(a.z) + bit_cast<float>(b.z);
         sum[3] = bit_cast<float>(a.w) + bit_cast<float>(b.w);
 #pragma unroll 1
         for (int part = 2; kGrid && part < p.plan.splits; ++part) {
-            const Words more = simt::read(own + part * of_part);
+            const Words more = simt::read(words_at(place + part * of_part()));
             sum[0] += bit_cast<float>(more.x);
             sum[1] += bit_cast<float>(more.y);
             sum[2] += bit_cast<float>(more.z);
@@ -335,43 +337,42 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         Item item{0, 0};
         const int longest = steps()[0];
         bool more = longest > 0;
+        const bool cells = simt::opaque(has_cells() ? 1 : 0) != 0;  // found once
         const Columns kept = columns();
         Preactivation<T> next, x = fetch(kept, item, more);
         Result<T> result{{}, {}, 0.0f, -1};  // of the item before: messages go first, and what isn't urgent waits
-        for (int turn = 0; more; turn ^= 1) {
+        // Two buffers of sums take turns: a warp that lays sums for the next but one item has passed the barrier of the
+        // next, which all reach after taking this one's. A grid's blocks meet anyway before the next.
+        int laid = place_of_sums(at.part, at.lane % 4 * 2, at.group * kGroup + at.lane / 4);
+        int taken = place_of_sums(0, cell.column, cell.own);
+        while (more) {
             const Item now = item;
             const bool active = x.row >= 0 && within();  // units past H stay 0
-            const int before = now.i % 2;
+            const int before = now.i & 1;
             more = advance(item, steps(), longest, p.plan.tiles);
+            const bool last = now.i + 1 == count(now.slot, longest);
             const int own = kept_here(offset_of_h(now.slot, before) + (at.part * p.layout.part * 32 + at.lane) * 16);
+            float c = 0.0f;
+            std::uint32_t h_bits = 0;
+            const auto load_state = [&] {
+                c = c_state(now.slot);
+                h_bits = h_state(now.slot);
+            };
+            if (kGrid) load_state();  // from global memory: behind the wait
             receive(now);
-            float gate[4][2], sum[4];
+            float gate[4][2], sum[4], input[4];
             product(w, reinterpret_cast<const Words*>(simt::shared_memory() + own), gate, [&](int part) {
                 if (kKept && part == 0) write(kept, result);
                 if (kKept && part == 2) next = fetch(kept, item, more);
             });
-            float c = c_state(now.slot);
-            T h_now = from_bits<T>(h_state(now.slot));
-            float input[4];  // of x and the biases, which isn't waited for
-            if (kKept) with_biases(x, input);
-            lay(gate, turn);
-            const int sums = kept_here(place_of_sums(turn, 0, cell.column, cell.own));
+            lay(gate, laid);  // before loads, which it would queue behind
+            Words bias;
+            if (kKept) bias = bias_of_cell();
+            if (kApart && !kGrid) load_state();
             simt::sync_threads();  // all parts of K lie there
-            const bool last = now.i + 1 == count(now.slot, longest);
             CellForward<float> made{};
-            if (has_cells()) {
-                take(sums, sum);
-                if (!kKept) with_biases(x, input);  // as registers allow
-                made =
-                    cell_forward<kSpeed>(input[0] + sum[0], input[1] + sum[1], input[2] + sum[2], input[3] + sum[3], c);
-                if (active) {
-                    c = made.c;
-                    h_now = store<T>(made.h);
-                }
-                if (!last) send(h_now, now.slot, 1 - before);
-            }
-            if (kGrid && !last) global().signal(now.slot);  // which all warps meet for
-            if (has_cells()) {
+            T h_now{};
+            const auto finish = [&] {
                 // for the fill after the next, when nobody waits for this warp
                 if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 2 < count(now.slot, longest)) {
                     simt::arrive_expecting(full(now.slot, before), fill_bytes());
@@ -383,6 +384,25 @@ struct ForwardKernel : Walker<Forward, kGrid> {
                     static_cast<T*>(p.h_n)[in_batch(sequence(now.slot))] = h_now;
                     static_cast<T*>(p.c_n)[in_batch(sequence(now.slot))] = store<T>(c);
                 }
+            };
+            if (cells) {
+                take(taken, sum);
+                if (!kKept) bias = bias_of_cell();  // as registers allow
+                with_biases(x, bias, input);
+                if (!kApart) load_state();
+                made =
+                    cell_forward<kSpeed>(input[0] + sum[0], input[1] + sum[1], input[2] + sum[2], input[3] + sum[3], c);
+                if (active) c = made.c;
+                h_now = active ? store<T>(made.h) : from_bits<T>(h_bits);
+                if (!last) send(h_now, now.slot, 1 - before);
+                if (!kApart) finish();
+            }
+            if (kGrid && !last) global().signal(now.slot);  // which all warps meet for
+            if (kApart && cells) finish();
+            if constexpr (!kGrid) {
+                const int other = taken < p.layout.partial + of_buffer() ? of_buffer() : -of_buffer();
+                laid += other;
+                taken += other;
             }
             if constexpr (kKept) {
                 x = next;
