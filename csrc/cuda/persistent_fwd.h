@@ -155,8 +155,9 @@ struct ForwardKernel : Walker<Forward, kGrid> {
     SIMT void receive(const Item& now) const {
         const int buffer = now.i % 2;
         if constexpr (kGrid) {
+            const unsigned char* const from = simt::opaque(global().buffer(now.slot, buffer));  // before the wait
             global().await(now.slot, now.i);
-            collect(global().buffer(now.slot, buffer), h(now.slot, buffer));
+            collect(from, h(now.slot, buffer));
             simt::sync_threads();
         } else if (now.i > 0) {
             simt::wait(full(now.slot, buffer), parity_of(now.i - 1));
@@ -166,12 +167,15 @@ struct ForwardKernel : Walker<Forward, kGrid> {
 
     // A tile's h into the block's own copy.
     SIMT void collect(const unsigned char* from, unsigned char* to) const {
-        const auto* const source = reinterpret_cast<const Words*>(from);
-        auto* const target = reinterpret_cast<Words*>(to);
-        const int threads = static_cast<int>(blockDim.x), words = static_cast<int>(p.workspace.of_buffer / 16);
-        for (int j = static_cast<int>(threadIdx.x); j < words; j += threads) {
-            if (j / 4 % kColumns < p.plan.columns && j / 32 * kBlock + j % 4 * 16 < column_bytes())
-                simt::collect(target + j, source + j);
+        const auto* source = reinterpret_cast<const Words*>(from) + threadIdx.x;
+        auto* target = reinterpret_cast<Words*>(to) + threadIdx.x;
+        const int threads = static_cast<int>(blockDim.x), warps = threads / 32;
+        const int blocks = at.lane / 4 < p.plan.columns ? (column_bytes() / 16 + 3 - at.lane % 4) / 4 : 0;
+#pragma unroll 4
+        for (int block = at.warp; block < blocks; block += warps) {
+            simt::collect(target, source);
+            target += threads;
+            source += threads;
         }
         simt::collected();
     }
