@@ -291,12 +291,13 @@ struct ForwardKernel : Walker<Forward, kGrid> {
         sum[2] = bit_cast<float>(a.z) + bit_cast<float>(b.z);
         sum[3] = bit_cast<float>(a.w) + bit_cast<float>(b.w);
 #pragma unroll 1
-        for (int part = 2; kGrid && part < p.plan.splits; ++part) {
-            const Words more = simt::read(words_at(place + part * of_part()));
-            sum[0] += bit_cast<float>(more.x);
-            sum[1] += bit_cast<float>(more.y);
-            sum[2] += bit_cast<float>(more.z);
-            sum[3] += bit_cast<float>(more.w);
+        for (int part = 2; kGrid && part < p.plan.splits; part += 2) {
+            place += 2 * of_part();
+            const Words c = simt::read(words_at(place)), d = simt::read(words_at(place + of_part()));
+            sum[0] += bit_cast<float>(c.x) + bit_cast<float>(d.x);
+            sum[1] += bit_cast<float>(c.y) + bit_cast<float>(d.y);
+            sum[2] += bit_cast<float>(c.z) + bit_cast<float>(d.z);
+            sum[3] += bit_cast<float>(c.w) + bit_cast<float>(d.w);
         }
     }
 

@@ -21,6 +21,7 @@ constexpr double kBytesFromCluster = 17.0;    // a clock
 // each thread 16 at once. Pairs: forward, backward.
 constexpr double kGridExchange[] = {1300, 600}, kGridItem[] = {1050, 1800}, kGridBlock[] = {5, 75};
 constexpr double kBytesFromL2 = 30, kBytesFromL2Warp = 4;
+constexpr double kPart = 30;  // of the sums over a part of K past the first two, estimated from the machine code
 
 // What torch's LSTM takes there: a step's launches, and flops a clock, in 16 bits and in fp32, at less than half of the
 // card's rate, as its products are thin; and cuDNN's own persistent kernel, by cells.
@@ -53,7 +54,7 @@ double clocks_of_item(Kind kind, bool backward, const Plan& plan) {
     if (!plan.grid) return item + incoming / kBytesFromCluster;
     const double meeting = kGridItem[backward] + plan.cluster * kGridBlock[backward];
     if (backward) return item + meeting + incoming / (2 * kBytesFromL2);
-    return item + meeting + incoming / std::min(kBytesFromL2, warps * kBytesFromL2Warp);
+    return item + meeting + incoming / std::min(kBytesFromL2, warps * kBytesFromL2Warp) + kPart * (plan.splits - 2);
 }
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
