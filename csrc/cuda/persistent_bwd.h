@@ -134,25 +134,33 @@ struct BackwardKernel : Walker<Backward, kGrid> {
     SIMT int tile_number(int j) const { return at.warp + j * 2 * p.plan.groups; }  // of this warp's j-th
     SIMT int all_tiles() const { return (p.plan.cluster * p.plan.groups + 1) / 2; }
 
-    // Loads something in any case: without branches there is nothing to wait for.
-    SIMT Saved<T> fetch(const Columns& columns, const Item& item, bool more, int longest) const {
+    // The rows of an item that this thread loads.
+    struct Rows {
+        int row, saved, before;
+        bool first;
+    };
+    SIMT Rows rows_of(const Item& item, bool more, int longest) const {
         const int t = more ? time_of(item, longest) : 0, b = sequence(item.slot);
         const Step step = step_of(p.starts, p.sizes.batch, t);
-        Saved<T> found;  // without zeros, which loads would wait for
-        found.row = b < step.active ? step.first + b : -1;
-        found.dy = 0;
-        const bool here = more && found.row >= 0;
-        const int row = here ? found.row : 0;
-        simt::load_bits_of_four(columns.gates.row(row), found.gates);
-        found.c = simt::load_bits(columns.cells.row(row));
-        if (p.dy != nullptr) found.dy = simt::load_bits(columns.dy.row(row));
+        const int row = b < step.active ? step.first + b : -1;
+        const bool here = more && row >= 0;
+        const int saved = here ? row : 0;
 
         const int before = at.direction == 0 ? t - 1 : t + 1;
         Step then{0, 0};
         if (before >= 0 && before < p.sizes.steps) then = step_of(p.starts, p.sizes.batch, before);
-        found.c_before = simt::load_bits(columns.cells.row(here && b < then.active ? then.first + b : row));
-
-        found.first = here && b >= then.active;
+        return {row, saved, here && b < then.active ? then.first + b : saved, here && b >= then.active};
+    }
+    // Loads something in any case: without branches there is nothing to wait for.
+    SIMT Saved<T> fetch(const Columns& columns, const Rows& rows) const {
+        Saved<T> found;  // without zeros, which loads would wait for
+        found.row = rows.row;
+        found.dy = 0;
+        simt::load_bits_of_four(columns.gates.row(rows.saved), found.gates);
+        found.c = simt::load_bits(columns.cells.row(rows.saved));
+        if (p.dy != nullptr) found.dy = simt::load_bits(columns.dy.row(rows.saved));
+        found.c_before = simt::load_bits(columns.cells.row(rows.before));
+        found.first = rows.first;
         return found;
     }
 
@@ -311,21 +319,24 @@ struct BackwardKernel : Walker<Backward, kGrid> {
         const int longest = steps()[0];
         bool more = longest > 0;
         const Columns kept = columns();
-        Saved<T> x = fetch(kept, item, more, longest);
+        Saved<T> x = fetch(kept, rows_of(item, more, longest));
         for (int turn = 0; more; turn ^= 1) {
             const Item now = item;
             const bool active = x.row >= 0;
             float dh = dh_state(now.slot), dc = dc_state(now.slot);
+            more = advance(item, steps(), longest, p.plan.tiles);
+            Rows rows{};
+            if (kKept && !kGrid) rows = rows_of(item, more, longest);  // in the shadow of the wait
             if (kGrid && now.i > 0) global().await(now.slot, now.i - 1);
             if (now.i > 0 && has_cells()) dh += received(now.slot, now.i - 1);
-            more = advance(item, steps(), longest, p.plan.tiles);
+            if (kKept && kGrid) rows = rows_of(item, more, longest);  // as registers allow
             float c_before = bit_cast<float>(x.c_before);
             if (x.first && within()) {
                 const auto* const c0 = static_cast<const T*>(p.c0);
                 c_before = c0 == nullptr ? 0.0f : load(c0[in_batch(sequence(now.slot))]);
             }
             Saved<T> next;  // of the next item: asked for while no messages travel, which would be in the way
-            if constexpr (kKept) next = fetch(kept, item, more, longest);
+            if constexpr (kKept) next = fetch(kept, rows);
             const Gates<T> was = gates_of<T>(x.gates);
             const CellBackward<float> made =
                 cell_backward<speed<T, kExact>>(load(was.of[0]), load(was.of[1]), load(was.of[2]), load(was.of[3]),
@@ -347,7 +358,7 @@ struct BackwardKernel : Walker<Backward, kGrid> {
             product(w, turn, now.slot, now.i % 2, [&] { write(kept); });
             if constexpr (!kKept) {
                 write(columns());
-                next = fetch(columns(), item, more, longest);
+                next = fetch(columns(), rows_of(item, more, longest));
             }
             // for the fill after the next, when nobody waits for this warp
             if (!kGrid && threadIdx.x == 0 && now.i > 0 && now.i + 1 < count(now.slot, longest)) {
