@@ -384,6 +384,8 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         leaf = self._as_fx_leaf(input, hx)
         if leaf is not None:
             return leaf
+        if is_traced():  # the graph holds torch's operators; to look at sizes here would make torch warn
+            return self._torch_class.forward(self, input, hx)
         h, c = self._checked_state(input, hx)
         dtype = self._compute_dtype(input, hx)
         choice = self._choose(input, dtype)

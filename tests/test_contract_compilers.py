@@ -178,6 +178,16 @@ def test_a_trace_holds_torchs_operator_and_generalises():
     torch.testing.assert_close(traced(x)[0], module(x)[0])
 
 
+@pytest.mark.parametrize("with_state", [False, True])
+def test_a_trace_of_a_cell_warns_of_nothing(with_state):
+    cell = make(lstm_fast.LSTMCell)
+    args = (X[0], (torch.randn(2, 4), torch.randn(2, 4))) if with_state else (X[0],)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(cell, args)
+    torch.testing.assert_close(traced(*args), cell(*args))
+
+
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
