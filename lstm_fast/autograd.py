@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def layer(
             result = _apply(*inputs, batch_sizes, backend, (*result, *saved))
     elif transformed:
         check_inputs(inputs)
-        result = _differentiable_forward(inputs, steps_of(batch_sizes, x, inputs[2]))
+        *result, _ = _differentiable_forward(inputs, steps_of(batch_sizes, x, inputs[2]))
     else:
         result = torch.ops.lstm_fast.layer(*inputs, batch_sizes, backend, save)
     return result[0], result[1], result[2]
@@ -162,8 +163,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
             saved = _empty_saved(backend, x, directions_of(inputs), 0)
         elif backend == "reference":
             with torch.no_grad():
-                y, h_n, c_n, gates, cells = _differentiable_forward(inputs, steps)
-            saved = gates.to(x.dtype), cells
+                y, h_n, c_n, of_steps = _differentiable_forward(inputs, steps)
+            gates = torch.stack([torch.cat([torch.cat([*of_step], -1) for of_step in own]) for _, own, _ in of_steps])
+            saved = gates.to(x.dtype), torch.stack([torch.cat([*own]) for *_, own in of_steps])
         else:
             layer_inputs = LayerInputs(x, h0, c0, directions_of(inputs), steps)
             y, h_n, c_n, saved = KERNELS[backend].layer_forward(layer_inputs, save)
@@ -191,7 +193,12 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
         if not steps:
             grads = _no_steps_backward((dy, dh_n, dc_n), inputs)
         elif backend == "reference":
-            grads = _reference_backward((dy, dh_n, dc_n), inputs, y, gates, cells, steps)
+            ys = y.flatten(0, -2).chunk(len(weights), -1)
+            of_steps = [
+                (h.split(steps), [g.chunk(4, -1) for g in own.to(c.dtype).split(steps)], c.split(steps))
+                for h, own, c in zip(ys, gates, cells, strict=True)
+            ]
+            grads = _reference_backward((dy, dh_n, dc_n), inputs, of_steps, steps, needs)
         else:
             of_outputs = [None if g is None else plain(g) for g in (dy, dh_n, dc_n)]
             layer_inputs = LayerInputs(x, h0, c0, weights, steps)
@@ -226,50 +233,71 @@ def _no_steps_backward(grads: Sequence[Tensor | None], inputs: Sequence[Any]) ->
     return found
 
 
-def _differentiable_forward(inputs: Sequence[Any], steps: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``_forward`` by the reference, differentiable to any order; gates stay in the accumulation dtype."""
+def _reference_forward(inputs: Sequence[Any], steps: list[int]) -> list[tuple[reference.OfSteps, Tensor, Tensor]]:
+    """What the reference gives for each direction of a layer, or for a cell, differentiable to any order."""
+    x, h0, c0 = inputs[0].flatten(0, -2), _of_each(inputs[1]), _of_each(inputs[2])
+    return [
+        reference.layer(x, h0[d], c0[d], w_ih, w_hh, b_ih, b_hh, w_hr, steps, d == 1)
+        for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(directions_of(inputs))
+    ]
+
+
+def _of_each(state: Any) -> Any:
+    """A state of a layer, to be asked for a direction; or of a cell, which has but one."""
+    return [state] if state is not None and state.dim() == 2 else state
+
+
+def _differentiable_forward(
+    inputs: Sequence[Any], steps: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Sequence[reference.OfSteps]]:
+    """y, h_n, c_n of a layer by the reference, and what each direction has for backward."""
     x, h0, c0 = inputs[:STATES]
     form = x.shape[:-1]
     if not steps:  # an empty batch: the graph still has to reach every input
         none = sum(t.sum() for t in inputs if t is not None)
-        y = x.new_zeros(*form, h0.size(0) * h0.size(2)) + none
-        return y, h0 + none, c0 + none, y, y
-    outs, x = [], x.flatten(0, -2)
-    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(directions_of(inputs)):
-        outs.append(reference.layer(x, h0[d], c0[d], w_ih, w_hh, b_ih, b_hh, w_hr, steps, d == 1))
-    y, h_n, c_n, gates, cells = zip(*outs, strict=True)
-    whole = torch.cat([t.view(*form, -1) for t in y], dim=-1)  # of a view autograd would not see a change in place
-    return whole, torch.stack(h_n), torch.stack(c_n), torch.stack(gates), torch.stack(cells)
+        return x.new_zeros(*form, h0.size(0) * h0.size(2)) + none, h0 + none, c0 + none, []
+    of_steps, h_n, c_n = zip(*_reference_forward(inputs, steps), strict=True)
+    y = [torch.cat([*ys]).view(*form, -1) for ys, _, _ in of_steps]
+    whole = torch.cat(y, dim=-1)  # of a view autograd would not see a change in place
+    return whole, torch.stack(h_n), torch.stack(c_n), of_steps
 
 
 def _reference_backward(
-    grads: Sequence[Tensor | None], inputs: Sequence[Any], y: Tensor, gates: Tensor, cells: Tensor, steps: list[int]
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    of_steps: Sequence[reference.OfSteps],
+    steps: list[int],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of the 13 inputs by the reference, differentiable to any order."""
-    x, h0, c0 = inputs[:STATES]
-    dy, dh_n, dc_n = grads
-    form, x, y = x.shape, x.flatten(0, -2), y.flatten(0, -2)
-    dy = None if dy is None else dy.reshape(*y.shape)  # under is_grads_batched there is no flatten
-    features = h0.size(2)
-    found = []
+    """The gradients of the 13 inputs by the reference, differentiable to any order; at least those needed."""
+    x, cell = inputs[0], _of_cell(inputs)
+    dy, dh_n, dc_n = (None, *grads[::2]) if cell else grads
+    h0, c0, dh_n, dc_n = (_of_each(state) for state in (*inputs[1:STATES], dh_n, dc_n))
+    rows, features = x.flatten(0, -2), inputs[1].size(-1)
+    dy = None if dy is None else dy.reshape(rows.size(0), -1)  # under is_grads_batched there is no flatten
+    found, of_weights = [], []
     inputs_of = directions_of(inputs)
     for d, (w_ih, w_hh, _, _, w_hr) in enumerate(inputs_of):
+        of_w_ih, of_w_hh, of_b_ih, of_b_hh, of_w_hr = needs[STATES + d * OF_DIRECTION :][:OF_DIRECTION]
         columns = slice(d * features, (d + 1) * features)
-        found.append(
-            reference.layer_backward(
-                dy if dy is None or len(inputs_of) == 1 else dy[:, columns],  # no batching rule has all columns
-                None if dh_n is None else dh_n[d],
-                None if dc_n is None else dc_n[d],
-                *(x, h0[d], c0[d], w_ih, w_hh, w_hr, y[:, columns], gates[d], cells[d], steps, d == 1),
-            )
+        g = reference.layer_backward(
+            dy if dy is None or len(inputs_of) == 1 else dy[:, columns],  # no batching rule has all columns
+            None if dh_n is None else dh_n[d],
+            None if dc_n is None else dc_n[d],
+            *(rows, h0[d], c0[d], w_ih, w_hh, w_hr, of_steps[d], steps, d == 1),
+            (needs[0], of_w_ih, of_w_hh, of_b_ih or of_b_hh, of_w_hr),
         )
-    result: list[Tensor | None] = [
-        (found[0].x if len(found) == 1 else found[0].x + found[1].x).view(form),
-        torch.stack([g.h0 for g in found]),
-        torch.stack([g.c0 for g in found]),
+        found.append(g)
+        again = g.b.clone() if g.b is not None and of_b_ih and of_b_hh else g.b
+        of_weights += [g.w_ih, g.w_hh, g.b, again, g.w_hr]
+    dxs = [g.x for g in found if g.x is not None]
+    dh0, dc0 = [g.h0 for g in found], [g.c0 for g in found]
+    result = [
+        reduce(torch.add, dxs).view(x.shape) if dxs else None,
+        dh0[0] if cell else torch.stack(dh0),
+        dc0[0] if cell else torch.stack(dc0),
+        *of_weights,
     ]
-    for g in found:
-        result += [g.w_ih, g.w_hh, g.b, g.b.clone(), g.w_hr]
     return result + [None] * (INPUTS - len(result))
 
 
@@ -304,18 +332,14 @@ def _backward_from_context(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tens
     grads, needs = grad_outputs[:STATES], ctx.needs_input_grad[:INPUTS]
     found: Sequence[Tensor | None]
     if followed or _batched(grads):
-        cell = _of_cell(inputs)
-        if cell:
-            inputs, grads = _as_layer(inputs, grads)
         inputs = _with_states(inputs, batch_sizes)
         steps = steps_of(batch_sizes, inputs[0], inputs[2])
         with _without_autocast(inputs[0]):
-            y, _, _, gates, cells = _differentiable_forward(inputs, steps)
             if steps:
-                found = _reference_backward(grads, inputs, y, gates, cells, steps)
+                of_steps = [own for own, _, _ in _reference_forward(inputs, steps)]
+                found = _reference_backward(grads, inputs, of_steps, steps, needs)
             else:
                 found = _no_steps_backward(grads, inputs)
-        found = _as_cell(found) if cell else found
     else:
         args = (*grads, *inputs, batch_sizes, y, gates, cells, ctx.backend, list(needs))
         found = torch.ops.lstm_fast.layer_backward(*args) if _watched(args) else _backward(*args)

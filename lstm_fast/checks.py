@@ -88,7 +88,7 @@ def _check_kind(batch_sizes: Tensor) -> None:
 def steps_of(batch_sizes: Tensor | None, x: Tensor, c0: Tensor | None) -> list[int]:
     """Active sequences of each step; [] for an empty batch."""
     rows = x.shape[:-1].numel()
-    batch = batch_of(x, batch_sizes) if c0 is None else c0.size(1)
+    batch = batch_of(x, batch_sizes) if c0 is None else c0.size(-2)
     if batch_sizes is None:
         return [batch] * (rows // batch) if batch > 0 else []
     _check_kind(batch_sizes)

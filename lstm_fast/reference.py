@@ -23,11 +23,13 @@ Backward, with dh, dc the gradients that reach h and c, and da those of the pre-
     B8  dW_ih = sum_t da^T x       dW_hh = sum_t da^T h'        db = sum_t da
 
 Nothing is written in place, so that both functions are differentiable themselves, any number of times, and
-run under every torch.func transform.
+run under every torch.func transform. Since that takes as long as its operators are many, B1-B5 have torch's own:
+``sigmoid_backward(d, y) = d * y * (1 - y)`` and ``tanh_backward(d, y) = d * (1 - y^2)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -37,16 +39,22 @@ from torch.nn.functional import linear
 
 _LONGEST_SUM = 256  # terms that a library is given to add up
 
+# y [n, R], gates i, f, g, o [n, H] each, and c [n, H], each of all steps.
+OfSteps = tuple[Sequence[Tensor], Sequence[Sequence[Tensor]], Sequence[Tensor]]
+
+sigmoid_backward = torch.ops.aten.sigmoid_backward.default
+tanh_backward = torch.ops.aten.tanh_backward.default
+
 
 class Gradients(NamedTuple):
     """What ``layer_backward`` returns; shapes are those of the tensors they belong to."""
 
-    x: Tensor
+    x: Tensor | None
     h0: Tensor
     c0: Tensor
-    w_ih: Tensor
-    w_hh: Tensor
-    b: Tensor  # [4H], of b_ih and of b_hh alike
+    w_ih: Tensor | None
+    w_hh: Tensor | None
+    b: Tensor | None  # [4H], of b_ih and of b_hh alike
     w_hr: Tensor | None
 
 
@@ -65,21 +73,43 @@ def previous(value: Tensor, initial: Tensor, steps: list[int], reverse: bool) ->
     if steps[0] == steps[-1]:  # dense
         batch = steps[0]
         return torch.cat([value[batch:], initial] if reverse else [initial, value[:-batch]])
-    values = value.split(steps)
-    pieces: list[Tensor] = []
-    before = initial[:0]
+    return torch.cat(previous_of(value.split(steps), initial, steps, reverse))
+
+
+def previous_of(values: Sequence[Tensor], initial: Tensor, steps: list[int], reverse: bool) -> list[Tensor]:
+    """The same step by step."""
+    found: list[Tensor] = []
+    before = initial
     for t in in_order(steps, reverse):
-        known = min(steps[t], before.size(0))  # sequences [known:] start at this step
-        pieces.append(torch.cat([before[:known], initial[known : steps[t]]]))
+        n = steps[t]
+        found.append(kept(top(before, n), top(initial, n)))  # sequences beyond those before start at this step
         before = values[t]
-    return torch.cat(pieces[::-1] if reverse else pieces)
+    return found[::-1] if reverse else found
+
+
+def top(state: Tensor, n: int) -> Tensor:
+    """Its first ``n`` rows."""
+    return state[:n] if n < state.size(0) else state
+
+
+def kept(new: Tensor, old: Tensor) -> Tensor:
+    """``new``, and from where it ends on the rows of ``old``: sequences that are over, or have not begun."""
+    n = new.size(0)
+    return new if n == old.size(0) else torch.cat([new, old[n:]])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [.., K] times b [K, ..], in parts of K: on some processors a library adds all terms up one after the other."""
+    if b.size(0) <= _LONGEST_SUM:
+        return a @ b
     pairs = zip(a.split(_LONGEST_SUM, 1), b.split(_LONGEST_SUM), strict=True)
     result: Tensor = reduce(torch.add, (left @ right for left, right in pairs))
     return result
+
+
+def rows_of(parts: Sequence[Tensor]) -> Tensor:
+    """[N, F] of all steps."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def layer(
@@ -93,40 +123,40 @@ def layer(
     w_hr: Tensor | None,  # [P, H]
     steps: list[int],
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """F1-F6 over all steps: y [N, R], h_n [B, R], c_n [B, H], and for backward gates [N, 4H] and cells [N, H]."""
+) -> tuple[OfSteps, Tensor, Tensor]:
+    """F1-F6 over all steps: y, gates and cells of each; h_n [B, R]; c_n [B, H]."""
     dtype, acc = x.dtype, accumulate_dtype(x.dtype)
-    w_hh_acc = w_hh.to(acc)
+    w_hh_t = w_hh.to(acc).t()
     w_hr_acc = None if w_hr is None else w_hr.to(acc)
     a_x = linear(x.to(acc), w_ih.to(acc), None if b_ih is None else b_ih.to(acc))  # [N, 4H]
     if b_hh is not None:
         a_x = a_x + b_hh.to(acc)
     h, c = h0.to(acc), c0.to(acc)
     ys: list[Tensor] = []
-    gates: list[Tensor] = []
+    gates: list[Sequence[Tensor]] = []
     cells: list[Tensor] = []
-    a_x_of = a_x.split(steps)  # the gradient of a slice is as large as the whole: of T slices, T times that
+    # the gradient of a slice is as large as the whole: of T slices, T times that
+    a_x_of = a_x.split(steps) if len(steps) > 1 else [a_x]
     for t in in_order(steps, reverse):
         n = steps[t]
-        a = a_x_of[t] + linear(h[:n], w_hh_acc)  # [n, 4H]
+        a = torch.addmm(a_x_of[t], top(h, n), w_hh_t)  # [n, 4H]
         a_i, a_f, a_g, a_o = a.chunk(4, dim=-1)
         i = torch.sigmoid(a_i)  # F1
         f = torch.sigmoid(a_f)  # F2
         g = torch.tanh(a_g)  # F3
         o = torch.sigmoid(a_o)  # F4
-        c_t = f * c[:n] + i * g  # F5
+        c_t = f * top(c, n) + i * g  # F5
         h_t = o * torch.tanh(c_t)  # F6
         if w_hr_acc is not None:
             h_t = linear(h_t, w_hr_acc)
         y_t = h_t.to(dtype)
         ys.append(y_t)
-        gates.append(torch.cat([i, f, g, o], dim=-1))
+        gates.append((i, f, g, o))
         cells.append(c_t)
-        h = torch.cat([y_t.to(acc), h[n:]])  # a sequence that is over, or has not begun, keeps its state
-        c = torch.cat([c_t, c[n:]])
+        h, c = kept(y_t.to(acc), h), kept(c_t, c)
     if reverse:
         ys, gates, cells = ys[::-1], gates[::-1], cells[::-1]
-    return torch.cat(ys), h.to(dtype), c.to(dtype), torch.cat(gates), torch.cat(cells)
+    return (ys, gates, cells), h.to(dtype), c.to(dtype)
 
 
 def layer_backward(
@@ -139,51 +169,53 @@ def layer_backward(
     w_ih: Tensor,
     w_hh: Tensor,
     w_hr: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
+    of_steps: OfSteps,
     steps: list[int],
     reverse: bool,
+    needs: Sequence[bool],
 ) -> Gradients:
-    """B1-B8 over all steps, from what ``layer`` returned; a gradient that is None counts as zero."""
+    """B1-B8 over all steps, from what ``layer`` returned; a gradient that is None counts as zero. ``needs``: whether
+    those of x, w_ih, w_hh, b and w_hr are asked for."""
+    ys, gates, cells = of_steps
+    of_x, of_w_ih, of_w_hh, of_b, of_w_hr = needs
     dtype, acc = x.dtype, accumulate_dtype(x.dtype)
     dh = torch.zeros_like(h0, dtype=acc) if dh_n is None else dh_n.to(acc)
     dc = torch.zeros_like(c0, dtype=acc) if dc_n is None else dc_n.to(acc)
     w_hh_acc = w_hh.to(acc)
-    gates_of, cells_of = gates.to(acc).split(steps), cells.split(steps)
-    c_previous_of = previous(cells, c0.to(acc), steps, reverse).split(steps)
+    c_previous_of = previous_of(cells, c0.to(acc), steps, reverse)
     dy_of = None if dy is None else dy.to(acc).split(steps)
     das: list[Tensor] = []
     dhs: list[Tensor] = []
     hiddens: list[Tensor] = []
     for t in in_order(steps, not reverse):
         n = steps[t]
-        i, f, g, o = gates_of[t].chunk(4, dim=-1)
-        tanh_c = torch.tanh(cells_of[t])
-        dh_t = dh[:n] if dy_of is None else dh[:n] + dy_of[t]
+        i, f, g, o = gates[t]
+        tanh_c = torch.tanh(cells[t])
+        dh_t = top(dh, n)
+        if dy_of is not None:
+            dh_t = dh_t + dy_of[t]
         if w_hr is not None:
             dhs.append(dh_t)
             hiddens.append(o * tanh_c)
             dh_t = dh_t @ w_hr.to(acc)
-        da_o = dh_t * tanh_c * o * (1 - o)  # B1
-        dc_t = dc[:n] + dh_t * o * (1 - tanh_c * tanh_c)  # B2
-        da_i = dc_t * g * i * (1 - i)  # B3
-        da_f = dc_t * c_previous_of[t] * f * (1 - f)  # B4
-        da_g = dc_t * i * (1 - g * g)  # B5
+        da_o = sigmoid_backward(dh_t * tanh_c, o)  # B1
+        dc_t = top(dc, n) + tanh_backward(dh_t * o, tanh_c)  # B2
+        da_i = sigmoid_backward(dc_t * g, i)  # B3
+        da_f = sigmoid_backward(dc_t * c_previous_of[t], f)  # B4
+        da_g = tanh_backward(dc_t * i, g)  # B5
         da = torch.cat([da_i, da_f, da_g, da_o], dim=-1)  # [n, 4H]
         das.append(da)
-        dc = torch.cat([dc_t * f, dc[n:]])  # B6
-        dh = torch.cat([da @ w_hh_acc, dh[n:]])  # B7
+        dc = kept(dc_t * f, dc)  # B6
+        dh = kept(da @ w_hh_acc, dh)  # B7
     if not reverse:
         das, dhs, hiddens = das[::-1], dhs[::-1], hiddens[::-1]
-    da = torch.cat(das)  # [N, 4H]
-    h_previous = previous(y, h0, steps, reverse).to(acc)  # [N, R]
+    da = rows_of(das)  # [N, 4H]
     return Gradients(
-        x=product(da, w_ih.to(acc)).to(dtype),  # B7
+        x=product(da, w_ih.to(acc)).to(dtype) if of_x else None,  # B7
         h0=dh.to(dtype),
         c0=dc.to(dtype),
-        w_ih=product(da.mT, x.to(acc)).to(dtype),  # B8
-        w_hh=product(da.mT, h_previous).to(dtype),
-        b=da.sum(0).to(dtype),
-        w_hr=None if w_hr is None else product(torch.cat(dhs).mT, torch.cat(hiddens)).to(dtype),
+        w_ih=product(da.mT, x.to(acc)).to(dtype) if of_w_ih else None,  # B8
+        w_hh=product(da.mT, rows_of(previous_of(ys, h0, steps, reverse)).to(acc)).to(dtype) if of_w_hh else None,
+        b=da.sum(0).to(dtype) if of_b else None,
+        w_hr=product(rows_of(dhs).mT, rows_of(hiddens)).to(dtype) if w_hr is not None and of_w_hr else None,
     )

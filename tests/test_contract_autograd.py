@@ -259,3 +259,18 @@ def test_an_optimiser_follows_torchs_path(backend):
             optimiser.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_frozen_weights_cost_no_products_under_create_graph(backend):
+    module = make(backend)
+    x = data()[0].requires_grad_()
+
+    def products():
+        y = module(x)[0].sum()
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(y, x, create_graph=True)
+        return sum(event.name == "aten::mm" for event in profile.events())
+
+    learning = products()
+    module.requires_grad_(False)
+    assert learning - products() == 2 * 2 * 2  # W_ih and W_hh of each layer and direction

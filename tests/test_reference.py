@@ -1,6 +1,7 @@
 """The reference against torch.nn.LSTM in fp64, against numerical gradients, and against arithmetic done by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import lstm_fast
 from lstm_fast import reference
 
 FEATURES, H, B = 4, 5, 3
+EVERY = (True,) * 5  # gradient
 STEPS = {"dense": [B] * 6, "one step": [B], "packed": [3, 3, 2, 1, 1], "packed to one": [3, 1]}
 
 
@@ -55,13 +57,13 @@ def test_forward_and_hand_written_backward_agree_with_torch(steps, bias, proj, r
     biases = (module.bias_ih_l0, module.bias_hh_l0) if bias else (None, None)
     w_hr = module.weight_hr_l0 if proj else None
     with torch.no_grad():
-        y, h_n, c_n, gates, cells = reference.layer(
+        of_steps, h_n, c_n = reference.layer(
             x, h0, c0, module.weight_ih_l0, module.weight_hh_l0, *biases, w_hr, steps, reverse
         )
         found = reference.layer_backward(
-            *upstream, x, h0, c0, module.weight_ih_l0, module.weight_hh_l0, w_hr, y, gates, cells, steps, reverse
+            *(*upstream, x, h0, c0, module.weight_ih_l0, module.weight_hh_l0, w_hr, of_steps, steps, reverse), EVERY
         )
-    for name, got, want in zip(("y", "h_n", "c_n"), (y, h_n, c_n), expected, strict=True):
+    for name, got, want in zip(("y", "h_n", "c_n"), (torch.cat(of_steps[0]), h_n, c_n), expected, strict=True):
         torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
     for name, want in zip(inputs, wanted, strict=True):
         got = getattr(found, name)
@@ -73,10 +75,10 @@ def test_a_gradient_of_none_is_zero(missing):
     torch.manual_seed(0)
     weights = (torch.randn(4 * H, FEATURES), torch.randn(4 * H, H))
     x, h0, c0 = torch.randn(2 * B, FEATURES), torch.randn(B, H), torch.randn(B, H)
-    y, h_n, c_n, gates, cells = reference.layer(x, h0, c0, *weights, None, None, None, [B, B], False)
-    upstream = [torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n)]
+    of_steps, h_n, c_n = reference.layer(x, h0, c0, *weights, None, None, None, [B, B], False)
+    upstream = [torch.randn(2 * B, H), torch.randn_like(h_n), torch.randn_like(c_n)]
     upstream[missing] = torch.zeros_like(upstream[missing])
-    saved = (x, h0, c0, *weights, None, y, gates, cells, [B, B], False)
+    saved = (x, h0, c0, *weights, None, of_steps, [B, B], False, EVERY)
     with_zeros = reference.layer_backward(*upstream, *saved)
     upstream[missing] = None
     with_none = reference.layer_backward(*upstream, *saved)
@@ -112,8 +114,8 @@ def test_gate_order_is_i_f_g_o_by_hand():
     bias = torch.tensor([biases[k] for k in "ifgo"], dtype=torch.float64)
     zero = torch.zeros(4, 1, dtype=torch.float64)
     state = torch.zeros(1, 1, dtype=torch.float64)
-    y, _, c_n, _, _ = reference.layer(state, state, state + c0, zero, zero, bias, None, None, [1], False)
-    assert y.item() == pytest.approx(h, abs=1e-15)
+    (y, _, _), _, c_n = reference.layer(state, state, state + c0, zero, zero, bias, None, None, [1], False)
+    assert y[0].item() == pytest.approx(h, abs=1e-15)
     assert c_n.item() == pytest.approx(c, abs=1e-15)
 
 
@@ -127,12 +129,15 @@ def test_previous_takes_each_sequences_own_step():
 
 
 class _Elements(TorchDispatchMode):
-    """Counts those of all results."""
+    """Counts those of all results, and calls of each operator."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.count, self.calls = 0, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.calls[func.overloadpacket.__name__] += 1
         self.count += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
         return result
 
@@ -148,10 +153,9 @@ def test_the_work_of_a_double_backward_grows_with_the_steps(packed, reverse):
         x, h0, c0, w_ih, w_hh = (
             t.requires_grad_() for t in (*rows, torch.randn(4 * H, FEATURES), torch.randn(4 * H, H))
         )
-        y, h_n, c_n, gates, cells = reference.layer(x, h0, c0, w_ih, w_hh, None, None, None, steps, reverse)
-        found = reference.layer_backward(
-            torch.ones_like(y), h_n, c_n, x, h0, c0, w_ih, w_hh, None, y, gates, cells, steps, reverse
-        )
+        of_steps, h_n, c_n = reference.layer(x, h0, c0, w_ih, w_hh, None, None, None, steps, reverse)
+        dy = torch.ones(sum(steps), H)
+        found = reference.layer_backward(dy, h_n, c_n, x, h0, c0, w_ih, w_hh, None, of_steps, steps, reverse, EVERY)
         with _Elements() as counted:
             torch.autograd.grad(found.x.sum() + found.w_hh.sum(), (x, h0, c0, w_ih, w_hh))
         return counted.count
@@ -159,3 +163,37 @@ def test_the_work_of_a_double_backward_grows_with_the_steps(packed, reverse):
     last = [B - 1] * packed
     few, many, more = (elements([B] * count + last) for count in (10, 20, 40))
     assert more - many == pytest.approx(2 * (many - few), rel=0.05)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_a_dense_step_copies_no_state_and_slices_nothing(reverse):
+    steps = [B] * 6
+    weights = (torch.randn(4 * H, FEATURES), torch.randn(4 * H, H))
+    x, h0, c0 = torch.randn(sum(steps), FEATURES), torch.randn(B, H), torch.randn(B, H)
+    with _Elements() as forward:
+        of_steps, h_n, c_n = reference.layer(x, h0, c0, *weights, None, None, None, steps, reverse)
+    with _Elements() as backward:
+        reference.layer_backward(None, h_n, c_n, x, h0, c0, *weights, None, of_steps, steps, reverse, EVERY)
+    assert forward.calls["cat"] == forward.calls["slice"] == backward.calls["slice"] == 0
+    assert backward.calls["cat"] == len(steps) + 2  # da of each step, of all, and h'
+
+
+@pytest.mark.parametrize("index", range(len(EVERY)), ids=["x", "w_ih", "w_hh", "b", "w_hr"])
+def test_a_gradient_alone_is_what_it_is_among_all_and_the_others_cost_nothing(index):
+    torch.manual_seed(0)
+    features, steps = 2, [B, B]
+    weights = (torch.randn(4 * H, FEATURES), torch.randn(4 * H, features))
+    w_hr = torch.randn(features, H)
+    x, h0, c0 = torch.randn(2 * B, FEATURES), torch.randn(B, features), torch.randn(B, H)
+    of_steps, h_n, c_n = reference.layer(x, h0, c0, *weights, None, None, w_hr, steps, False)
+    arguments = (None, h_n, c_n, x, h0, c0, *weights, w_hr, of_steps, steps, False)
+    found, calls = [], []
+    for needs in (EVERY, (False,) * 5, tuple(k == index for k in range(5))):
+        with _Elements() as counted:
+            dx, _, _, *of_weights = reference.layer_backward(*arguments, needs)
+        found.append([dx, *of_weights])
+        calls.append(counted.calls["mm"] + counted.calls["sum"])
+    everything, nothing, alone = found
+    assert [g is not None for g in alone] == [k == index for k in range(5)]
+    assert all(g is None for g in nothing) and torch.equal(alone[index], everything[index])
+    assert (calls[0] - calls[1], calls[2] - calls[1]) == (5, 1)
