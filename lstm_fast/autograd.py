@@ -72,7 +72,8 @@ def layer(
 
     Args:
         x: rows of all steps, [N, I] or with more dimensions in place of N; row (t, b) is ``start(t) + b``.
-        h0, c0: [D, B, R] and [D, B, H]; or R and H for zeros, then x is [.., B, I] unless ``batch_sizes`` says B.
+        h0, c0: [D, B, R] and [D, B, H]; or R and H for zeros, then x is [.., B, I] unless ``batch_sizes`` says B. While
+            a transform is active also those of a cell, [B, H]: results are then a cell's.
         weights: for each direction w_ih [4H, I], w_hh [4H, R], b_ih [4H], b_hh [4H], w_hr [P, H].
         batch_sizes: active sequences of each step, int64 [T] on the CPU, never growing; None when dense.
         backend: a key of ``dispatch.KERNELS``, or "reference".
@@ -250,13 +251,15 @@ def _of_each(state: Any) -> Any:
 def _differentiable_forward(
     inputs: Sequence[Any], steps: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Sequence[reference.OfSteps]]:
-    """y, h_n, c_n of a layer by the reference, and what each direction has for backward."""
+    """y, h_n, c_n of a layer or a cell by the reference, and what each direction has for backward."""
     x, h0, c0 = inputs[:STATES]
     form = x.shape[:-1]
     if not steps:  # an empty batch: the graph still has to reach every input
         none = sum(t.sum() for t in inputs if t is not None)
-        return x.new_zeros(*form, h0.size(0) * h0.size(2)) + none, h0 + none, c0 + none, []
+        return x.new_zeros(*form, len(directions_of(inputs)) * h0.size(-1)) + none, h0 + none, c0 + none, []
     of_steps, h_n, c_n = zip(*_reference_forward(inputs, steps), strict=True)
+    if _of_cell(inputs):
+        return h_n[0], h_n[0], c_n[0], of_steps
     y = [torch.cat([*ys]).view(*form, -1) for ys, _, _ in of_steps]
     whole = torch.cat(y, dim=-1)  # of a view autograd would not see a change in place
     return whole, torch.stack(h_n), torch.stack(c_n), of_steps

@@ -34,16 +34,16 @@ def batch_of(x: Tensor, batch_sizes: Tensor | None) -> int:
 
 
 def check_inputs(inputs: Sequence[Tensor | None]) -> None:
-    """That a layer's inputs, states included, fit each other; RuntimeError if not, in torch.nn.LSTM's words if any."""
+    """That a layer's inputs or a cell's, states too, fit each other; RuntimeError if not, in torch.nn.LSTM's words."""
     x, h0, c0 = inputs[0], inputs[1], inputs[2]
     assert x is not None and h0 is not None and c0 is not None
-    directions, batch, hidden = c0.shape
-    if h0.shape[:2] != (directions, batch):
+    directions, hidden = 1 if c0.dim() == 2 else c0.size(0), c0.size(-1)
+    if h0.shape[:-1] != c0.shape[:-1]:
         raise RuntimeError(f"h_0 and c_0 should agree in their first two sizes, got {[*h0.shape]} and {[*c0.shape]}")
     for b_ih, b_hh in zip(inputs[STATES + 2 :: OF_DIRECTION], inputs[STATES + 3 :: OF_DIRECTION], strict=True):
         if (b_ih is None) != (b_hh is None):
             raise RuntimeError("bias_ih and bias_hh should both be given, or neither")
-    dtype, device, gates, projected = x.dtype, x.device, 4 * hidden, h0.size(2)
+    dtype, device, gates, projected = x.dtype, x.device, 4 * hidden, h0.size(-1)
     for name, state in (("hidden", h0), ("cell", c0)):
         if state.dtype != dtype or state.device != device:
             raise _wrong_kind(name, state, x)

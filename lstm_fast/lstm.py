@@ -396,8 +396,12 @@ class LSTMCell(_Fused, nn.modules.rnn.RNNCellBase):
         weights = self._weights(_CELL[0], dtype)
         if autocast_enabled():  # without, ``layer`` refuses mixed dtypes
             x, h, c = x.to(dtype), h.to(dtype), c.to(dtype)
-        y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
-        return (y, c_n[0]) if batched else (y[0], c_n[0, 0])
+        if transforms_active():
+            y, _, c = layer(x, h, c, [weights], None, choice.backend)
+        else:
+            y, _, c_n = layer(x, h.unsqueeze(0), c.unsqueeze(0), [weights], None, choice.backend)
+            c = c_n[0]
+        return (y, c) if batched else (y[0], c[0])
 
     def _train(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
         found = train(self, 0, x, hx, batch_sizes)

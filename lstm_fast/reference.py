@@ -63,6 +63,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``Tensor.to``, which transforms follow even where it changes nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def in_order(steps: list[int], reverse: bool) -> range:
     """The numbers of steps as the direction visits them."""
     return range(len(steps))[:: -1 if reverse else 1]
@@ -126,12 +131,12 @@ def layer(
 ) -> tuple[OfSteps, Tensor, Tensor]:
     """F1-F6 over all steps: y, gates and cells of each; h_n [B, R]; c_n [B, H]."""
     dtype, acc = x.dtype, accumulate_dtype(x.dtype)
-    w_hh_t = w_hh.to(acc).t()
-    w_hr_acc = None if w_hr is None else w_hr.to(acc)
-    a_x = linear(x.to(acc), w_ih.to(acc), None if b_ih is None else b_ih.to(acc))  # [N, 4H]
+    w_hh_t = cast(w_hh, acc).t()
+    w_hr_acc = None if w_hr is None else cast(w_hr, acc)
+    a_x = linear(cast(x, acc), cast(w_ih, acc), None if b_ih is None else cast(b_ih, acc))  # [N, 4H]
     if b_hh is not None:
-        a_x = a_x + b_hh.to(acc)
-    h, c = h0.to(acc), c0.to(acc)
+        a_x = a_x + cast(b_hh, acc)
+    h, c = cast(h0, acc), cast(c0, acc)
     ys: list[Tensor] = []
     gates: list[Sequence[Tensor]] = []
     cells: list[Tensor] = []
@@ -149,14 +154,14 @@ def layer(
         h_t = o * torch.tanh(c_t)  # F6
         if w_hr_acc is not None:
             h_t = linear(h_t, w_hr_acc)
-        y_t = h_t.to(dtype)
+        y_t = cast(h_t, dtype)
         ys.append(y_t)
         gates.append((i, f, g, o))
         cells.append(c_t)
-        h, c = kept(y_t.to(acc), h), kept(c_t, c)
+        h, c = kept(cast(y_t, acc), h), kept(c_t, c)
     if reverse:
         ys, gates, cells = ys[::-1], gates[::-1], cells[::-1]
-    return (ys, gates, cells), h.to(dtype), c.to(dtype)
+    return (ys, gates, cells), cast(h, dtype), cast(c, dtype)
 
 
 def layer_backward(
@@ -179,11 +184,11 @@ def layer_backward(
     ys, gates, cells = of_steps
     of_x, of_w_ih, of_w_hh, of_b, of_w_hr = needs
     dtype, acc = x.dtype, accumulate_dtype(x.dtype)
-    dh = torch.zeros_like(h0, dtype=acc) if dh_n is None else dh_n.to(acc)
-    dc = torch.zeros_like(c0, dtype=acc) if dc_n is None else dc_n.to(acc)
-    w_hh_acc = w_hh.to(acc)
-    c_previous_of = previous_of(cells, c0.to(acc), steps, reverse)
-    dy_of = None if dy is None else dy.to(acc).split(steps)
+    dh = torch.zeros_like(h0, dtype=acc) if dh_n is None else cast(dh_n, acc)
+    dc = torch.zeros_like(c0, dtype=acc) if dc_n is None else cast(dc_n, acc)
+    w_hh_acc = cast(w_hh, acc)
+    c_previous_of = previous_of(cells, cast(c0, acc), steps, reverse)
+    dy_of = None if dy is None else cast(dy, acc).split(steps)
     das: list[Tensor] = []
     dhs: list[Tensor] = []
     hiddens: list[Tensor] = []
@@ -197,7 +202,7 @@ def layer_backward(
         if w_hr is not None:
             dhs.append(dh_t)
             hiddens.append(o * tanh_c)
-            dh_t = dh_t @ w_hr.to(acc)
+            dh_t = dh_t @ cast(w_hr, acc)
         da_o = sigmoid_backward(dh_t * tanh_c, o)  # B1
         dc_t = top(dc, n) + tanh_backward(dh_t * o, tanh_c)  # B2
         da_i = sigmoid_backward(dc_t * g, i)  # B3
@@ -211,11 +216,11 @@ def layer_backward(
         das, dhs, hiddens = das[::-1], dhs[::-1], hiddens[::-1]
     da = rows_of(das)  # [N, 4H]
     return Gradients(
-        x=product(da, w_ih.to(acc)).to(dtype) if of_x else None,  # B7
-        h0=dh.to(dtype),
-        c0=dc.to(dtype),
-        w_ih=product(da.mT, x.to(acc)).to(dtype) if of_w_ih else None,  # B8
-        w_hh=product(da.mT, rows_of(previous_of(ys, h0, steps, reverse)).to(acc)).to(dtype) if of_w_hh else None,
-        b=da.sum(0).to(dtype) if of_b else None,
-        w_hr=product(rows_of(dhs).mT, rows_of(hiddens)).to(dtype) if w_hr is not None and of_w_hr else None,
+        x=cast(product(da, cast(w_ih, acc)), dtype) if of_x else None,  # B7
+        h0=cast(dh, dtype),
+        c0=cast(dc, dtype),
+        w_ih=cast(product(da.mT, cast(x, acc)), dtype) if of_w_ih else None,  # B8
+        w_hh=cast(product(da.mT, cast(rows_of(previous_of(ys, h0, steps, reverse)), acc)), dtype) if of_w_hh else None,
+        b=cast(da.sum(0), dtype) if of_b else None,
+        w_hr=cast(product(rows_of(dhs).mT, rows_of(hiddens)), dtype) if w_hr is not None and of_w_hr else None,
     )

@@ -137,3 +137,68 @@ def test_a_loop_of_cells_is_a_layer():
         state = cell(step, state)
         outputs.append(state[0])
     torch.testing.assert_close(torch.stack(outputs), layer(x)[0])
+
+
+def test_gradients_of_gradients_and_batches_of_them():
+    found = []
+    theirs, ours = pair(**F64)
+    inputs = [torch.randn(2, size, **F64) for size in (3, 5, 5)]
+    for module in (theirs, ours):
+        x, h, c = (t.clone().requires_grad_() for t in inputs)
+        leaves = [x, h, c, *module.parameters()]
+        h2, c2 = module(x, module(x, (h, c)))
+        total, of_every_order = (h2 * c2).sum(), []
+        for _ in range(3):
+            grads = torch.autograd.grad(total, leaves, create_graph=True)
+            total = sum(g.square().sum() for g in grads)
+            of_every_order += [g.detach() for g in grads]
+        found.append(of_every_order)
+    torch.testing.assert_close(found[1], found[0])
+    y, _ = ours(x, (h, c))
+    many = torch.randn(4, *y.shape, **F64)
+    batched = torch.autograd.grad(y, leaves, many, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(y, leaves, g, retain_graph=True) for g in many), strict=True)
+    torch.testing.assert_close(batched, tuple(torch.stack(own) for own in one_by_one))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["unbatched", "two"])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_transforms(batch, with_state):
+    theirs, ours = pair(**F64)
+    x, h, c = (torch.randn(*batch, size, **F64) for size in (3, 5, 5))
+
+    def total(module, x):
+        h2, c2 = module(x, (h, c)) if with_state else module(x)
+        return (h2 * c2).sum()
+
+    for transform in (torch.func.grad, torch.func.hessian):
+        torch.testing.assert_close(transform(total, 1)(ours, x), transform(total, 1)(theirs, x))
+    xs = torch.stack([x, 2 * x])
+    one_by_one = torch.stack([torch.func.grad(total, 1)(theirs, x) for x in xs])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(total, 1), (None, 0))(ours, xs), one_by_one)
+
+
+def test_an_empty_batch_that_is_differentiated():
+    _, ours = pair()
+    x = torch.zeros(0, 3, requires_grad=True)
+    for found in (
+        torch.func.grad(lambda x: ours(x)[0].sum())(x.detach()),
+        *torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True),
+    ):
+        assert found.shape == (0, 3)
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_step_that_is_differentiated_is_no_layer_of_one(transformed):
+    """To make one of it, and it of that, takes half as many operators again."""
+    _, ours = pair()
+    x, h, c = (torch.randn(2, size, requires_grad=not transformed) for size in (3, 5, 5))
+    y, c2 = ours(x, (h, c))
+    with torch.profiler.profile() as profile:
+        if transformed:
+            torch.func.grad(lambda x: ours(x, (h, c))[0].sum())(x)
+        else:
+            torch.autograd.grad((y, c2), x, (torch.ones_like(y), torch.ones_like(c2)), create_graph=True)
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::cat") == 1  # of the four gates
+    assert not {"aten::to", "aten::stack", "aten::select", "aten::unsqueeze", "aten::split_with_sizes"} & {*names}
