@@ -101,10 +101,16 @@ def steps_of(batch_sizes: Tensor | None, x: Tensor, c0: Tensor | None) -> list[i
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The same, elements one behind the other and as they are: neither negated nor zeros that torch doesn't store."""
+    """The same, elements one behind the other and as they are: neither negated nor zeros that torch doesn't store.
+    RuntimeError if their memory was given back."""
     if tensor._is_zerotensor():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return tensor.resolve_neg().contiguous()
+    tensor = tensor.resolve_neg().contiguous()
+    if tensor.data_ptr() == 0 and tensor.numel() > 0 and not tensor.is_meta:
+        raise RuntimeError(
+            f"a tensor of size {[*tensor.shape]} has no memory: its storage was resized to 0 before its use"
+        )
+    return tensor
 
 
 def saved_shapes(

@@ -246,3 +246,29 @@ def test_what_counts_changes_holds_no_memory():
     assert counter.numel() == 0 and counter.untyped_storage().nbytes() == 0 and counter._version == count
     y.detach().add_(1)
     assert counter._version == count + 1
+
+
+@every_pair
+@pytest.mark.parametrize("which", ["x", "weight", "state", "output", "gates", "cells", "gradient"])
+def test_memory_given_back_before_the_backward_pass_is_refused(pair, which):
+    """By torch where it looks at what it has to take apart first."""
+    _, ours = twins(pair)
+    x, h, c = case(pair)
+    y, _ = ours(x, (h, c))
+    *_, kept, gates, cells = y.grad_fn.saved_tensors
+    grad = torch.ones_like(y)
+    tensors = {"x": x, "weight": next(ours.parameters()), "state": c, "output": kept, "gates": gates, "cells": cells}
+    {**tensors, "gradient": grad}[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"has no memory|out of bounds"):
+        y.backward(grad)
+
+
+@every_pair
+@both_modes
+def test_and_before_the_forward_pass(pair, training):
+    for index in range(3):
+        _, ours = twins(pair)
+        x, h, c = tensors = case(pair)
+        tensors[index].untyped_storage().resize_(0)
+        with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match=r"has no memory|out of bounds"):
+            ours(x, (h, c))
