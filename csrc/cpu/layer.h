@@ -9,7 +9,7 @@
 // All arrays are C-contiguous and need only the alignment of their elements. Nothing written may overlap anything else
 // in the call, and nothing is kept after it. What is "written" is written fully.
 // The same input gives the same bits on the same number of threads, in any one instruction set; on any number, unless
-// W_hh goes in fixed point (Walk::fixes). Both functions throw
+// W_hh goes in fixed point (Walk::fixes) or a few rows read weights as they lie in AVX-512. Both functions throw
 // std::bad_alloc for lack of scratch memory (a packed copy of the weights, some steps of gates, a few states), and
 // nothing else.
 #pragma once
