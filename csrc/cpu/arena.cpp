@@ -1,9 +1,6 @@
 #include "arena.h"
 
 #include <atomic>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace lstm::cpu {
 namespace {
@@ -19,9 +16,6 @@ Arena::Arena(std::int64_t bytes) : block_(kept.exchange(nullptr)) {
     if (block_ != nullptr && block_->size >= bytes) return;
     block_.reset();  // before there is another
     block_ = std::make_unique<Block>(bytes);
-#ifdef __linux__
-    madvise(block_->data, block_->size, MADV_HUGEPAGE);
-#endif
 }
 
 Arena::~Arena() {

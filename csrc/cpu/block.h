@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 
 namespace lstm::cpu {
 
@@ -13,9 +12,10 @@ constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
 // there large calls took up to a fifth longer.
 void ask_for_huge_pages(void* result, std::int64_t bytes);
 
+// Its last page is one of 2 MiB if it holds `fewest` of the bytes.
 struct Block {
-    explicit Block(std::int64_t bytes);  // throws std::bad_alloc
-    ~Block() { std::free(data); }
+    explicit Block(std::int64_t bytes, std::int64_t fewest = 1);  // throws std::bad_alloc
+    ~Block();
     Block(const Block&) = delete;
     Block& operator=(const Block&) = delete;
 

@@ -11,7 +11,7 @@
 namespace lstm::cpu {
 namespace {
 
-constexpr std::int64_t kMostOfPool = std::int64_t{1} << 30;
+constexpr std::int64_t kMostHeld = std::int64_t{128} << 20, kMostOfPool = std::int64_t{1} << 30;
 
 struct Pool {
     std::mutex mutex;
@@ -27,14 +27,14 @@ Pool& pool() {
 
 void Keep::operator()(Block* block) const {
     std::unique_ptr<Block> owned(block);
-#ifdef MADV_FREE
-    madvise(owned->data, owned->size, MADV_FREE);
-#endif
     Pool& all = pool();
     const std::lock_guard<std::mutex> lock(all.mutex);
     std::int64_t size = owned->size;
     for (const auto& other : all.blocks) size += other->size;
     if (size > kMostOfPool) return;
+#ifdef MADV_FREE
+    if (size > kMostHeld) madvise(owned->data, owned->size, MADV_FREE);
+#endif
     all.blocks.push_back(std::move(owned));
 }
 
@@ -59,12 +59,7 @@ KeptBlock take_block(std::int64_t bytes) {
         all.blocks.erase(all.blocks.begin(), end);
     }
     freed.clear();
-    KeptBlock block(new Block(bytes));
-#ifdef MADV_HUGEPAGE  // whatever the second cache holds: they are zeroed but once
-    const std::int64_t of_huge_pages = (bytes + kHugePage / 2) / kHugePage * kHugePage;
-    madvise(block->data, of_huge_pages, MADV_HUGEPAGE);
-#endif
-    return block;
+    return KeptBlock(new Block(bytes, kHugePage / 2));
 }
 
 }  // namespace lstm::cpu

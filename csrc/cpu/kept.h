@@ -14,8 +14,8 @@ constexpr std::int64_t kLeastSaved = std::int64_t{32} << 20;
 // largest block that it had of the system.
 constexpr std::int64_t kLeastGradient = std::int64_t{1} << 20;
 
-// Keeps a block for the next who asks for as much; up to 1 GiB of them, whose pages the system may take when it is
-// short of others.
+// Keeps a block for the next who asks for as much; up to 1 GiB of them, of which the system may take the pages beyond
+// 128 MiB when it is short of others.
 struct Keep {
     void operator()(Block* block) const;
 };
