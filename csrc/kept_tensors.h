@@ -1,6 +1,7 @@
 // Tensors of a training step: large ones lie in memory that is kept from step to step.
 #pragma once
 
+#include <limits>
 #include <memory>
 #include <utility>
 
@@ -42,6 +43,8 @@ inline Fresh keep_empty(const TensorShape& shape, Dtype dtype, std::int64_t byte
     if (!tensor) throw py::error_already_set();
     return {std::move(tensor), data};
 }
+
+constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
 
 // As new_empty, on the CPU; from `least` bytes on in memory that comes again at the next step.
 inline Fresh kept_empty(py::handle like, const TensorShape& shape, Dtype dtype, std::int64_t least,

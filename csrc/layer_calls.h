@@ -120,17 +120,12 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
     const auto [input, hidden, features] = std::array{inputs.sizes[0], inputs.sizes[1], inputs.sizes[2]};
     const std::int64_t size = size_of(inputs.dtype());
     py::list found;
-    const auto append = [&](bool there, const auto& make) {  // the next input's
+    const auto next = [&](const TensorShape& shape, bool there = true,
+                          std::int64_t least = kNever) {  // of the next input
         const bool needed = there && py::object(needs[py::len(found)]).cast<bool>();
-        const Fresh made = needed ? make() : Fresh();
+        const Fresh made = needed ? kept_empty(inputs.x, shape, inputs.dtype(), least) : Fresh();
         found.append(made.tensor);
         return made.data;
-    };
-    const auto next = [&](const TensorShape& shape, bool there = true) {
-        return append(there, [&] { return new_empty(inputs.x, shape, size); });
-    };
-    const auto next_weight = [&](const TensorShape& shape, bool there = true) {
-        return append(there, [&] { return kept_empty(inputs.x, shape, inputs.dtype(), cpu::kLeastGradient); });
     };
     void* const dx = next(inputs.x_shape);
     void* const dh0 = next(inputs.state_shape(features));
@@ -139,12 +134,12 @@ inline py::list layer_backward(const LayerInputs& inputs, Data y, Data gates, Da
     void* same[2] = {};  // as gradients[d].bias: the other bias's gradient
     for (std::size_t d = 0; d < inputs.weights.size(); ++d) {
         const auto& w = inputs.weights[d];
-        gradients[d].w_ih = next_weight({4 * hidden, input});
-        gradients[d].w_hh = next_weight({4 * hidden, features});
+        gradients[d].w_ih = next({4 * hidden, input}, true, cpu::kLeastGradient);
+        gradients[d].w_hh = next({4 * hidden, features}, true, cpu::kLeastGradient);
         gradients[d].bias = next({4 * hidden}, w[2].address != nullptr);
         same[d] = next({4 * hidden}, w[3].address != nullptr);
         if (gradients[d].bias == nullptr) std::swap(gradients[d].bias, same[d]);
-        gradients[d].w_hr = next_weight({features, hidden}, w[4].address != nullptr);
+        gradients[d].w_hr = next({features, hidden}, w[4].address != nullptr, cpu::kLeastGradient);
     }
     const cpu::BackwardArgs args{address(inputs.x),
                                  address(inputs.h0),

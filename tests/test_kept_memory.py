@@ -219,6 +219,45 @@ def test_a_gib_is_the_most_that_is_kept(pool):
     assert list(map(is_mapped, places)) == [True] * 8 + [False]
 
 
+def of_mappings(field: str, address: int, size: int) -> list[str]:
+    """What /proc/self/smaps says in that field of the mappings that lie within so many bytes from an address on."""
+    found, inside = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if "-" in name and not name.endswith(":"):
+            first, end = (int(each, 16) for each in name.split("-"))
+            inside = address <= first and end <= address + size
+        elif inside and name == f"{field}:":
+            found.append(" ".join(values))
+    return found
+
+
+@needs_proc
+def test_pages_beyond_128_mib_are_the_systems_to_take(pool):
+    blocks = pool.take(*[60] * 3)
+    for block in blocks:
+        ctypes.memset(pool.place_of(block), 1, 60 << 20)
+    lazy = [of_mappings("LazyFree", place, 60 << 20) for place in pool.keep(*blocks)]
+    assert all(lazy), "blocks lie in mappings of their own"
+    assert [sum(int(size.split()[0]) for size in sizes) > 50 << 10 for sizes in lazy] == [False, False, True]
+
+
+@needs_proc
+@pytest.mark.parametrize(("size", "huge"), [(1, 2), (2, 2), (3, 4), (5, 6)])
+def test_a_last_page_that_is_half_used_is_a_large_one(pool, size, huge):
+    (block,) = pool.take(size)
+    asked = [flags.split() for flags in of_mappings("VmFlags", pool.place_of(block), huge << 20)]
+    assert asked and all("hg" in flags for flags in asked)
+
+
+@needs_proc
+def test_a_last_page_that_is_hardly_used_is_not(pool):
+    place = pool.place_of(pool._take((4 << 20) + 4096))
+    assert all("hg" in flags.split() for flags in of_mappings("VmFlags", place, 4 << 20))
+    tail = of_mappings("VmFlags", place + (4 << 20), 2 << 20)
+    assert tail and not any("hg" in flags.split() for flags in tail)
+
+
 OUT_OF_MEMORY = """
 import resource
 import torch

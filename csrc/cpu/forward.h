@@ -103,13 +103,13 @@ LSTM_HD Acc<T>* step_products(const Forward<T>& f, int d, const Chunk& chunk, In
     const O* const states = before + b * f.ld;
     if (f.asks) ask_for_results(f, d, t, b, rows, tile * kUnits);
     if (f.joined) {
-        Right<const O> weights = packed_ih<Isa, const O>(f, d, tile);
-        ask_for<Isa, O>(packed_ih<Isa, const O>(f, d, next).b, b, f.s.steps[t], part.block_stride, weights);
+        const Right<const O> whole = packed_ih<Isa, const O>(f, d, tile), ahead = packed_ih<Isa, const O>(f, d, next);
         // Few terms of x have a sum of their own: mostly larger than those of h, they'd have these rounded as they are.
         const Index apart = !in_planes<O> && 2 * input <= features ? input : 0;
-        if (apart > 0) multiply<Isa>(rows, states, f.ld, weights, apart, both, kTile, false);
-        multiply<Isa>(rows, states + apart, f.ld, apart > 0 ? weights.from(apart) : weights, input + features - apart,
-                      both, kTile, apart > 0);
+        if (apart > 0) multiply<Isa>(rows, states, f.ld, whole, apart, both, kTile, false);
+        Right<const O> weights = whole.from(apart);
+        ask_for<Isa, O>(ahead.from(apart).b, b, f.s.steps[t], part.block_stride, weights);
+        multiply<Isa>(rows, states + apart, f.ld, weights, input + features - apart, both, kTile, apart > 0);
         return both;
     }
     Acc<T>* const products = f.of_tile(d, tile) + (first - chunk.base) * kTile;

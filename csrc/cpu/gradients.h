@@ -219,10 +219,10 @@ LSTM_HD void pack_gradients(const Backward<T>& f, const ChunkGradients<Acc<T>>& 
                             const Columns& part, Operand<Isa, T>* to, Acc<T>* sums, bool wanted) {
     using O = Operand<Isa, T>;
     const Index block = part.first / Isa::side, end = block + tiles_of(part.count, Isa::side);
-    const O* const from = chunk_split<const O>(f, g, d) + row_of_sum<Isa, T>(d, chunk, 0) * g.ld;
-    const Index ld = row_of_sum<Isa, T>(d, chunk, 0) == 0 ? g.ld : -g.ld;
+    const Index top = row_of_sum<Isa, T>(d, chunk, 0), ld = top == 0 ? g.ld : -g.ld;
+    const O* const from = chunk_split<const O>(f, g, d) + top * g.ld;
     if constexpr (in_planes<O>) {
-        pack_blocks<Isa>(from, g.ld, chunk.rows, block, end, to, sums);
+        pack_blocks<Isa>(from, ld, chunk.rows, block, end, to, sums);
     } else {
         if (wanted) sum_columns<Isa>(from, ld, chunk.rows, part, sums);
         if constexpr (gradients_along<O> == Along::blocks) {

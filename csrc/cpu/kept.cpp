@@ -28,14 +28,20 @@ Pool& pool() {
 void Keep::operator()(Block* block) const {
     std::unique_ptr<Block> owned(block);
     Pool& all = pool();
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    std::int64_t size = owned->size;
-    for (const auto& other : all.blocks) size += other->size;
-    if (size > kMostOfPool) return;
+    const auto with_others = [&] {
+        std::int64_t size = owned->size;
+        for (const auto& other : all.blocks) size += other->size;
+        return size;
+    };
+    std::unique_lock<std::mutex> lock(all.mutex);
 #ifdef MADV_FREE
-    if (size > kMostHeld) madvise(owned->data, owned->size, MADV_FREE);
+    if (with_others() > kMostHeld) {
+        lock.unlock();  // while the system looks at each page
+        madvise(owned->data, owned->size, MADV_FREE);
+        lock.lock();
+    }
 #endif
-    all.blocks.push_back(std::move(owned));
+    if (with_others() <= kMostOfPool) all.blocks.push_back(std::move(owned));
 }
 
 KeptBlock take_block(std::int64_t bytes) {
