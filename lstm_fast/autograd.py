@@ -165,8 +165,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
         elif backend == "reference":
             with torch.no_grad():
                 y, h_n, c_n, of_steps = _differentiable_forward(inputs, steps)
-            gates = torch.stack([torch.cat([torch.cat([*of_step], -1) for of_step in own]) for _, own, _ in of_steps])
-            saved = gates.to(x.dtype), torch.stack([torch.cat([*own]) for *_, own in of_steps])
+            saved = _saved_of(of_steps, x.dtype)
         else:
             layer_inputs = LayerInputs(x, h0, c0, directions_of(inputs), steps)
             y, h_n, c_n, saved = KERNELS[backend].layer_forward(layer_inputs, save)
@@ -194,11 +193,7 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
         if not steps:
             grads = _no_steps_backward((dy, dh_n, dc_n), inputs)
         elif backend == "reference":
-            ys = y.flatten(0, -2).chunk(len(weights), -1)
-            of_steps = [
-                (h.split(steps), [g.chunk(4, -1) for g in own.to(c.dtype).split(steps)], c.split(steps))
-                for h, own, c in zip(ys, gates, cells, strict=True)
-            ]
+            of_steps = _of_steps(y, (gates, cells), steps)
             grads = _reference_backward((dy, dh_n, dc_n), inputs, of_steps, steps, needs)
         else:
             of_outputs = [None if g is None else plain(g) for g in (dy, dh_n, dc_n)]
@@ -206,6 +201,22 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
             grads = KERNELS[backend].layer_backward(layer_inputs, y, (gates, cells), of_outputs, needs)
             grads += [None] * (INPUTS - len(grads))
     return grads
+
+
+def _saved_of(of_steps: Sequence[reference.OfSteps], dtype: torch.dtype) -> Saved:
+    """Gates [D, N, 4H] and cells [D, N, H] of what the reference has of each direction's steps."""
+    gates = [torch.cat([torch.cat([*of_step], -1) for of_step in own]) for _, own, _ in of_steps]
+    return torch.stack(gates).to(dtype), torch.stack([torch.cat([*cells]) for _, _, cells in of_steps])
+
+
+def _of_steps(y: Tensor, saved: Saved, steps: list[int]) -> list[reference.OfSteps]:
+    """The same the other way."""
+    gates, cells = saved
+    ys = y.flatten(0, -2).chunk(len(cells), -1)
+    return [
+        (h.split(steps), [g.chunk(4, -1) for g in own.to(c.dtype).split(steps)], c.split(steps))
+        for h, own, c in zip(ys, gates, cells, strict=True)
+    ]
 
 
 def _of_cell(inputs: Sequence[Any]) -> bool:

@@ -133,11 +133,26 @@ LIMITS = {"gflops": {"float32": 1.0, "bfloat16": 1.0}, "bandwidth": [[2**30, 1.0
         run(row(), startup={"import_torch_ms": 1.0}),
     ],
 )
-def test_values_that_are_looked_at_late_are_refused_in_one_sentence_too(found: object, tmp_path: Path) -> None:
-    path = write(tmp_path / "run.json", found)
-    expected = re.escape(f"{path} is not a run that `lstm-fast bench` recorded: its values can't be used (")
-    with pytest.raises(report.ReportError, match=expected):
-        report.load(path)
+def test_values_that_are_looked_at_late_are_refused_in_one_sentence_too(found: object, command: Any) -> None:
+    write(Path("good.json"), run(row()))
+    write(Path("bad.json"), found)
+    status, out, error = command("bench", "report", "bad.json", "good.json")
+    assert status == 2 and "T4 B3 H8 float32" in out  # the other's table
+    assert error.startswith(
+        "lstm-fast: bad.json is not a run that `lstm-fast bench` recorded: its values can't be used ("
+    )
+    assert error.count("\n") == 1
+
+
+def test_nor_are_such_runs_compared_or_made_a_table(command: Any) -> None:
+    write(Path("a.json"), run(row()))
+    write(Path("b.json"), run(row(mode=[1], rounds=6, choice=3)))
+    for arguments in (("compare", "a.json", "b.json"), ("tune", "a.json", "b.json", "--out", "table.json")):
+        status, _, error = command("bench", *arguments)
+        assert (
+            status == 2 and "a.json or b.json is not a run that `lstm-fast bench` recorded: its values can't" in error
+        )
+    assert not Path("table.json").exists()
 
 
 def test_limits_that_are_new_to_this_version_are_passed_over(tmp_path: Path) -> None:

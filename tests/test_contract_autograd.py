@@ -274,3 +274,10 @@ def test_frozen_weights_cost_no_products_under_create_graph(backend):
     learning = products()
     module.requires_grad_(False)
     assert learning - products() == 2 * 2 * 2  # W_ih and W_hh of each layer and direction
+
+
+def test_gradients_of_the_two_biases_are_two_tensors(backend):
+    module = make(backend)
+    y = module(data()[0])[0].sum()
+    ih, hh = torch.autograd.grad(y, [module.bias_ih_l0, module.bias_hh_l0], create_graph=True)
+    assert torch.equal(ih, hh) and ih.data_ptr() != hh.data_ptr()

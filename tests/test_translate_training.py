@@ -153,9 +153,7 @@ def test_pairs_longer_than_a_batch_are_left_out_and_counted(config, text, tmp_pa
         "left out for more than 40 subwords (--batch-tokens): 1 training pairs and 0 dev pairs",
         "left out for more than 40 subwords (--batch-tokens): 0 training pairs and 1 dev pairs",
     ]
-    with pytest.raises(
-        CorpusError, match=r"--batch-tokens should be at least \d+ for any training pair to fit, got: 3"
-    ):
+    with pytest.raises(CorpusError, match=r"batch_tokens should be at least \d+ for any training pair to fit, got: 3"):
         train(replace(config, batch_tokens=3), tmp_path / "none", Silent())
 
 

@@ -123,12 +123,12 @@ def report_command(
     for path in runs:
         try:
             found.append(report.load(path))
+            with report.understood(path):
+                print(report.table(found[-1]))
+                for plot in [] if plots is None else report.plots(found[-1], plots, path.stem):
+                    print(plot)
         except (OSError, report.ReportError) as error:
             refused.append(error)
-            continue
-        print(report.table(found[-1]))
-        for plot in [] if plots is None else report.plots(found[-1], plots, path.stem):
-            print(plot)
     if refused:  # the others' tables are told, and the first error is
         raise refused[0]
     if readme is not None:
@@ -142,7 +142,9 @@ def compare(
     threshold: Annotated[float, typer.Option(help="How many times as long counts as slower.", min=1)] = 1.05,
 ) -> None:
     """What got slower from one run to another; the exit code is 1 if something did."""
-    text, slower = report.compare(report.load(old), report.load(new), threshold)
+    found = report.load(old), report.load(new)
+    with report.understood(old, new):
+        text, slower = report.compare(*found, threshold)
     print(text)
     if slower:
         raise typer.Exit(1)
@@ -162,12 +164,9 @@ def tune(
         files.prepare(runs[0])
         grid, kernel = {"cpu": ("tune", "cpu"), "cuda": ("tune-gpu", "persistent")}[device]
         _run(grid, GRIDS[grid], ["inference", "forward+backward"], ["torch"], device, 0.3, runs[0], kernel)
-    found = []
-    for path in runs:
-        found.append(report.load(path))
-        with report.understood(path):
-            measured.table_from(found[-1:])
-    table = measured.table_from(found)
+    found = [report.load(path) for path in runs]
+    with report.understood(*runs):
+        table = measured.table_from(found)
     if not table["rows"]:
         raise report.ReportError("a table needs quiet rows of ours against torch's, and the runs have none")
     files.write(path, table)

@@ -60,23 +60,24 @@ def load(path: Path) -> Run:
     if flaw is not None:
         raise ReportError(f"{path} is not a run that `lstm-fast bench` recorded: {flaw}")
     with understood(path):
-        run = _with_limits(run) if run.get("limits") else run
-        table(run)
-    return run
+        return _with_limits(run) if run.get("limits") else run
 
 
 @contextmanager
-def understood(path: Path) -> Iterator[None]:
-    """Where values of a run are used for something.
+def understood(*paths: Path) -> Iterator[None]:
+    """Where values of runs are used for something.
 
     Raises:
-        ReportError: one of them, which nothing else looks at, is of no use.
+        ReportError: one of them, which nothing looked at before, is of no use.
     """
     try:
         yield
+    except ReportError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         why = f"its values can't be used ({type(error).__name__}: {error})"
-        raise ReportError(f"{path} is not a run that `lstm-fast bench` recorded: {why}") from error
+        names = " or ".join(map(str, paths))
+        raise ReportError(f"{names} is not a run that `lstm-fast bench` recorded: {why}") from error
 
 
 def _with_limits(run: Run) -> Run:

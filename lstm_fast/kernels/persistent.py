@@ -229,14 +229,15 @@ def _granted(kind: int, backward: bool, device: int | None, grid: bool, cluster:
         return 0
     if device is None:
         return _GRID_ON_HOST if grid else _ON_HOST[cluster]
-    return _granted_by_driver(kind, backward, device, grid, cluster, threads, shared)
+    return _granted_by_driver(
+        kind=kind, backward=backward, device=device, grid=grid, cluster=cluster, threads=threads, shared=shared
+    )
 
 
 @cache
-def _granted_by_driver(*asked: Any) -> int:
-    """Plans of all batches together ask some seventy things, each plan as many."""
-    names = ("kind", "backward", "device", "grid", "cluster", "threads", "shared")
-    count: int = _C.persistent_granted(**dict(zip(names, asked, strict=True)))
+def _granted_by_driver(**asked: Any) -> int:
+    """A plan asks some seventy things, and those of all batches together the same."""
+    count: int = _C.persistent_granted(**asked)
     return count
 
 

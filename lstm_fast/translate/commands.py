@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,9 +119,7 @@ def train_command(
             seed=seed,
         )
     except ValueError as error:
-        names = "|".join(field.name for field in fields(TrainingConfig))
-        as_typed = re.sub(rf"\b({names})\b", lambda name: "--" + name[0].replace("_", "-"), str(error))
-        raise typer.BadParameter(as_typed) from error
+        raise typer.BadParameter(str(error)) from error
     _train(config, out)
 
 

@@ -61,9 +61,7 @@ class Tokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise VocabularyError(
-                f"vocab_size (--vocab-size) should be larger for this text, got: {vocab_size}"
-            ) from error
+            raise VocabularyError(f"vocab_size should be larger for this text, got: {vocab_size}") from error
         return cls(model.getvalue())
 
     def __len__(self) -> int:

@@ -367,7 +367,7 @@ def _fitting(part: str, pairs: list[Pair], tokenizer: Tokenizer, tokens: int) ->
     fitting = [(pair, example) for pair, example in zip(pairs, examples, strict=True) if padded(example) <= tokens]
     if not fitting:
         shortest = min(map(padded, examples))
-        raise CorpusError(f"--batch-tokens should be at least {shortest} for any {part} pair to fit, got: {tokens}")
+        raise CorpusError(f"batch_tokens should be at least {shortest} for any {part} pair to fit, got: {tokens}")
     return fitting
 
 
