@@ -155,6 +155,14 @@ def test_nor_are_such_runs_compared_or_made_a_table(command: Any) -> None:
     assert not Path("table.json").exists()
 
 
+def test_runs_that_do_not_go_together_are_told_so_by_the_command(command: Any) -> None:
+    write(Path("a.json"), run(row()))
+    write(Path("b.json"), run(row(mode="forward")))
+    status, _, error = command("bench", "compare", "a.json", "b.json")
+    expected = "the two runs have no row in common: no case is measured in the same mode in both"
+    assert (status, error) == (2, f"lstm-fast: {expected}\n")
+
+
 def test_limits_that_are_new_to_this_version_are_passed_over(tmp_path: Path) -> None:
     found = report.load(write(tmp_path / "run.json", run(row(), limits={**LIMITS, "launch_us": 1.0})))
     assert found["rows"][0]["limit_ms"] > 0
