@@ -201,7 +201,7 @@ class _Run:
                             loss, bleu = self._evaluate()
                         self._keep(loss, bleu, out, reporter)
                     else:
-                        progress = min(self.progress(), 1.0)
+                        progress = min(self.progress(), 1.0)  # before the next batch counts
                         loss = self._train_step(next(batches), progress)
                         reporter.step(self.progress(), loss, self.sentences / self.seconds())
                     interrupts.check()
